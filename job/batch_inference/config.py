@@ -1,0 +1,307 @@
+"""The configuration of a job: one frozen model, one YAML file, the same on a laptop and in a cluster."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from batch_inference.errors import UserError
+
+DEFAULT_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MODULE_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class InputConfig(_Section):
+    """Which images: folders, globs and single objects, or a manifest that lists them."""
+
+    uris: tuple[str, ...] = Field((), description="Folders, globs (`*`, `**`, `?`) or single images; local paths, `s3://`, `gs://`, `az://`.")
+    manifest: str | None = Field(
+        None, description="A list of images instead of `uris`: Parquet, CSV, JSON Lines or text (one URI a line), a file or a folder of Parquet."
+    )
+    uri_column: str = Field("uri", min_length=1, description="The manifest's column that holds the URI; its other columns pass through to the output.")
+    extensions: tuple[str, ...] = Field(
+        DEFAULT_EXTENSIONS, description="File name endings that count as images in folders; case does not matter. Empty: every file."
+    )
+    recursive: bool = Field(True, description="Descend into sub-folders.")
+    limit: PositiveInt | None = Field(None, description="Use only the first N inputs; null: all.")
+
+    @field_validator("extensions")
+    @classmethod
+    def _with_dot(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("." + ext.lower().lstrip(".") for ext in value)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InputConfig:
+        if self.uris and self.manifest:
+            raise ValueError("both uris and manifest are given; keep the one that lists your images")
+        return self
+
+
+class OutputConfig(_Section):
+    """Where the rows go."""
+
+    uri: str = Field("", description="Folder of the output; one job each. Local path, `s3://`, `gs://`, `az://`.")
+    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="Parquet compression.")
+
+
+class StorageConfig(_Section):
+    """How object stores are reached. Credentials come from the environment, never from here."""
+
+    endpoint_url: str | None = Field(
+        None, description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own."
+    )
+    region: str | None = Field(None, description="Region of the bucket; null: from the environment (`AWS_REGION`).")
+    anonymous: bool = Field(False, description="Send unsigned requests, for public buckets.")
+    timeout_s: float = Field(60.0, gt=0, description="Longest time for one request, in seconds.")
+    max_retries: int = Field(5, ge=0, le=100, description="Retries of a request that failed in transit or with 5xx, with exponential backoff.")
+    retry_timeout_s: float = Field(120.0, gt=0, description="Longest time for a request with all of its retries, in seconds.")
+    fetch_concurrency: int = Field(16, ge=1, le=1024, description="Objects that one task fetches at the same time.")
+
+
+class TransformConfig(_Section):
+    """Resize, crop and normalise; needed only where the weights do not bring their own."""
+
+    resize: PositiveInt = Field(256, description="Length of the shorter side after resizing, in pixels.")
+    crop: PositiveInt = Field(224, description="Side of the central square that the model sees, in pixels.")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="Mean of each RGB channel on a scale of 0 to 1.")
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (0.229, 0.224, 0.225), description="Standard deviation of each RGB channel on a scale of 0 to 1."
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="Resampling filter, antialiased.")
+
+
+class ModelConfig(_Section):
+    """Which network, and where its weights are."""
+
+    source: Literal["torchvision", "timm", "file", "package"] = Field(
+        "torchvision",
+        description="`torchvision` or `timm`: architecture and published weights by name; `file`: a state dict "
+        "(`.safetensors`, `.pt`, `.pth`) or an exported program (`.pt2`); `package`: a Python package that builds the model.",
+    )
+    name: str = Field(
+        "resnet152",
+        description="torchvision or timm: the architecture. file: the architecture of the state dict (`timm/NAME` for one of timm's); "
+        "unused for `.pt2`. package: `module:callable` that returns the model.",
+    )
+    weights: str | None = Field(
+        "DEFAULT",
+        description="torchvision: name of the weights enum's member. timm: pretrained tag, DEFAULT for its own. file: path or URI. "
+        "package: `module:callable` that returns the path of a state dict, or a path or URI, or null if the model comes with its weights.",
+    )
+    args: tuple[Any, ...] = Field((), description="Arguments of a package's callable.")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Expected SHA-256 of the weights file in hexadecimal; any other content is refused."
+    )
+    labels: str | tuple[str, ...] | None = Field(
+        None, description="Class names: a list, the path or URI of a text file with one a line, or `imagenet-1k`; null: from the weights, else none."
+    )
+    transform: TransformConfig | None = Field(None, description="Null: what the weights bring, else ImageNet's usual 256, 224.")
+
+
+class PredictorConfig(_Section):
+    """A predictor class of one's own, used instead of `model`."""
+
+    path: str = Field(description="`module:Class`; the module is looked for in the current directory, then among installed packages.")
+    args: tuple[Any, ...] = Field((), description="Positional arguments of the constructor.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the constructor.")
+
+    @field_validator("path")
+    @classmethod
+    def _module_and_class(cls, value: str) -> str:
+        if not MODULE_PATH.match(value):
+            raise ValueError(f"{value!r} is not of the form module:Class, such as my_module:MyPredictor")
+        return value
+
+
+class InferenceConfig(_Section):
+    """The actor pool and what each actor does."""
+
+    actors: PositiveInt = Field(4, description="Number of actors; each holds the model once.")
+    gpus_per_actor: float = Field(1, ge=0, description="GPUs of one actor; 0.5 lets two share one, 0 runs on the CPU.")
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs of one actor; on the CPU also the number of threads of the network.")
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="Images in a forward pass; `auto` is 32.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Arithmetic of the network; `auto` is float32.")
+    compile: bool | Literal["auto"] = Field("auto", description="Use torch.compile, which takes up to a minute at the start; `auto` is false.")
+    top_k: int = Field(5, ge=1, le=1000, description="Classes listed for each image, best first.")
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_or_fraction(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a fraction of one GPU nor a whole number of GPUs; Ray schedules only those")
+        return value
+
+
+class PreprocessConfig(_Section):
+    """From bytes to pixels."""
+
+    cpus_per_task: float = Field(1, gt=0, description="CPUs of one fetch-and-decode task.")
+    exact: bool = Field(False, description="Only decode and resize in ways that give bit for bit what the weights' own transform gives.")
+    exif_orientation: bool = Field(True, description="Turn images as their EXIF orientation says.")
+    max_pixels: PositiveInt = Field(178956970, description="Images of more pixels (width times height) become error rows, before they are decoded.")
+    max_bytes: PositiveInt = Field(268435456, description="Files of more bytes become error rows, before they are read.")
+
+
+class ErrorsConfig(_Section):
+    """How many failed rows are too many."""
+
+    max_count: Annotated[int, Field(ge=0)] | None = Field(None, description="Stop when more rows than this have failed; null: no limit.")
+    max_percent: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        5.0, description="Stop when more than this percentage of the rows has failed; null: no limit."
+    )
+    min_sample: PositiveInt = Field(1000, description="Rows to have seen before `max_percent` counts.")
+
+
+class JobConfig(_Section):
+    """Everything that one job is.
+
+    >>> JobConfig(input={"uris": ["photos/"]}, output={"uri": "out/"}).inference.actors
+    4
+    """
+
+    input: InputConfig = Field(default_factory=InputConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    predictor: PredictorConfig | None = Field(None, description='`"module:Class"`, or the same with arguments; null: the classifier of `model`.')
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    preprocess: PreprocessConfig = Field(default_factory=PreprocessConfig)
+    errors: ErrorsConfig = Field(default_factory=ErrorsConfig)
+    shard_size: int = Field(1000, ge=1, le=1_000_000, description="Inputs of one shard, which is committed as a whole.")
+
+    @field_validator("predictor", mode="before")
+    @classmethod
+    def _predictor_from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(
+    path: str | None = None, overrides: dict[str, Any] | None = None, settings: tuple[str, ...] | list[str] = ()
+) -> JobConfig:
+    """Reads a YAML file and lays overrides over it.
+
+    Args:
+        path: YAML file, or None to start from the defaults.
+        overrides: Nested dictionary that wins over the file; None values are skipped.
+        settings: ``a.b=c`` texts that win over both; the value is read as YAML.
+
+    Raises:
+        UserError: All problems at once, each with the key, the value and what is allowed.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read_yaml(path)
+    _merge(data, overrides or {})
+    for setting in settings:
+        _apply_setting(data, setting)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> JobConfig:
+    """Validates a nested dictionary.
+
+    Raises:
+        UserError: All problems at once.
+    """
+    try:
+        return JobConfig.model_validate(data)
+    except ValidationError as exc:
+        lines = [_explain(error) for error in exc.errors()]
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in the configuration"
+        raise UserError(
+            "\n  - ".join([count + ":", *lines]), "Mend the keys named; `batch-inference schema` lists all of them."
+        ) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of the configuration; ``job`` in the chart's values has the same."""
+    schema = JobConfig.model_json_schema()
+    # The shorthand `predictor: module:Class` is accepted before validation, so pydantic does not know of it.
+    predictor = schema["properties"]["predictor"]
+    predictor["anyOf"].insert(0, {"type": "string", "pattern": MODULE_PATH.pattern})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file at {path}", "Check the path given with --config.") from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UserError(f"cannot read {path}: {exc}", "Give a readable UTF-8 text file with --config.") from None
+    except yaml.YAMLError as exc:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(exc).split())}", "Mend the line named.") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not keys and values", "Start it with `input:`.")
+    return data
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        elif value is not None:
+            base[key] = value
+
+
+def _apply_setting(data: dict[str, Any], setting: str) -> None:
+    key, sign, text = setting.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {setting} is not of the form key=value", "Write it like --set inference.actors=2.")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    target = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = target.get(parent)
+        if isinstance(below, str) and key.startswith("predictor."):
+            below = {"path": below}
+        if not isinstance(below, dict):
+            below = {}
+        target[parent] = below
+        target = below
+    target[last] = value
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path) or "the file"
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{key}: there is no such key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = f" (given: {value!r})" if isinstance(value, (str, int, float, bool, list)) and len(repr(value)) < 80 else ""
+    return f"{key}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    model: Any = JobConfig
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,100 @@
+"""What can go wrong: exceptions that end a job, and values that travel with a row.
+
+An exception ends the program with its exit code and no traceback. A :class:`RowError` does not: it is a value that takes
+the place of a row's prediction and ends in the errors table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["list", "fetch", "decode", "preprocess", "infer", "postprocess", "write"]
+STAGES: tuple[Stage, ...] = ("list", "fetch", "decode", "preprocess", "infer", "postprocess", "write")
+
+EXIT_DONE = 0
+EXIT_USER = 2
+EXIT_THRESHOLD = 3
+EXIT_COUNTS = 4
+EXIT_SYSTEM = 5
+EXIT_INTERRUPTED = 130
+
+
+class BatchInferenceError(Exception):
+    """Base of everything that ends a job.
+
+    Args:
+        message: The fact, with its numbers.
+        remedy: What the reader can do about it, one sentence.
+    """
+
+    exit_code = EXIT_SYSTEM
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class UserError(BatchInferenceError):
+    """The user's to mend: configuration, input, credentials, model (exit 2)."""
+
+    exit_code = EXIT_USER
+
+
+class ThresholdExceeded(BatchInferenceError):  # noqa: N818 - named after the fact, as the exit code's table does
+    """More rows failed than ``errors.max_count`` or ``errors.max_percent`` allow (exit 3)."""
+
+    exit_code = EXIT_THRESHOLD
+
+
+class CountsDoNotClose(BatchInferenceError):  # noqa: N818
+    """Rows are missing or double: manifest, ledger and files disagree (exit 4)."""
+
+    exit_code = EXIT_COUNTS
+
+
+class SystemFault(BatchInferenceError):  # noqa: N818
+    """Store, cluster or disk failed; starting the same command again is worth a try (exit 5)."""
+
+    exit_code = EXIT_SYSTEM
+
+
+class Interrupted(BatchInferenceError):  # noqa: N818
+    """SIGINT or SIGTERM; the same command resumes (exit 130)."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Why one input has no prediction.
+
+    Attributes:
+        stage: Where it failed, one of :data:`STAGES`.
+        error_type: Machine-readable kind in capitals, such as ``TRUNCATED``.
+        message: One line for a person.
+        retryable: Whether the same input may well succeed another time (a timeout may, a truncated file does not).
+    """
+
+    stage: Stage
+    error_type: str
+    message: str
+    retryable: bool = False
+
+
+class RowFailure(Exception):  # noqa: N818
+    """Carries a :class:`RowError` out of nested calls; never leaves the task that handles the row."""
+
+    def __init__(self, stage: Stage, error_type: str, message: str, retryable: bool = False) -> None:
+        super().__init__(message)
+        # One line, of bounded length: messages of libraries can hold whole documents.
+        line = " ".join(message.split())
+        self.error = RowError(stage, error_type, line[:500], retryable)
+
+
+# Error types that say more about the system than about the image. A shard in which nothing but these happened is not
+# committed: the job stops with one sentence instead of writing them once for each image.
+SYSTEMIC_ERROR_TYPES = frozenset(
+    {"ACCESS_DENIED", "UNAUTHENTICATED", "STORE_UNREACHABLE", "TIMEOUT", "PREDICTOR_ERROR", "OUTPUT_MISMATCH"}
+)

@@ -1,0 +1,368 @@
+"""Object stores and local folders behind one small interface.
+
+Everything goes through obstore, which has conditional puts on every store, with one exception: input images on local
+disks are opened directly, since obstore refuses some file names that Linux allows.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import obstore
+from obstore import exceptions as obx
+from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
+
+from batch_inference.config import StorageConfig
+from batch_inference.errors import RowFailure, SystemFault, UserError
+
+SCHEMES = ("file", "s3", "gs", "az")
+_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az"}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object in a listing: its path below the store's root, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+def canonical_uri(uri: str) -> str:
+    """Gives every location one spelling, with its scheme.
+
+    A local path becomes ``file:///absolute/path``. Names are kept as they are, never percent-encoded.
+
+    >>> canonical_uri("s3a://bucket/a.jpg")
+    's3://bucket/a.jpg'
+
+    Raises:
+        UserError: For a scheme that is not one of file, s3, gs, az.
+    """
+    scheme, sign, rest = uri.partition("://")
+    if not sign:
+        return "file://" + str(Path(uri).expanduser().absolute())
+    scheme = _ALIASES.get(scheme.lower(), scheme.lower())
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"{uri} has the scheme {scheme}://, which is not supported",
+            "Use a local path or one of " + ", ".join(s + "://" for s in SCHEMES) + ".",
+        )
+    if scheme == "file" and not rest.startswith("/"):
+        raise UserError(f"{uri} is not an absolute file URI", f"Write file:///{rest} or a plain path.")
+    if scheme != "file" and not rest.partition("/")[0]:
+        raise UserError(f"{uri} names no bucket", f"Write {scheme}://BUCKET/PATH.")
+    return f"{scheme}://{rest}"
+
+
+def is_local(uri: str) -> bool:
+    """Whether a canonical URI is on the local disk."""
+    return uri.startswith("file://")
+
+
+def local_path(uri: str) -> str:
+    """The path of a canonical ``file://`` URI."""
+    return uri[len("file://") :]
+
+
+def display(uri: str) -> str:
+    """A location as a person would type it: local ones without the scheme."""
+    return local_path(uri) if is_local(uri) else uri
+
+
+def split_bucket(uri: str) -> tuple[str, str]:
+    """Splits a canonical URI into ``scheme://bucket`` and the key below it."""
+    scheme, _, rest = uri.partition("://")
+    if scheme == "file":
+        return "file://", rest.lstrip("/")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}", key
+
+
+def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
+    """The obstore store of ``scheme://bucket``, below ``prefix``. Credentials come from the environment."""
+    scheme, _, bucket = root.partition("://")
+    if scheme == "file":
+        return LocalStore(prefix or "/", mkdir=False)
+    retry: Any = {
+        "max_retries": storage.max_retries,
+        "retry_timeout": timedelta(seconds=storage.retry_timeout_s),
+        "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+    }
+    client: Any = {
+        "timeout": timedelta(seconds=storage.timeout_s),
+        "connect_timeout": timedelta(seconds=min(10.0, storage.timeout_s)),
+        "allow_http": bool(storage.endpoint_url and storage.endpoint_url.startswith("http://")),
+    }
+    config: dict[str, Any] = {}
+    if storage.anonymous:
+        config["skip_signature"] = True
+    if scheme == "s3":
+        if storage.endpoint_url:
+            config["endpoint"] = storage.endpoint_url
+        if storage.region:
+            config["region"] = storage.region
+        elif not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+            config["region"] = "us-east-1"
+        return S3Store(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
+    if scheme == "gs":
+        return GCSStore(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
+    if storage.endpoint_url:
+        config["endpoint"] = storage.endpoint_url
+    return AzureStore(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A store's exception, classified."""
+
+    error_type: str
+    message: str
+    retryable: bool
+
+
+def classify(exc: Exception) -> Failure:
+    """Sorts whatever a store or the operating system raised into one of a few kinds."""
+    text = str(exc).partition("\n\nDebug source")[0].strip() or type(exc).__name__
+    low = str(exc).lower()
+    if isinstance(exc, (FileNotFoundError, NotADirectoryError, obx.NotFoundError)):
+        return Failure("NOT_FOUND", "there is no such object", False)
+    if isinstance(exc, IsADirectoryError):
+        return Failure("NOT_FOUND", "this is a folder, not a file", False)
+    if isinstance(exc, (PermissionError, obx.PermissionDeniedError)) or "403 forbidden" in low:
+        return Failure("ACCESS_DENIED", f"access denied: {text}", False)
+    if isinstance(exc, obx.UnauthenticatedError) or "401 unauthorized" in low:
+        return Failure("UNAUTHENTICATED", f"not authenticated: {text}", False)
+    if isinstance(exc, (obx.InvalidPathError, ValueError)):
+        return Failure("INVALID_URI", text, False)
+    if isinstance(exc, TimeoutError) or "timed out" in low or "timeout" in low:
+        return Failure("TIMEOUT", text, True)
+    return Failure("STORE_UNREACHABLE", text, True)
+
+
+class Store:
+    """A folder on a disk or in a bucket, in which the program keeps its objects.
+
+    Args:
+        uri: Canonical or plain location of the folder; it need not exist.
+        storage: Endpoint, retries and timeouts.
+
+    Raises:
+        UserError: From any method, when access is denied or credentials are missing.
+        SystemFault: From any method, when the store fails after all retries.
+    """
+
+    def __init__(self, uri: str, storage: StorageConfig) -> None:
+        self.uri = canonical_uri(uri).rstrip("/")
+        self.storage = storage
+        root, key = split_bucket(self.uri)
+        if root == "file://":
+            folder = Path("/" + key)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise UserError(
+                    f"cannot create the folder {folder}: {exc.strerror}", "Choose a place that you may write to."
+                ) from None
+            self._store = open_bucket(root, storage, str(folder))
+        else:
+            self._store = open_bucket(root, storage, key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.uri, self.storage)
+
+    def get(self, path: str) -> bytes:
+        """Reads an object whole; raises FileNotFoundError if there is none."""
+        try:
+            return bytes(obstore.get(self._store, path).bytes())
+        except Exception as exc:
+            raise self._error("read", path, exc) from exc
+
+    def get_or_none(self, path: str) -> bytes | None:
+        """Reads an object whole, or gives None if there is none."""
+        try:
+            return self.get(path)
+        except FileNotFoundError:
+            return None
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes an object, over an older one if there is one."""
+        try:
+            obstore.put(self._store, path, data, mode="overwrite")
+        except Exception as exc:
+            raise self._error("write", path, exc) from exc
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Writes an object if there is none of that name: put-if-absent.
+
+        S3 and Azure: ``If-None-Match: *``; GCS: ``ifGenerationMatch=0``; disks: a hard link from a temporary file.
+
+        Returns:
+            True if this call made the object, False if it was there already.
+        """
+        try:
+            obstore.put(self._store, path, data, mode="create")
+        except obx.AlreadyExistsError:
+            return False
+        except Exception as exc:
+            if isinstance(exc, obx.PreconditionError) or "412 precondition" in str(exc).lower():
+                return False
+            raise self._error("create", path, exc) from exc
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """All objects below ``prefix`` (a folder), in no particular order."""
+        try:
+            for chunk in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
+                for meta in chunk:
+                    yield ObjectInfo(str(meta["path"]), int(meta["size"]))
+        except FileNotFoundError:
+            return
+        except Exception as exc:
+            raise self._error("list", prefix, exc) from exc
+
+    def delete(self, paths: list[str]) -> None:
+        """Deletes objects; those that are gone already do not matter."""
+        for path in paths:
+            try:
+                obstore.delete(self._store, path)
+            except (FileNotFoundError, obx.NotFoundError):
+                continue
+            except Exception as exc:
+                raise self._error("delete", path, exc) from exc
+
+    def open(self, path: str) -> Any:
+        """A seekable binary file that reads an object by ranges."""
+        try:
+            return obstore.open_reader(self._store, path)
+        except Exception as exc:
+            raise self._error("read", path, exc) from exc
+
+    def probe(self) -> None:
+        """Checks that the store honours put-if-absent, on which every promise of the ledger rests.
+
+        Raises:
+            UserError: Where a second create of the same name does not fail, or the first does not work.
+        """
+        name = f"_probe/{uuid4().hex}"
+        try:
+            first = self.create(name, b"1")
+            second = self.create(name, b"2")
+            content = self.get(name)
+        finally:
+            self.delete([name])
+            if is_local(self.uri):
+                probe_folder = Path(local_path(self.uri), "_probe")
+                # Another driver may be probing in the same folder.
+                if probe_folder.is_dir() and not any(probe_folder.iterdir()):
+                    probe_folder.rmdir()
+        if not first or second or content != b"1":
+            raise UserError(
+                f"{display(self.uri)} does not honour put-if-absent: a second create of the same object "
+                f"{'succeeded' if second else 'failed at the first try' if not first else 'changed its content'}",
+                "Use a store that supports If-None-Match on PUT (S3, GCS, Azure, a recent MinIO or SeaweedFS, a local disk); "
+                "without it two drivers could both commit a shard.",
+            )
+
+    def _error(self, verb: str, path: str, exc: Exception) -> Exception:
+        """What to raise for ``exc``: kinds of failure that the caller can tell apart."""
+        failure = classify(exc)
+        where = f"{display(self.uri)}/{path}".rstrip("/")
+        if failure.error_type == "NOT_FOUND":
+            # A bucket that does not exist is a 404 as well, but writing can't meet any other.
+            if verb in ("write", "create"):
+                return UserError(f"cannot {verb} {where}: {exc_line(exc)}", "Check that the bucket or folder exists.")
+            return FileNotFoundError(where)
+        if failure.error_type in ("ACCESS_DENIED", "UNAUTHENTICATED"):
+            return UserError(
+                f"cannot {verb} {where}: {failure.message}",
+                "Check the credentials in the environment and that they allow to list, read, write and delete there.",
+            )
+        if failure.error_type == "INVALID_URI":
+            return UserError(f"cannot {verb} {where}: {failure.message}", "Check the location.")
+        return SystemFault(
+            f"cannot {verb} {where}: {failure.message}", "Check the store and the network, then start the same command again."
+        )
+
+
+def exc_line(exc: BaseException) -> str:
+    """An exception's message on one line, without a library's debug dump."""
+    return " ".join(str(exc).partition("\n\nDebug source")[0].split())[:500] or type(exc).__name__
+
+
+class Fetcher:
+    """Reads whole objects by URI, from any number of buckets; safe to use from several threads."""
+
+    def __init__(self, storage: StorageConfig) -> None:
+        self._storage = storage
+        self._buckets: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def fetch(self, uri: str, max_bytes: int) -> bytes:
+        """The content of an object.
+
+        Raises:
+            RowFailure: Stage ``fetch``: NOT_FOUND, ACCESS_DENIED, UNAUTHENTICATED, INVALID_URI, TOO_LARGE, TIMEOUT,
+                STORE_UNREACHABLE.
+        """
+        try:
+            canonical = canonical_uri(uri)
+            if is_local(canonical):
+                return self._read_file(local_path(canonical), max_bytes)
+            root, key = split_bucket(canonical)
+            result = obstore.get(self._bucket(root), key)
+            self._check_size(int(result.meta["size"]), max_bytes)
+            return bytes(result.bytes())
+        except RowFailure:
+            raise
+        except UserError as exc:
+            raise RowFailure("fetch", "INVALID_URI", exc.message) from exc
+        except Exception as exc:
+            failure = classify(exc)
+            raise RowFailure("fetch", failure.error_type, failure.message, failure.retryable) from exc
+
+    def _read_file(self, path: str, max_bytes: int) -> bytes:
+        with open(path, "rb") as file:  # noqa: PTH123 - a path of a million inputs is not worth an object each
+            self._check_size(os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read()
+
+    @staticmethod
+    def _check_size(size: int, max_bytes: int) -> None:
+        if size > max_bytes:
+            raise RowFailure(
+                "fetch", "TOO_LARGE", f"the file has {size:,} bytes, more than preprocess.max_bytes = {max_bytes:,}"
+            )
+
+    def _bucket(self, root: str) -> Any:
+        with self._lock:
+            if root not in self._buckets:
+                self._buckets[root] = open_bucket(root, self._storage)
+            return self._buckets[root]
+
+
+def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:
+    """Reads one object that the job needs as a whole, such as a manifest or weights.
+
+    Args:
+        uri: Its location.
+        storage: How to reach it.
+        what: What it is, for messages ("the manifest").
+
+    Raises:
+        UserError: If it is missing or access is denied.
+        SystemFault: If the store fails.
+    """
+    try:
+        return Fetcher(storage).fetch(uri, max_bytes=1 << 62)
+    except RowFailure as exc:
+        error = exc.error
+        message = f"cannot read {what} {uri}: {error.message}"
+        if error.retryable:
+            raise SystemFault(message, "Check the store and the network, then start the same command again.") from None
+        raise UserError(message, "Check the location and the credentials.") from None
