@@ -255,7 +255,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
     for key, value in top.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
+        if isinstance(value, dict):
+            if not isinstance(base.get(key), dict):
+                base[key] = {}
             _merge(base[key], value)
         elif value is not None:
             base[key] = value

@@ -152,18 +152,21 @@ class Store:
     Args:
         uri: Canonical or plain location of the folder; it need not exist.
         storage: Endpoint, retries and timeouts.
+        must_exist: Do not make a local folder that is not there.
 
     Raises:
         UserError: From any method, when access is denied or credentials are missing.
         SystemFault: From any method, when the store fails after all retries.
     """
 
-    def __init__(self, uri: str, storage: StorageConfig) -> None:
+    def __init__(self, uri: str, storage: StorageConfig, *, must_exist: bool = False) -> None:
         self.uri = canonical_uri(uri).rstrip("/")
         self.storage = storage
         root, key = split_bucket(self.uri)
         if root == "file://":
             folder = Path("/" + key)
+            if must_exist and not folder.is_dir():
+                raise UserError(f"there is no folder {folder}", "Check the location of the output.")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:

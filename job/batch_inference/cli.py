@@ -1,0 +1,316 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from batch_inference import logs
+from batch_inference.config import JobConfig, json_schema, load_config
+from batch_inference.errors import EXIT_COUNTS, EXIT_INTERRUPTED, EXIT_SYSTEM, BatchInferenceError, Interrupted, UserError
+
+app = typer.Typer(
+    name="batch-inference",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run a PyTorch image model over any number of images; each ends as exactly one row, a prediction or an error.",
+)
+
+Inputs = Annotated[
+    list[str] | None, typer.Argument(metavar="[INPUT]...", help="Folders, globs or images; local, s3://, gs:// or az://.")
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", metavar="URI", help="Folder of the output; one job each.")]
+Manifest = Annotated[
+    str | None, typer.Option(metavar="URI", help="A list of images instead of INPUT: .parquet, .csv, .jsonl, .txt.")
+]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Architecture, such as resnet152.")]
+Weights = Annotated[str | None, typer.Option(metavar="W", help="Weights of the model, such as DEFAULT or IMAGENET1K_V2.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file with the whole configuration.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key, such as inference.actors=2; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict.")]
+LogFormat = Annotated[str, typer.Option(metavar="text|json", help="How log lines look.")]
+OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the output.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from batch_inference.identity import versions
+
+        typer.echo(", ".join(f"{name} {value}" for name, value in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    inputs: Inputs = None,
+    output: Output = None,
+    manifest: Manifest = None,
+    model: Model = None,
+    weights: Weights = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster to use: ray://host:10001, host:6379 or auto; default: this machine.")
+    ] = None,
+    dashboard_host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard.")
+    ] = "127.0.0.1",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    log_format: LogFormat = "text",
+) -> None:
+    """Run a job; the same command again resumes it.
+
+    Example: batch-inference run photos/ --output out/ --model resnet18 --set inference.gpus_per_actor=0 --set inference.actors=1
+    """
+    logs.configure(log_format, quiet=quiet)
+    job = _config(inputs, output, manifest, model, weights, config, settings)
+    raise typer.Exit(run_job(job, address, None if dashboard_host == "none" else dashboard_host, quiet=quiet, as_json=as_json))
+
+
+def run_job(
+    config: JobConfig,
+    address: str | None,
+    dashboard_host: str | None,
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
+    before_verdict: Callable[[], None] | None = None,
+) -> int:
+    """Runs a job with display and verdict, ``before_verdict`` between the two; returns the exit code."""
+    from batch_inference import driver
+    from batch_inference.display import Display, print_verdict, verdict_of, verdict_of_failure
+    from batch_inference.progress import Snapshot
+
+    last = Snapshot()
+
+    def follow(snapshot: Snapshot) -> None:
+        nonlocal last
+        last = snapshot
+        display.update(snapshot)
+
+    try:
+        with Display(quiet=quiet) as display:
+            result = driver.run(config, address=address, dashboard_host=dashboard_host, on_progress=follow)
+    except KeyboardInterrupt:
+        failure: BatchInferenceError = Interrupted("stopped by SIGINT", "Run the same command again: it resumes.")
+    except BatchInferenceError as exc:
+        failure = exc
+    else:
+        if as_json:
+            typer.echo(json.dumps({"state": "SUCCEEDED", "exit_code": 0, **vars(result)}))
+        else:
+            if before_verdict:
+                before_verdict()
+            print_verdict(verdict_of(result))
+        return 0
+    if as_json:
+        typer.echo(json.dumps(_failure_json(failure)))
+    else:
+        if "\n" in failure.message:
+            typer.echo(failure.message, err=True)
+        print_verdict(verdict_of_failure(failure, config.output.uri, last))
+    return failure.exit_code
+
+
+@app.command()
+def plan(
+    inputs: Inputs = None,
+    output: Output = None,
+    manifest: Manifest = None,
+    model: Model = None,
+    weights: Weights = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """List the inputs, count, and show what would run and what does not fit; writes and runs nothing.
+
+    Example: batch-inference plan photos/ --model resnet18
+    """
+    from batch_inference.display import print_pairs
+    from batch_inference.planner import plan as make_plan
+
+    found = make_plan(_config(inputs, output, manifest, model, weights, config, settings))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    notes = [("left out", f"{n:,} files ending with {e or 'nothing'}") for e, n in sorted(found.skipped.items())[:5]]
+    if found.duplicates:
+        notes.append(("duplicates", f"{found.duplicates:,} inputs listed more than once, done once"))
+    if found.repeated:
+        notes.append(("repeated", f"{found.repeated:,} manifest lines share their URI with another; each gets its row"))
+    print_pairs(
+        "plan",
+        [
+            ("inputs", f"{found.inputs:,} images in {found.shards:,} shards of {found.shard_size:,}"),
+            ("first", "\n".join(found.first)),
+            *notes,
+            *([("passthrough", ", ".join(found.passthrough))] if found.passthrough else []),
+            ("runs", ", ".join(f"{k} {v}" for k, v in found.engine.items() if k.startswith(("model.", "predictor.")))),
+            ("actors", f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task"),
+            ("this machine", f"{found.available['cpus']:g} CPUs, {found.available['gpus']:g} GPUs"),
+            *[("does not fit", problem) for problem in found.problems],
+        ],
+    )
+
+
+@app.command()
+def status(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
+    """Show how far a job is, from its ledger alone.
+
+    Example: batch-inference status s3://bucket/predictions/
+    """
+    from batch_inference.collection import describe_errors
+    from batch_inference.display import duration, print_pairs
+    from batch_inference.status import status as read_status
+
+    found = read_status(output, _storage(settings))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    done = found.predictions + found.errors
+    rate = "unknown before the second commit" if found.images_per_s is None else f"{found.images_per_s:,.1f} images/s"
+    print_pairs(
+        found.state,
+        [
+            ("rows", f"{done:,} of {found.rows:,} ({100 * done / max(1, found.rows):.1f} %): {found.predictions:,} predictions, {found.errors:,} errors"),
+            ("shards", f"{found.shards_done:,} of {found.shards:,} committed, by {len(found.attempts)} attempts"),
+            ("errors", ", ".join(describe_errors(found.errors_by)[:8]) or "none"),
+            ("rate", rate),
+            ("ETA", "-" if found.state == "succeeded" else duration(found.eta_s)),
+            ("last commit", "none" if found.last_commit_age_s is None else f"{duration(found.last_commit_age_s)} ago"),
+            *([("verdict", found.verdict)] if found.verdict else []),
+            ("fingerprint", found.fingerprint[:12]),
+        ],
+    )
+
+
+@app.command()
+def verify(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
+    """Recount a job from its files: every manifest row exactly once; exits 4 where something is missing or double.
+
+    Example: batch-inference verify out/
+    """
+    from batch_inference.verifier import verify as recount
+
+    found = recount(output, _storage(settings))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        raise typer.Exit(0 if found.ok else EXIT_COUNTS)
+    done = found.predictions + found.errors
+    for problem in found.problems:
+        typer.echo(f"  - {problem}")
+    if not found.ok:
+        typer.echo(
+            f"WRONG: {len(found.problems)} problems; {done:,} of {found.rows:,} inputs found "
+            f"({found.predictions:,} predictions, {found.errors:,} errors)"
+        )
+        typer.echo("remedy: delete the _commits/ files and _SUCCESS of what is named and run the job again; it does those shards anew")
+        raise typer.Exit(EXIT_COUNTS)
+    if found.finished:
+        typer.echo(
+            f"OK: all {found.rows:,} inputs are there exactly once: {found.predictions:,} predictions, {found.errors:,} errors, "
+            f"{found.shards:,} shards"
+        )
+    else:
+        typer.echo(
+            f"OK so far: {done:,} of {found.rows:,} inputs are there exactly once, {found.shards_done:,} of {found.shards:,} shards "
+            f"are committed; the job is not finished ({len(found.uncommitted)} files belong to no commit yet)"
+        )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration.
+
+    Example: batch-inference schema > job.schema.json
+    """
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FOLDER", help="Where photos and predictions go.")] = "demo-output",
+    quiet: Quiet = False,
+) -> None:
+    """Classify real photos, some broken on purpose, with a real network; offline, on the CPU.
+
+    Example: batch-inference demo
+    """
+    from pathlib import Path
+
+    from batch_inference.demo import demo_config, make_photos
+    from batch_inference.display import print_rows
+
+    logs.configure("text", quiet=quiet)
+    photos = Path(output, "photos")
+    if not photos.is_dir():
+        make_photos(photos)
+    config = demo_config(photos, Path(output, "predictions"))
+    code = run_job(config, None, None, quiet=quiet, before_verdict=lambda: print_rows(config.output.uri))
+    raise typer.Exit(code)
+
+
+def _config(
+    inputs: list[str] | None,
+    output: str | None,
+    manifest: str | None,
+    model: str | None,
+    weights: str | None,
+    config: str | None,
+    settings: list[str] | None,
+) -> JobConfig:
+    from batch_inference.manifest import looks_like_manifest
+
+    for given in inputs or []:
+        if looks_like_manifest(given):
+            raise UserError(f"{given} looks like a manifest, not like an image", f"Write --manifest {given}.")
+    section: dict[str, Any] = {"uris": inputs or None, "manifest": manifest}
+    if inputs:
+        section["manifest"] = None
+    overrides = {"input": section, "output": {"uri": output}, "model": {"name": model, "weights": weights}}
+    return load_config(config, overrides, settings or [])
+
+
+def _storage(settings: list[str] | None) -> Any:
+    return load_config(None, None, settings or []).storage
+
+
+def _failure_json(exc: BatchInferenceError) -> dict[str, Any]:
+    state = "INTERRUPTED" if exc.exit_code == EXIT_INTERRUPTED else "FAILED"
+    return {"state": state, "exit_code": exc.exit_code, "verdict": exc.message, "remedy": exc.remedy}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: turns every exception into its exit code and a message without a traceback."""
+    try:
+        app(argv)
+    except BatchInferenceError as exc:
+        if argv is not None and "--json" in argv or "--json" in sys.argv:
+            typer.echo(json.dumps(_failure_json(exc)))
+        else:
+            typer.echo(f"error: {exc.message}\nremedy: {exc.remedy}", err=True)
+        raise SystemExit(exc.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except Exception:
+        traceback.print_exc()
+        typer.echo("this is a defect of batch-inference; the lines above say where", err=True)
+        raise SystemExit(EXIT_SYSTEM) from None

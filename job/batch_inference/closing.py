@@ -1,0 +1,119 @@
+"""From complete shards to commits: gathering predictions, writing files, committing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_inference.collection import OpenShard
+from batch_inference.config import JobConfig
+from batch_inference.inference import RESULT_SCHEMA
+from batch_inference.ledger import Commit, Ledger
+from batch_inference.storage import Store
+from batch_inference.writer import ShardWriter
+
+# Shards that may be on their way to the store at the same time; more would only pile up in memory.
+_CLOSING = 8
+# CLIP-sized outputs of four actors are what one writer takes easily.
+_ACTORS_PER_WRITER = 4
+
+
+class Writers:
+    """Where predictions are gathered: in this process, or in Ray actors where they may be wide."""
+
+    def __init__(self, local: ShardWriter | None, handles: list[Any]) -> None:
+        self._local = local
+        self.handles = handles
+        # The local writer is filled by the main thread and emptied by those that close shards.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def start(cls, store: Store, config: JobConfig, attempt: str, *, custom: bool) -> Writers:
+        """Writers for one attempt: Ray actors where a custom predictor's columns may be of any width."""
+        if not custom:
+            return cls(ShardWriter(store, attempt, config.output.compression), [])
+        import ray
+
+        count = -(-config.inference.actors // _ACTORS_PER_WRITER)
+        remote = ray.remote(num_cpus=0, max_restarts=0)(ShardWriter)
+        return cls(None, [remote.remote(store, attempt, config.output.compression) for _ in range(count)])
+
+    def keep(self, table: pa.Table) -> None:
+        """Gathers the predictions in rows that came back to the driver."""
+        if self._local is None:
+            return
+        good = table.filter(pc.is_null(table["error_type"]))
+        if not good.num_rows:
+            return
+        columns = ["shard", "row", *good.column_names[len(RESULT_SCHEMA) :]]
+        good = good.select(columns)
+        for shard in pc.unique(good["shard"]).to_pylist():
+            with self._lock:
+                self._local.add(shard, good.filter(pc.equal(good["shard"], shard)))
+
+    def close(self, shard: int, errors: pa.Table) -> Commit:
+        """Writes a shard's files."""
+        if self._local is not None:
+            return self._local.close(shard, errors)
+        import ray
+
+        handle = self.handles[shard % len(self.handles)]
+        commit: Commit = ray.get(handle.close.remote(shard, errors))
+        return commit
+
+
+class Closing:
+    """Writes and commits closed shards beside the main loop, so many at a time."""
+
+    def __init__(self, ledger: Ledger, writers: Writers, on_commit: Callable[[Commit, bool], None]) -> None:
+        self.ledger = ledger
+        self.lost_race = False
+        self._writers = writers
+        self._on_commit = on_commit
+        self._pool = ThreadPoolExecutor(_CLOSING // 2, thread_name_prefix="close")
+        self._running: deque[Future[tuple[Commit, bool]]] = deque()
+        self._asked = 0.0
+
+    def __enter__(self) -> Closing:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        # Shards that are complete are worth their commit even when the job stops for another reason.
+        self._pool.shutdown(wait=True, cancel_futures=args[0] is not None)
+
+    def add(self, shard: int, part: OpenShard) -> None:
+        """Starts closing a shard; waits where too many are on their way."""
+        self._running.append(self._pool.submit(self._close, shard, part.error_table()))
+        self._reap(_CLOSING)
+
+    def wait(self) -> None:
+        """Waits until everything is committed; raises what went wrong."""
+        self._reap(0)
+
+    def everything_committed(self, shards: int) -> bool:
+        """Whether this and other drivers together have committed all; asks the store every few seconds at most."""
+        if time.monotonic() - self._asked < 5:
+            return False
+        self._asked = time.monotonic()
+        return len(self.ledger.committed()) == shards
+
+    def _reap(self, allowed: int) -> None:
+        while self._running and (len(self._running) > allowed or self._running[0].done()):
+            commit, mine = self._running.popleft().result()
+            self._on_commit(commit, mine)
+
+    def _close(self, shard: int, errors: pa.Table) -> tuple[Commit, bool]:
+        commit = self._writers.close(shard, errors)
+        mine = self.ledger.commit(commit)
+        if not mine:
+            self.lost_race = True
+            # Without this the loser's rows would stand beside the winner's for whoever reads the folder.
+            self.ledger.store.delete([file.path for file in commit.files])
+        return commit, mine

@@ -1,0 +1,199 @@
+"""The Ray cluster: joining or starting one, and whether the job fits into it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from batch_inference.config import InferenceConfig, JobConfig
+from batch_inference.errors import SystemFault, UserError
+
+# Ray's own words go to its log files; the program says what matters itself.
+_QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TQDM": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a job asks Ray for at the same time.
+
+    Attributes:
+        actor_cpus: CPUs of all actors.
+        actor_gpus: GPUs of all actors.
+        task_cpus: CPUs of one preparation task, without which the actors would wait for ever.
+    """
+
+    actor_cpus: float
+    actor_gpus: float
+    task_cpus: float
+
+    @classmethod
+    def of(cls, config: JobConfig) -> Demand:
+        """The demand of a configuration."""
+        section: InferenceConfig = config.inference
+        return cls(
+            section.actors * section.cpus_per_actor, section.actors * section.gpus_per_actor, config.preprocess.cpus_per_task
+        )
+
+    @property
+    def cpus(self) -> float:
+        """CPUs needed so that actors and at least one task fit together."""
+        return self.actor_cpus + self.task_cpus
+
+    def problems(self, cpus: float, gpus: float) -> list[str]:
+        """What does not fit into so many CPUs and GPUs, with the numbers."""
+        found = []
+        if self.actor_gpus > gpus:
+            found.append(
+                f"the actors need {self.actor_gpus:g} GPUs (inference.actors x gpus_per_actor), there are {gpus:g}: "
+                "lower inference.actors, or set inference.gpus_per_actor=0 to run on the CPU"
+            )
+        if self.cpus > cpus:
+            found.append(
+                f"{self.cpus:g} CPUs are needed ({self.actor_cpus:g} for the actors and {self.task_cpus:g} for a preparation "
+                f"task), there are {cpus:g}: lower inference.actors or inference.cpus_per_actor"
+            )
+        return found
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that Ray would find."""
+    from ray._private.accelerators import get_all_accelerator_managers
+
+    total = 0
+    for manager in get_all_accelerator_managers():
+        if manager.get_resource_name() == "GPU":
+            with contextlib.suppress(Exception):
+                total = max(total, manager.get_current_node_num_accelerators())
+    return total
+
+
+def is_client_address(address: str | None) -> bool:
+    """Whether an address is one of Ray Client, ``ray://host:10001``."""
+    return bool(address and address.startswith("ray://"))
+
+
+@contextlib.contextmanager
+def connected(config: JobConfig, address: str | None, dashboard_host: str | None) -> Iterator[str | None]:
+    """Joins the Ray cluster at ``address``, or starts one on this machine and ends it afterwards.
+
+    A Ray that runs in this process already is used as it is.
+
+    Args:
+        config: Its demand must fit.
+        address: ``host:port``, ``auto``, ``ray://host:port``, or None.
+        dashboard_host: Address that a started cluster's dashboard listens on; None for no dashboard.
+
+    Yields:
+        The dashboard's URL, if there is one.
+
+    Raises:
+        UserError: If the job does not fit into this machine, or the cluster refuses.
+        SystemFault: If there is no cluster at ``address``.
+    """
+    os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
+    import ray
+
+    _silence_consoles()
+    if ray.is_initialized():
+        yield None
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    context = _join(address) if address else _start(config, dashboard_host)
+    try:
+        url = getattr(context, "dashboard_url", None)
+        yield f"http://{url}" if url else None
+    finally:
+        ray.shutdown()
+
+
+def _silence_consoles() -> None:
+    """Leaves Ray's Python loggers their files and takes their consoles."""
+    import ray.data  # configures its logger on import
+
+    for name in ("ray", "ray.data"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if type(handler).__name__ in ("PlainRayHandler", "StreamHandler"):
+                logger.removeHandler(handler)
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+
+
+@contextlib.contextmanager
+def _stderr_aside() -> Iterator[None]:
+    """Keeps what Ray's native code prints while it starts out of the terminal; there is no switch for it."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as aside:
+        saved = os.dup(2)
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _start(config: JobConfig, dashboard_host: str | None) -> Any:
+    import ray
+
+    demand = Demand.of(config)
+    cpus = os.cpu_count() or 1
+    problems = demand.problems(math.inf, local_gpus())
+    if problems:
+        raise UserError("the job does not fit into this machine: " + "; ".join(problems), "Change these and run again.")
+    # Without spare CPUs the actors would take them all and wait for tasks that never start. More than there are is
+    # harmless here: they only share time.
+    with _stderr_aside():
+        return ray.init(
+            num_cpus=max(cpus, math.ceil(demand.cpus)),
+            include_dashboard=dashboard_host is not None,
+            dashboard_host=dashboard_host or "127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            configure_logging=False,
+        )
+
+
+def _join(address: str) -> Any:
+    import ray
+
+    # A cluster may ask for a token; the environment or ~/.ray/auth_token has it where there is one.
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+    try:
+        with _stderr_aside():
+            return ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False)
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError, AssertionError, OSError) as exc:
+        text = " ".join(str(exc).split())[:300]
+        if "auth" in text.lower() or "token" in text.lower():
+            raise UserError(
+                f"the Ray cluster at {address} refused the connection: {text}",
+                "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's token.",
+            ) from None
+        raise SystemFault(
+            f"there is no Ray cluster to be reached at {address}: {text}",
+            "Check the address and the port (10001 for ray://, 6379 otherwise), that versions are equal, and that the cluster's "
+            "token is in RAY_AUTH_TOKEN or ~/.ray/auth_token if it asks for one.",
+        ) from None
+
+
+def _has_token() -> bool:
+    from pathlib import Path
+
+    return any(k in os.environ for k in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or Path.home().joinpath(".ray/auth_token").exists()

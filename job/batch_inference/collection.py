@@ -1,0 +1,224 @@
+"""Which rows of which shards have come back, and when a shard is closed."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_inference import manifest
+from batch_inference.config import ErrorsConfig
+from batch_inference.errors import (
+    SYSTEMIC_ERROR_TYPES,
+    BatchInferenceError,
+    CountsDoNotClose,
+    SystemFault,
+    ThresholdExceeded,
+    UserError,
+)
+
+ERROR_COLUMNS = ("row", "stage", "error_type", "message", "retryable")
+
+
+@dataclass
+class Tally:
+    """Counts of a job, over all attempts where not said otherwise.
+
+    Attributes:
+        rows: Rows that came back or were committed before.
+        errors: Those of them that failed.
+        errors_by: ``{stage: {error_type: count}}``.
+        seen: Rows that came back in this attempt.
+        bytes: Bytes fetched in this attempt.
+        fetch_s: Seconds of fetching in this attempt, added up over parallel work; likewise decode_s, infer_s.
+    """
+
+    rows: int = 0
+    errors: int = 0
+    errors_by: dict[str, dict[str, int]] = field(default_factory=dict)
+    seen: int = 0
+    bytes: int = 0
+    fetch_s: float = 0.0
+    decode_s: float = 0.0
+    infer_s: float = 0.0
+
+    @property
+    def predictions(self) -> int:
+        """Rows with a prediction."""
+        return self.rows - self.errors
+
+    def add_errors(self, by: dict[str, dict[str, int]]) -> None:
+        """Adds counts by stage and type."""
+        for stage, kinds in by.items():
+            mine = self.errors_by.setdefault(stage, {})
+            for kind, count in kinds.items():
+                mine[kind] = mine.get(kind, 0) + count
+                self.errors += count
+
+    def check(self, limits: ErrorsConfig) -> None:
+        """Raises ThresholdExceeded where more rows failed than ``limits`` allow."""
+        where = "; ".join(describe_errors(self.errors_by)[:3])
+        if limits.max_count is not None and self.errors > limits.max_count:
+            raise ThresholdExceeded(
+                f"{self.errors:,} of {self.rows:,} rows failed, more than errors.max_count = {limits.max_count:,} ({where})",
+                "Look at the errors/ table; mend the input, or raise errors.max_count and run again: it resumes.",
+            )
+        percent = 100 * self.errors / max(1, self.rows)
+        if limits.max_percent is not None and self.rows >= limits.min_sample and percent > limits.max_percent:
+            raise ThresholdExceeded(
+                f"{self.errors:,} of {self.rows:,} rows failed = {percent:.1f} %, more than errors.max_percent = "
+                f"{limits.max_percent:g} ({where})",
+                "Look at the errors/ table; mend the input, or raise errors.max_percent and run again: it resumes.",
+            )
+
+
+def describe_errors(by: dict[str, dict[str, int]]) -> list[str]:
+    """Errors as short texts, most frequent first: ``decode TRUNCATED 12``."""
+    flat = [(count, stage, kind) for stage, kinds in by.items() for kind, count in kinds.items()]
+    return [f"{stage} {kind} {count:,}" for count, stage, kind in sorted(flat, key=lambda i: (-i[0], i[1], i[2]))]
+
+
+@dataclass
+class OpenShard:
+    """A shard of which rows are still missing."""
+
+    seen: np.ndarray
+    errors: list[pa.Table] = field(default_factory=list)
+    systemic: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row came back."""
+        return bool(self.seen.all())
+
+    def error_table(self) -> pa.Table:
+        """All failed rows, columns ``ERROR_COLUMNS``."""
+        return pa.concat_tables(self.errors)
+
+
+class Collector:
+    """Takes result rows in any order and tells which shards they complete.
+
+    Shards of which every row failed for a systemic reason are held back until any other row shows that the system is
+    well; where none does, the job stops with that one reason instead of writing it once for each image.
+
+    Args:
+        rows: Number of inputs of each shard that is to be done.
+        tally: Counts, updated here.
+    """
+
+    # So many systemic failures with nothing else between them are not a matter of single images any more.
+    WINDOW = 128
+
+    def __init__(self, rows: dict[int, int], tally: Tally) -> None:
+        self._rows = rows
+        self._open: dict[int, OpenShard] = {}
+        self._held: dict[int, OpenShard] = {}
+        self._recent: deque[int] = deque(maxlen=self.WINDOW)
+        self._well = False
+        self._last_systemic: tuple[str, str, str] | None = None
+        self.tally = tally
+
+    def add(self, table: pa.Table) -> list[tuple[int, OpenShard]]:
+        """Takes rows of ``RESULT_SCHEMA``.
+
+        Returns:
+            The shards that are complete now and fit to be committed.
+
+        Raises:
+            CountsDoNotClose: If a row came back twice or has no place.
+            UserError: If nothing but denied access or a failing predictor came back.
+            SystemFault: If nothing but an unreachable store came back.
+        """
+        failed = pc.is_valid(table["error_type"])
+        self._count(table, failed)
+        shards = table["shard"].to_numpy()
+        done: list[tuple[int, OpenShard]] = []
+        for shard in np.unique(shards).tolist():
+            mine = pa.array(shards == shard)
+            done += self._add_shard(shard, table.filter(mine), failed.filter(mine))
+        self._judge(table, failed)
+        if self._well and self._held:
+            done += self._held.items()
+            self._held = {}
+        return done
+
+    def finish(self) -> list[tuple[int, OpenShard]]:
+        """What is left when all rows are in.
+
+        Raises:
+            CountsDoNotClose: If rows never came back.
+            UserError, SystemFault: If every row of this attempt failed for a systemic reason.
+        """
+        if self._held and not self._well:
+            raise self._stop()
+        if self._open:
+            shard, part = next(iter(self._open.items()))
+            raise CountsDoNotClose(
+                f"{len(self._open)} shards did not come back whole, {manifest.shard_name(shard)} has "
+                f"{int(part.seen.sum())} of {len(part.seen)} rows",
+                "They are not committed; running the same command again does them anew.",
+            )
+        return []
+
+    def _count(self, table: pa.Table, failed: pa.ChunkedArray) -> None:
+        tally = self.tally
+        tally.rows += table.num_rows
+        tally.seen += table.num_rows
+        for name in ("bytes", "fetch_s", "decode_s", "infer_s"):
+            setattr(tally, name, getattr(tally, name) + (pc.sum(table[name]).as_py() or 0))
+        if pc.any(failed).as_py():
+            bad = table.filter(failed)
+            by: dict[str, dict[str, int]] = {}
+            for stage, kind in zip(bad["stage"].to_pylist(), bad["error_type"].to_pylist(), strict=True):
+                by.setdefault(stage, {})
+                by[stage][kind] = by[stage].get(kind, 0) + 1
+            tally.add_errors(by)
+
+    def _add_shard(self, shard: int, table: pa.Table, failed: pa.ChunkedArray) -> list[tuple[int, OpenShard]]:
+        if shard not in self._open:
+            if shard not in self._rows:
+                raise CountsDoNotClose(f"rows of {manifest.shard_name(shard)} came back, which was not to be done", "This is a defect.")
+            self._open[shard] = OpenShard(np.zeros(self._rows.pop(shard), bool), [table.select(list(ERROR_COLUMNS)).slice(0, 0)])
+        part = self._open[shard]
+        rows = table["row"].to_numpy()
+        if rows.max(initial=0) >= len(part.seen) or part.seen[rows].any() or len(np.unique(rows)) < len(rows):
+            raise CountsDoNotClose(
+                f"a row of {manifest.shard_name(shard)} came back twice or has no place in it",
+                "The shard is not committed; running the same command again does it anew.",
+            )
+        part.seen[rows] = True
+        if pc.any(failed).as_py():
+            bad = table.filter(failed).select(list(ERROR_COLUMNS))
+            part.errors.append(bad)
+            part.systemic += sum(kind in SYSTEMIC_ERROR_TYPES for kind in bad["error_type"].to_pylist())
+        if not part.complete:
+            return []
+        del self._open[shard]
+        if part.systemic == len(part.seen):
+            self._held[shard] = part
+            return []
+        return [(shard, part)]
+
+    def _judge(self, table: pa.Table, failed: pa.ChunkedArray) -> None:
+        kinds = table["error_type"].to_pylist()
+        self._recent.extend(kind in SYSTEMIC_ERROR_TYPES for kind in kinds)
+        self._well = len(self._recent) > 0 and not all(self._recent)
+        for place, kind in enumerate(kinds):
+            if kind in SYSTEMIC_ERROR_TYPES:
+                self._last_systemic = (table["stage"][place].as_py(), kind, table["message"][place].as_py())
+        if len(self._recent) == self.WINDOW and all(self._recent):
+            raise self._stop()
+
+    def _stop(self) -> BatchInferenceError:
+        stage, kind, message = self._last_systemic or ("fetch", "STORE_UNREACHABLE", "")
+        count = len(self._recent)
+        fact = f"every one of the last {count} rows failed at {stage} with {kind}: {message}"
+        if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
+            return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")
+        if stage in ("infer", "postprocess"):
+            return UserError(fact, "Mend the predictor; try it on one image first.")
+        return SystemFault(fact, "Check the store and the network, then start the same command again; it resumes.")

@@ -1,0 +1,218 @@
+"""What a person sees: a live table on a terminal, a line now and then elsewhere, and the verdict."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import structlog
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from batch_inference.collection import describe_errors
+from batch_inference.driver import RunResult
+from batch_inference.errors import BatchInferenceError
+from batch_inference.progress import Snapshot
+from batch_inference.storage import display
+
+log = structlog.get_logger()
+
+_LINE_EVERY_S = 10.0
+_PHASES = {
+    "plan": "listing the inputs",
+    "start": "starting Ray and the model",
+    "run": "working",
+    "finish": "recounting",
+    "done": "done",
+}
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people.
+
+    >>> duration(3725)
+    '1 h 02 min'
+    """
+    if seconds is None:
+        return "unknown"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def rate_text(rate: float | None) -> str:
+    """Images a second for people; a short run has none worth printing."""
+    return "?" if rate is None else f"{rate:,.1f}"
+
+
+class Display:
+    """Follows a run; a context manager whose :meth:`update` is the run's ``on_progress``."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self._live = None if quiet or not self._console.is_terminal else Live(console=self._console, refresh_per_second=4, transient=True)
+        self._quiet = quiet
+        self._phase = ""
+        self._line_at = 0.0
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Shows where the run stands; cheap enough for every batch."""
+        if self._live:
+            self._live.update(self._table(snapshot))
+        elif not self._quiet:
+            self._line(snapshot)
+
+    def _line(self, snapshot: Snapshot) -> None:
+        moment = time.monotonic()
+        if snapshot.phase == self._phase and moment - self._line_at < _LINE_EVERY_S:
+            return
+        if snapshot.phase == "run":
+            log.info(
+                "progress",
+                rows=f"{snapshot.tally.rows}/{snapshot.rows_total}",
+                shards=f"{snapshot.shards_done}/{snapshot.shards_total}",
+                errors=snapshot.tally.errors,
+                images_per_s=rate_text(snapshot.images_per_s),
+                eta=duration(snapshot.eta_s),
+            )
+        elif snapshot.phase != self._phase:
+            log.info(_PHASES[snapshot.phase])
+        self._phase = snapshot.phase
+        self._line_at = moment
+
+    def _table(self, snapshot: Snapshot) -> Group:
+        tally = snapshot.tally
+        head = Text.assemble(
+            (f"{_PHASES[snapshot.phase]:<28}", "bold"),
+            f"{tally.rows:,} of {snapshot.rows_total:,} rows   {rate_text(snapshot.images_per_s)} images/s   "
+            f"errors {tally.errors:,}   ETA {duration(snapshot.eta_s)}",
+        )
+        bar = ProgressBar(total=max(1, snapshot.rows_total), completed=tally.rows, width=76)
+        stages = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for name in ("stage", "ms an image", "share", "errors"):
+            stages.add_column(name, justify="left" if name == "stage" else "right", style="dim" if name == "stage" else "")
+        seconds = {"fetch": tally.fetch_s, "decode": tally.decode_s, "infer": tally.infer_s}
+        total = sum(seconds.values()) or 1.0
+        for stage, spent in seconds.items():
+            failed = sum(tally.errors_by.get(stage, {}).values())
+            stages.add_row(stage, f"{1000 * spent / max(1, tally.seen):.1f}", f"{100 * spent / total:.0f} %", f"{failed:,}")
+        foot = Text(
+            f"shards {snapshot.shards_done:,} of {snapshot.shards_total:,} committed   running for {duration(snapshot.elapsed_s)}"
+            + (f"   dashboard {snapshot.dashboard}" if snapshot.dashboard else ""),
+            style="dim",
+        )
+        return Group(head, bar, stages, foot)
+
+
+def verdict_of(result: RunResult) -> list[str]:
+    """The five lines that end a good run: what happened, errors, speed, what next, where the output is."""
+    where = display(result.output)
+    if result.already_done:
+        first = f"SUCCEEDED: this job was done already; {_counts(result)}; nothing was run"
+        speed = f"speed: answered in {result.elapsed_s:.1f} s; delete {where} or choose another --output to run it anew"
+    else:
+        first = f"SUCCEEDED: {_counts(result)}"
+        speed = (
+            f"speed: {result.elapsed_s:.1f} s in all, {rate_text(result.images_per_s)} images/s without start-up, "
+            f"{result.shards:,} shard{'s' if result.shards != 1 else ''}"
+        )
+    kinds = describe_errors(result.errors_by)
+    more = f", and {len(kinds) - 5} more kinds" if len(kinds) > 5 else ""
+    return [
+        first,
+        "errors: " + (", ".join(kinds[:5]) + more + f" (see {where}/errors)" if kinds else "none"),
+        speed,
+        f'next: batch-inference verify {where}; or pandas.read_parquet("{where}/predictions")',
+        f"output: {where} (fingerprint {result.fingerprint[:12]}, report {where}/_report/summary.json)",
+    ]
+
+
+def _counts(result: RunResult) -> str:
+    return (
+        f"{result.rows:,} of {result.rows:,} images accounted for, {result.predictions:,} predictions and {result.errors:,} errors"
+    )
+
+
+def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot) -> list[str]:
+    """The five lines that end a run that failed or was stopped."""
+    tally = snapshot.tally
+    head = "INTERRUPTED" if exc.exit_code == 130 else "FAILED"
+    facts = exc.message.strip().splitlines() or ["no reason given"]
+    kinds = describe_errors(tally.errors_by)
+    return [
+        f"{head} (exit {exc.exit_code}): {facts[0]}" + (" (all of it above)" if len(facts) > 1 else ""),
+        f"rows: {tally.rows:,} of {snapshot.rows_total:,} came back, {snapshot.shards_done:,} of {snapshot.shards_total:,} shards "
+        f"are committed and stay",
+        "errors: " + (", ".join(kinds[:5]) if kinds else "none"),
+        f"remedy: {exc.remedy or 'start the same command again'}",
+        f"output: {display(output) if output else 'none'}",
+    ]
+
+
+def print_verdict(lines: list[str]) -> None:
+    """Prints the verdict to stdout, after everything that is on its way to stderr."""
+    sys.stderr.flush()
+    console = Console(soft_wrap=True, highlight=False)
+    for place, line in enumerate(lines):
+        style = ("green" if line.startswith("SUCCEEDED") else "red") if place == 0 else ""
+        console.print(Text(line, style=style))
+
+
+def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
+    """A small two-column table on stdout."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold")
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+
+
+def print_rows(output: str) -> None:
+    """Prints every prediction and every error of a small local output on stdout.
+
+    Args:
+        output: Path of a finished output folder.
+    """
+    from pathlib import PurePosixPath
+
+    import pyarrow.dataset as ds
+
+    console = Console(highlight=False)
+    tables = {}
+    for kind in ("predictions", "errors"):
+        folder = Path(output, kind)
+        tables[kind] = ds.dataset(folder, format="parquet").to_table().sort_by("uri").to_pylist() if folder.is_dir() else []
+    good = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("image", "label", "confidence"):
+        good.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")
+    for row in tables["predictions"]:
+        good.add_row(escape(PurePosixPath(row["uri"]).name), escape(row["label"]), f"{100 * row['confidence']:.1f} %")
+    bad = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("failed image", "stage", "type", "reason"):
+        bad.add_column(name, overflow="fold")
+    for row in tables["errors"]:
+        bad.add_row(escape(PurePosixPath(row["uri"]).name), row["stage"], row["error_type"], escape(row["message"]))
+    console.print(good)
+    console.print()
+    console.print(bad)
+    console.print()

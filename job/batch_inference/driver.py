@@ -1,0 +1,361 @@
+"""The driver: runs the pipeline and writes the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import structlog
+
+from batch_inference.closing import Closing, Writers
+from batch_inference.cluster import connected, is_client_address
+from batch_inference.collection import Collector
+from batch_inference.config import JobConfig
+from batch_inference.errors import BatchInferenceError, Interrupted, UserError
+from batch_inference.identity import Engine, check_columns, check_same_job, input_notes, job_identity, resolve_engine, versions
+from batch_inference.ledger import Commit, Job, Ledger, now
+from batch_inference.manifest import find_inputs
+from batch_inference.pipeline import explain_ray_failure, results
+from batch_inference.progress import Snapshot
+from batch_inference.storage import Store, canonical_uri
+
+log = structlog.get_logger()
+
+_PROGRESS_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a job ended well.
+
+    Attributes:
+        output: Canonical URI of the output folder.
+        fingerprint: What its rows belong to.
+        rows: Inputs; always ``predictions + errors``.
+        predictions: Rows with a prediction.
+        errors: Rows with an error.
+        errors_by: ``{stage: {error_type: count}}``.
+        shards: Number of shards.
+        attempt: Identifier of this attempt.
+        already_done: Whether an earlier attempt had finished everything.
+        elapsed_s: Seconds this attempt took.
+        images_per_s: Rows a second of this attempt, start-up left out; None where it was too short to tell.
+    """
+
+    output: str
+    fingerprint: str
+    rows: int
+    predictions: int
+    errors: int
+    errors_by: dict[str, dict[str, int]]
+    shards: int
+    attempt: str
+    already_done: bool
+    elapsed_s: float
+    images_per_s: float | None
+
+
+def run(
+    config: JobConfig,
+    *,
+    address: str | None = None,
+    dashboard_host: str | None = None,
+    on_progress: Callable[[Snapshot], None] | None = None,
+) -> RunResult:
+    """Runs a job, or what is left of it.
+
+    Args:
+        config: The job.
+        address: Ray cluster to use; None starts one on this machine for the time of the job. ``ray://`` runs the driver
+            inside the cluster, where paths of local files are the cluster's.
+        dashboard_host: Address that a started cluster's dashboard listens on; None for no dashboard.
+        on_progress: Called at every change of phase and with every batch of rows; must return quickly.
+
+    Returns:
+        The counts, which close.
+
+    Raises:
+        UserError: Configuration, input, credentials, model: the user's to mend (exit code 2).
+        ThresholdExceeded: Too many rows failed (3).
+        CountsDoNotClose: Rows are missing or double (4).
+        SystemFault: Store or cluster failed; try again (5).
+        Interrupted: SIGINT or SIGTERM (130).
+    """
+    if is_client_address(address):
+        from batch_inference.remote import run_in_cluster
+
+        return run_in_cluster(config, str(address), on_progress)
+    with interruptible():
+        return _Attempt(config, on_progress or (lambda snapshot: None)).run(address, dashboard_host)
+
+
+def open_output(config: JobConfig) -> Store:
+    """The store of ``output.uri``; raises UserError if none is set."""
+    if not config.output.uri:
+        raise UserError("no output is given", "Name a folder with --output, or set output.uri.")
+    return Store(config.output.uri, config.storage)
+
+
+class _Attempt:
+    """One start of the program on a job."""
+
+    def __init__(self, config: JobConfig, on_progress: Callable[[Snapshot], None]) -> None:
+        self.config = config
+        self.on_progress = on_progress
+        self.attempt = uuid4().hex[:8]
+        self.started = time.monotonic()
+        self.snapshot = Snapshot()
+        self._progress_written = 0.0
+
+    def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
+        self._show("plan")
+        store = open_output(self.config)
+        ledger = Ledger(store)
+        engine = resolve_engine(self.config)
+        job = ledger.job()
+        if job is not None:
+            check_same_job(self.config, engine, job, store)
+            done = ledger.success()
+            if done is not None:
+                return self._already_done(job, done)
+        store.probe()
+        if job is None:
+            job = self._plan(ledger, engine)
+        ledger.complete_manifest(job)
+        commits = ledger.commits()
+        self._resume(job, commits)
+        pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
+        self.snapshot.tally.check(self.config.errors)
+        try:
+            if pending:
+                self._work(ledger, job, engine, pending, address, dashboard_host)
+            return self._finish(ledger, job)
+        except BatchInferenceError as exc:
+            self._failed(ledger, job, exc)
+            raise
+
+    # --- before ---
+
+    def _plan(self, ledger: Ledger, engine: Engine) -> Job:
+        found = find_inputs(self.config)
+        check_columns(self.config, found.table.column_names)
+        rows = found.table.num_rows
+        job = Job(
+            config=self.config.model_dump(mode="json"),
+            fingerprint="",
+            identity=job_identity(self.config, engine, found.manifest_sha256),
+            shards=-(-rows // self.config.shard_size),
+            rows=rows,
+            plan="",
+            versions=versions(),
+            created_at=now(),
+            skipped=found.skipped,
+            duplicates=found.duplicates,
+            repeated=found.repeated,
+            passthrough=tuple(found.table.column_names[1:]),
+        )
+        job = ledger.create_job(found.table, job, self.attempt)
+        check_same_job(self.config, engine, job, ledger.store)
+        log.info("planned", inputs=job.rows, shards=job.shards, fingerprint=job.fingerprint[:12])
+        for note in input_notes(job):
+            log.warning(note)
+        return job
+
+    def _resume(self, job: Job, commits: list[Commit]) -> None:
+        snapshot = self.snapshot
+        snapshot.rows_total, snapshot.shards_total = job.rows, job.shards
+        snapshot.shards_done = snapshot.shards_resumed = len(commits)
+        for commit in commits:
+            snapshot.tally.rows += commit.rows
+            snapshot.tally.add_errors(commit.errors_by)
+        if commits:
+            log.info("resuming", shards_done=len(commits), shards=job.shards, rows_done=snapshot.tally.rows)
+
+    def _already_done(self, job: Job, done: dict[str, Any]) -> RunResult:
+        tally = self.snapshot.tally
+        tally.rows = job.rows
+        tally.add_errors(done.get("errors_by", {}))
+        self._show("done")
+        return self._result(job, already_done=True)
+
+    # --- the work ---
+
+    def _work(
+        self, ledger: Ledger, job: Job, engine: Engine, pending: list[int], address: str | None, dashboard_host: str | None
+    ) -> None:
+        self._show("start")
+        with connected(self.config, address, dashboard_host) as dashboard, interruptible():
+            self.snapshot.dashboard = dashboard
+            if dashboard:
+                log.info("Ray's dashboard", url=dashboard)
+            self._show("start")
+            writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
+            rows = {shard: job.rows_of(shard, job.shard_size) for shard in pending}
+            collector = Collector(rows, self.snapshot.tally)
+            with Closing(ledger, writers, self._committed) as closing, contextlib.closing(
+                results(ledger.store, self.config, engine, rows, writers.handles)
+            ) as tables:
+                try:
+                    self._collect(tables, collector, closing, writers)
+                except BatchInferenceError:
+                    raise
+                except KeyboardInterrupt:
+                    raise
+                except Exception as exc:
+                    raise explain_ray_failure(exc) from exc
+
+    def _collect(
+        self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers
+    ) -> None:
+        begun: float | None = None
+        for table in tables:
+            writers.keep(table)
+            for shard, part in collector.add(table):
+                closing.add(shard, part)
+            if begun is None:
+                begun, self.snapshot.first_rows = time.monotonic(), table.num_rows
+            self.snapshot.working_s = time.monotonic() - begun
+            self.snapshot.tally.check(self.config.errors)
+            self._show("run")
+            self._write_progress(closing.ledger.store)
+            if closing.lost_race and closing.everything_committed(self.snapshot.shards_total):
+                log.info("another driver has committed the rest")
+                break
+        else:
+            collector.finish()
+        closing.wait()
+
+    def _committed(self, commit: Commit, mine: bool) -> None:
+        self.snapshot.shards_done += 1
+        if not mine:
+            self.snapshot.shards_resumed += 1
+
+    # --- after ---
+
+    def _finish(self, ledger: Ledger, job: Job) -> RunResult:
+        self._show("finish")
+        commits = ledger.commits()
+        ledger.check_closed(job, commits)
+        # What the ledger says counts, also where another driver did part of the work.
+        tally = self.snapshot.tally
+        tally.rows, tally.errors, tally.errors_by = 0, 0, {}
+        for commit in commits:
+            tally.rows += commit.rows
+            tally.add_errors(commit.errors_by)
+        self.snapshot.shards_done = len(commits)
+        tally.check(self.config.errors)
+        result = self._result(job, already_done=False)
+        totals = {
+            "rows": tally.rows,
+            "predictions": tally.predictions,
+            "errors": tally.errors,
+            "errors_by": tally.errors_by,
+            "shards": job.shards,
+        }
+        self._write_summary(ledger, job, commits, "SUCCEEDED", "")
+        deleted = ledger.finish(job, commits, totals)
+        if deleted:
+            log.info("deleted files that no commit names", files=deleted)
+        self._show("done")
+        self._write_progress(ledger.store, force=True)
+        return result
+
+    def _failed(self, ledger: Ledger, job: Job, exc: BatchInferenceError) -> None:
+        """Leaves the verdict beside the output, if the store still takes it."""
+        if isinstance(exc, Interrupted):
+            return
+        record = {
+            "fingerprint": job.fingerprint,
+            "exit_code": exc.exit_code,
+            "verdict": exc.message,
+            "remedy": exc.remedy,
+            "attempt": self.attempt,
+            "failed_at": now(),
+        }
+        with contextlib.suppress(BatchInferenceError, OSError):
+            ledger.store.put("_FAILED", json.dumps(record, indent=1).encode())
+            self._write_summary(ledger, job, [], "FAILED", exc.message)
+
+    def _result(self, job: Job, *, already_done: bool) -> RunResult:
+        tally = self.snapshot.tally
+        return RunResult(
+            output=canonical_uri(self.config.output.uri).rstrip("/"),
+            fingerprint=job.fingerprint,
+            rows=tally.rows,
+            predictions=tally.predictions,
+            errors=tally.errors,
+            errors_by=tally.errors_by,
+            shards=job.shards,
+            attempt=self.attempt,
+            already_done=already_done,
+            elapsed_s=time.monotonic() - self.started,
+            images_per_s=self.snapshot.images_per_s,
+        )
+
+    def _write_summary(self, ledger: Ledger, job: Job, commits: list[Commit], state: str, verdict: str) -> None:
+        tally = self.snapshot.tally
+        by_attempt: dict[str, int] = {}
+        for commit in commits:
+            by_attempt[commit.attempt] = by_attempt.get(commit.attempt, 0) + 1
+        summary = {
+            "state": state,
+            "verdict": verdict,
+            "attempt": self.attempt,
+            "fingerprint": job.fingerprint,
+            "created_at": job.created_at,
+            "versions": versions(),
+            "shards_by_attempt": by_attempt,
+            "skipped": job.skipped,
+            "duplicates": job.duplicates,
+            **self.snapshot.to_dict(),
+            "this_attempt": {
+                "rows": tally.seen,
+                "bytes": tally.bytes,
+                "working_s": round(self.snapshot.working_s, 3),
+                "stage_s": {n: round(getattr(tally, f"{n}_s"), 3) for n in ("fetch", "decode", "infer")},
+            },
+        }
+        ledger.store.put("_report/summary.json", json.dumps(summary, indent=1).encode())
+
+    # --- progress ---
+
+    def _show(self, phase: str) -> None:
+        self.snapshot.phase = phase
+        self.snapshot.elapsed_s = time.monotonic() - self.started
+        self.on_progress(self.snapshot)
+
+    def _write_progress(self, store: Store, force: bool = False) -> None:
+        moment = time.monotonic()
+        if force or moment - self._progress_written > _PROGRESS_EVERY_S:
+            self._progress_written = moment
+            # A report that can't be written is no reason to stop; a commit that can't be is.
+            with contextlib.suppress(BatchInferenceError):
+                store.put("_report/progress.json", json.dumps(self.snapshot.to_dict(), indent=1).encode())
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM as an exception in the main thread; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name}", "Run the same command again: it resumes with the shards that are left."
+        )
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

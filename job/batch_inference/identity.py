@@ -1,0 +1,214 @@
+"""What makes a job's rows comparable, and the engine that makes them: the parts of the fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from batch_inference import manifest
+from batch_inference.config import JobConfig, PredictorConfig
+from batch_inference.errors import UserError
+from batch_inference.ledger import Job, fingerprint
+from batch_inference.storage import Store, canonical_uri, display
+from batch_inference.transform import Transform
+
+_OUTPUT_SCHEMA = "1"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the actors run.
+
+    Attributes:
+        factory: Makes the predict function in an actor.
+        transform: Resize and crop before the actor; None for custom predictors, which get images as they are.
+        identity: Flat texts that say exactly what this is.
+        custom: Whether it is a predictor of the user's.
+    """
+
+    factory: Any
+    transform: Transform | None
+    identity: dict[str, str]
+    custom: bool
+
+
+def resolve_engine(config: JobConfig) -> Engine:
+    """Finds model or predictor and checks all that can be checked without loading it.
+
+    Raises:
+        UserError: If it does not exist.
+    """
+    from batch_inference.inference import ClassifierFactory, CustomFactory
+
+    if config.predictor is not None:
+        cls = _load_class(config.predictor)
+        identity = {"predictor.path": config.predictor.path, **_source_digest(cls)}
+        if config.predictor.args:
+            identity["predictor.args"] = repr(config.predictor.args)
+        if config.predictor.kwargs:
+            identity["predictor.kwargs"] = repr(sorted(config.predictor.kwargs.items()))
+        return Engine(CustomFactory(cls, config.predictor), None, identity, True)
+    from batch_inference.models import describe_model
+
+    info = describe_model(config.model, config.storage)
+    identity = {f"model.{key.removeprefix('model.')}": value for key, value in info.identity.items()}
+    identity |= {f"transform.{key}": str(value) for key, value in asdict(info.transform).items()}
+    identity["inference.top_k"] = str(config.inference.top_k)
+    labels = hashlib.sha256("\n".join(info.labels or ()).encode()).hexdigest()[:16] if info.labels else "none"
+    identity["model.labels"] = labels
+    return Engine(ClassifierFactory(config, info.transform, info.labels), info.transform, identity, False)
+
+
+def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dict[str, str]:
+    """All parts of the fingerprint but the manifest's digest, which is known once it is written.
+
+    Args:
+        config: The configuration.
+        engine: Model or predictor.
+        manifest_source: Digest of the manifest file the inputs come from, "" if they are listed.
+    """
+    section, pre = config.input, config.preprocess
+    identity = {
+        "output.schema": _OUTPUT_SCHEMA,
+        "shard_size": str(config.shard_size),
+        "input.limit": str(section.limit),
+        "preprocess.exact": str(pre.exact),
+        "preprocess.exif_orientation": str(pre.exif_orientation),
+        "preprocess.max_pixels": str(pre.max_pixels),
+        "preprocess.max_bytes": str(pre.max_bytes),
+    }
+    if section.manifest:
+        identity["input.manifest"] = canonical_uri(section.manifest)
+        identity["input.uri_column"] = section.uri_column
+        identity["input.manifest_sha256"] = manifest_source
+    else:
+        identity["input.uris"] = ", ".join(sorted(canonical_uri(u) for u in section.uris))
+        identity["input.extensions"] = " ".join(sorted(section.extensions))
+        identity["input.recursive"] = str(section.recursive)
+    return {**identity, **engine.identity}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what has a say in the result."""
+    from batch_inference import __version__
+
+    out = {"batch-inference": __version__, "python": sys.version.split()[0]}
+    for package in ("ray", "torch", "torchvision", "pillow", "pyarrow", "timm"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def _load_class(spec: PredictorConfig) -> Any:
+    module_name, _, attribute = spec.path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        missing = exc.name or module_name
+        what = f"there is no module {missing!r}" if missing == module_name.split(".")[0] else f"it needs {missing!r}, which is not installed"
+        raise UserError(
+            f"predictor {spec.path}: {what}", f"Put {module_name}.py into {here}, or install the package it is in."
+        ) from None
+    except Exception as exc:
+        raise UserError(
+            f"predictor {spec.path}: importing {module_name} failed: {type(exc).__name__}: {exc}", "Mend the module."
+        ) from None
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            names = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
+            raise UserError(
+                f"predictor {spec.path}: {module_name} has no {attribute!r}; its classes: {', '.join(names) or 'none'}",
+                "Name one of them after the colon.",
+            )
+    if not _is_installed(module):
+        # Workers on other machines do not have the file, so the class travels whole.
+        import ray.cloudpickle as cloudpickle
+
+        cloudpickle.register_pickle_by_value(module)
+    return found
+
+
+def _is_installed(module: Any) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is None or any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
+
+
+def _source_digest(cls: Any) -> dict[str, str]:
+    """Digest of the file that the predictor is defined in; a changed predictor is another job."""
+    try:
+        file = inspect.getsourcefile(cls)
+        return {"predictor.sha256": hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()} if file else {}
+    except (TypeError, OSError):
+        return {}
+
+
+def check_same_job(config: JobConfig, engine: Engine, job: Job, store: Store) -> None:
+    """Refuses to mix rows of different kinds in one output.
+
+    Raises:
+        UserError: With both fingerprints and what differs.
+    """
+    source = ""
+    if config.input.manifest:
+        # A manifest that is gone or changed would be another job; the frozen copy is what a resume reads.
+        source = manifest.source_digest(config)
+    identity = job_identity(config, engine, source)
+    frozen = {key: value for key, value in job.identity.items() if key != "manifest.sha256"}
+    if identity == frozen:
+        return
+    changed = [
+        f"{key}: {_short(frozen.get(key))} there, {_short(identity.get(key))} now"
+        for key in sorted(identity.keys() | frozen.keys())
+        if identity.get(key) != frozen.get(key)
+    ]
+    mine = fingerprint({**identity, "manifest.sha256": job.identity.get("manifest.sha256", "")})
+    raise UserError(
+        f"{display(store.uri)} belongs to another job: its fingerprint is {job.fingerprint[:12]}, this configuration's is "
+        f"{mine[:12]}; what differs:\n  - " + "\n  - ".join(changed),
+        "Choose another --output for this configuration, or go back to the one the output was made with.",
+    )
+
+
+def _short(value: str | None) -> str:
+    return "nothing" if value is None else value if len(value) <= 60 else value[:57] + "..."
+
+
+def check_columns(config: JobConfig, names: list[str]) -> None:
+    """Refuses passthrough columns that the classifier has of its own."""
+    if config.predictor is not None:
+        return
+    own = ("predicted_class_idx", "label", "confidence", "top_k")
+    clashes = [name for name in names if name in own]
+    if clashes:
+        raise UserError(
+            f"the manifest has columns that the predictions have of their own: {', '.join(clashes)}",
+            "Rename them in the manifest, for example to true_label.",
+        )
+
+
+def input_notes(job: Job) -> list[str]:
+    """What a user should know about the inputs before the work begins."""
+    notes = []
+    if job.skipped:
+        endings = ", ".join(f"{n} {e or 'without an ending'}" for e, n in sorted(job.skipped.items(), key=lambda i: -i[1])[:5])
+        notes.append(f"left out {sum(job.skipped.values()):,} files that do not end like images: {endings} (input.extensions)")
+    if job.duplicates:
+        notes.append(f"{job.duplicates:,} inputs were listed more than once; each is done once")
+    if job.repeated:
+        notes.append(f"{job.repeated:,} manifest lines repeat a URI; each line gets a row of its own")
+    if job.rows < 100:
+        notes.append(f"{job.rows} images are few: starting Ray and the model will take most of the time")
+    return notes

@@ -1,0 +1,232 @@
+"""From a file's bytes to an RGB image, or to the reason why there is none.
+
+Pillow alone, no torch: decoding runs in many small CPU processes, none of which needs a network.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from batch_inference.config import PreprocessConfig
+from batch_inference.errors import RowFailure
+
+# Named, so that Pillow tries no other plugin: some of them start programs (EPS), all of them widen what hostile files
+# can reach. JPEG includes MPO, what cameras make that store several pictures in a file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+_SIGNATURES = (
+    (b"\xff\xd8", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
+)
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow's own limit is a warning first and an exception at twice the size; ours is one number, checked below.
+Image.MAX_IMAGE_PIXELS = None
+# What is wrong with an image goes into its row; a line on the console for each of a million would hide what matters.
+# Filters of the module and not `catch_warnings`, which is not safe where several threads decode.
+warnings.filterwarnings("ignore", module=r"PIL\..*")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def open_image(data: bytes, config: PreprocessConfig) -> Image.Image:
+    """Decodes an encoded image.
+
+    Of several frames the first one is taken. Transparency is composited on white, 16 bit gray is scaled to 8 bit, other
+    color spaces are converted; embedded color profiles are not applied.
+
+    Args:
+        data: The file's content.
+        config: ``max_pixels`` and ``exif_orientation`` are used. (The orientation of TIFF is part of its pixel layout
+            and is always applied.)
+
+    Returns:
+        An image of mode ``RGB``, 8 bit a channel, in memory.
+
+    Raises:
+        RowFailure: Stage ``decode`` and one of EMPTY_FILE, UNKNOWN_FORMAT, TRUNCATED, CORRUPT, TOO_MANY_PIXELS,
+            UNSUPPORTED_MODE, DECODE_MEMORY. Nothing else is raised, whatever the bytes.
+    """
+    if not data:
+        raise RowFailure("decode", "EMPTY_FILE", "the file has zero bytes")
+    try:
+        return _decode(data, config)
+    except RowFailure:
+        raise
+    except MemoryError:
+        raise RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image") from None
+    except Exception as exc:
+        raise _explain(data, exc) from exc
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to ``RGB``, on white where it is transparent.
+
+    Raises:
+        RowFailure: UNSUPPORTED_MODE for pixels without a defined range: 32 bit integers and floats.
+    """
+    if image.mode in _SIXTEEN_BIT:
+        return _from_sixteen_bit(image)
+    if image.mode in ("I", "F"):
+        kind = "32 bit integers" if image.mode == "I" else "32 bit floats"
+        raise RowFailure("decode", "UNSUPPORTED_MODE", f"pixels are {kind}, which have no defined black and white")
+    if image.has_transparency_data:
+        return _on_white(image)
+    # Conversion copies whatever is there already; a plain RGB image needs none.
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decode(data: bytes, config: PreprocessConfig) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > config.max_pixels:
+            raise RowFailure(
+                "decode",
+                "TOO_MANY_PIXELS",
+                f"{width} x {height} is {width * height:,} pixels, more than max_pixels = {config.max_pixels:,}",
+            )
+        image.load()
+        # After load: PNG may have its EXIF behind the pixels, and TIFF has turned itself and dropped the tag by now.
+        turn = _TURNS.get(_orientation(image)) if config.exif_orientation else None
+        rgb = to_rgb(image)
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+        # A plain Image and not the file's subclass, which would hold on to the encoded bytes.
+        return rgb if type(rgb) is Image.Image else rgb.copy()
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where EXIF is missing or broken, which is no reason to lose the image."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        return int(value) if isinstance(value, int) else 1
+    except MemoryError:
+        raise
+    except Exception:
+        return 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    transparency = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
+        # The transparent color of a PNG with 16 bit a channel, of which Pillow keeps the upper 8 bits.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparency)
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
+    return white
+
+
+def _from_sixteen_bit(image: Image.Image) -> Image.Image:
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]
+    full = (1 << bits) - 1
+    values = np.asarray(image).astype(np.uint32)
+    gray = ((values * 255 + full // 2) // full).clip(0, 255).astype(np.uint8)
+    if tags.get(262) == 0:  # WhiteIsZero, which Pillow honors for 8 bit only
+        gray = 255 - gray
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _explain(data: bytes, exc: Exception) -> RowFailure:
+    """Sorts Pillow's exceptions, whose types say little, by what the bytes look like."""
+    kind = _signature(data)
+    if kind is None:
+        return RowFailure("decode", "UNKNOWN_FORMAT", f"not an image of a known format: {_describe(data)}")
+    if isinstance(exc, UnidentifiedImageError):
+        exc = _reason(data, kind) or exc
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    low = text.lower()
+    if isinstance(exc, MemoryError):
+        return RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image")
+    if any(word in low for word in ("unknown pixel mode", "unsupported", "not supported", "unknown data organization")):
+        return RowFailure("decode", "UNSUPPORTED_MODE", f"{kind}: {text}")
+    if isinstance(exc, (EOFError, struct.error)) or "truncated" in low or _ends_early(data, kind):
+        return RowFailure("decode", "TRUNCATED", f"the {kind} file ends early, at {len(data):,} bytes ({text})")
+    return RowFailure("decode", "CORRUPT", f"the {kind} file is damaged: {text}")
+
+
+def _signature(data: bytes) -> str | None:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return next((kind for magic, kind in _SIGNATURES if data.startswith(magic)), None)
+
+
+def _reason(data: bytes, kind: str) -> Exception | None:
+    """Why the format's own plugin does not open the file; ``Image.open`` keeps that to itself."""
+    try:
+        Image.OPEN[kind][0](io.BytesIO(data), "").close()
+    except Exception as exc:
+        return exc
+    return None
+
+
+def _ends_early(data: bytes, kind: str) -> bool:
+    """Whether the file lacks its end, as far as the format shows it."""
+    if kind == "JPEG":
+        return b"\xff\xd9" not in data[-1024:]
+    if kind == "PNG":
+        return b"IEND" not in data[-1024:]
+    if kind == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if kind == "GIF":
+        return b";" not in data[-16:]
+    if kind == "BMP":
+        return int.from_bytes(data[2:6], "little") > len(data)
+    return False
+
+
+def _describe(data: bytes) -> str:
+    """What the first bytes look like, in printable characters."""
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    start = ascii(data[:24].decode("latin-1"))
+    if head.startswith((b"<!doctype html", b"<html")):
+        return f"it looks like an HTML page (an error page saved as an image?), starting with {start}"
+    if head.startswith((b"<?xml", b"<svg", b"<error")):
+        return f"it looks like XML or SVG, starting with {start}"
+    if data[4:8] == b"ftyp":
+        return f"it looks like HEIC, AVIF or a video, which are not supported, starting with {start}"
+    if data.startswith(b"%PDF"):
+        return f"it looks like a PDF document, starting with {start}"
+    if data.startswith((b"PK\x03\x04", b"\x1f\x8b")):
+        return f"it looks like a compressed archive, starting with {start}"
+    if not data[:512].strip(b"\x00"):
+        return f"it starts with {min(len(data), 512)} zero bytes"
+    try:
+        # A multi-byte character may be cut at the end of the sample.
+        data[:512].decode("utf-8", errors="strict" if len(data) <= 512 else "ignore").encode("utf-8")
+        if b"\x00" not in data[:512] and _mostly_printable(data[:512]):
+            return f"it looks like text, starting with {start}"
+    except UnicodeDecodeError:
+        pass
+    return f"it starts with {start}"
+
+
+def _mostly_printable(sample: bytes) -> bool:
+    return sum(byte >= 32 or byte in (9, 10, 13) for byte in sample) >= 0.95 * len(sample)

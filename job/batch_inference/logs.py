@@ -1,0 +1,42 @@
+"""Log lines: for a person, or as JSON for a cluster's log store."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+
+class _Stderr:
+    """Prints to whatever stderr is now: a live display puts itself in between."""
+
+    def msg(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    log = debug = info = warning = warn = error = critical = msg
+
+
+def configure(style: str, *, quiet: bool = False) -> None:
+    """Sets up logging for the program.
+
+    Args:
+        style: ``text`` or ``json``.
+        quiet: Only warnings and errors.
+    """
+    shared: list[Any] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level]
+    if style == "json":
+        tail: list[Any] = [structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.JSONRenderer()]
+    else:
+        colors = sys.stderr.isatty()
+        tail = [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, pad_level=False),
+        ]
+    structlog.configure(
+        processors=[*shared, *tail],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING if quiet else logging.INFO),
+        logger_factory=lambda *args: _Stderr(),
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,94 @@
+"""The Ray Data pipeline: shards in, result rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from batch_inference.config import JobConfig
+from batch_inference.errors import BatchInferenceError, SystemFault
+from batch_inference.identity import Engine
+from batch_inference.storage import Store
+
+# Actors of a cluster that has to start machines first may take this long; then the job ends with the reason.
+_ACTORS_READY_S = 1800
+
+
+def results(
+    store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any]
+) -> Iterator[pa.Table]:
+    """The pipeline: shards in, result rows out, streaming.
+
+    Args:
+        store: The output folder.
+        config: The job.
+        engine: Model or predictor.
+        rows: Number of inputs of each shard that is to be done.
+        writers: Ray actors that take the predictions; empty where they come with the rows.
+
+    Yields:
+        Tables of ``RESULT_SCHEMA``, in no particular order.
+    """
+    dataset = build(store, config, engine, rows, writers)
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any]) -> Any:
+    """The lazy Ray dataset that :func:`results` iterates over."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    from batch_inference.inference import InferenceActor
+    from batch_inference.preparation import BLOCK_BYTES, Preparation
+    from batch_inference.shards import ShardDatasource
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.max_errored_blocks = 0  # never drop data without a word
+    context.wait_for_min_actors_s = _ACTORS_READY_S
+    section = config.inference
+    preparation = Preparation(config.storage, config.preprocess, engine.transform)
+    source = ShardDatasource(store, list(rows), list(rows.values()), preparation)
+    batch_size = 32 if section.batch_size == "auto" else section.batch_size
+    # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:
+    # decoding is not limited to the actors' CPUs even where both ask for the same.
+    return ray.data.read_datasource(
+        source, num_cpus=config.preprocess.cpus_per_task, override_num_blocks=len(rows)
+    ).map_batches(
+        InferenceActor,
+        fn_constructor_args=(engine.factory, writers),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        num_gpus=section.gpus_per_actor,
+        num_cpus=section.cpus_per_actor,
+        compute=ActorPoolStrategy(size=section.actors),
+    )
+
+
+def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
+    """Finds what really happened under Ray's layers of exceptions."""
+    seen: set[int] = set()
+    queue: list[Any] = [exc]
+    while queue:
+        item = queue.pop(0)
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, BatchInferenceError):
+            return item
+        queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
+    text = " ".join(str(exc).split())
+    if "GetTimeoutError" in type(exc).__name__ or "min_actors" in text:
+        return SystemFault(
+            f"the actors did not start within {_ACTORS_READY_S} s: {text[:300]}",
+            "Check that the cluster has the GPUs and CPUs that the job asks for (`batch-inference plan`).",
+        )
+    lines = [line for line in str(exc).strip().splitlines() if line.strip()]
+    return SystemFault(
+        f"Ray failed: {type(exc).__name__}: {' '.join((lines or ['no message'])[-1].split())[:400]}",
+        "Start the same command again; it resumes. Ray's logs are in /tmp/ray/session_latest/logs.",
+    )

@@ -1,0 +1,111 @@
+"""How far a job is, from its ledger alone: no cluster is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from batch_inference.config import StorageConfig
+from batch_inference.ledger import Commit, Ledger
+from batch_inference.storage import Store
+
+# The rate is that of the last minutes, so that pauses between attempts do not count.
+_WINDOW_S = 600.0
+# Below this nothing worth printing can be said about a rate.
+_LEAST_S = 1.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a job stands.
+
+    Attributes:
+        state: ``planned``, ``unfinished``, ``succeeded`` or ``failed``; a run in progress and one that was killed look the
+            same to the ledger, hence ``last_commit_age_s``.
+        fingerprint: What the rows belong to.
+        rows: Inputs.
+        predictions: Committed predictions.
+        errors: Committed errors.
+        errors_by: ``{stage: {error_type: count}}``.
+        shards: Number of shards.
+        shards_done: Committed shards.
+        attempts: ``{attempt: shards}``.
+        images_per_s: Rate over the last ten minutes before the last commit, or None with fewer than two commits.
+        eta_s: Seconds left at that rate, or None.
+        last_commit_age_s: Seconds since the last commit, or None.
+        verdict: Of the last attempt that failed, "" if none did.
+    """
+
+    state: str
+    fingerprint: str
+    rows: int
+    predictions: int
+    errors: int
+    errors_by: dict[str, dict[str, int]]
+    shards: int
+    shards_done: int
+    attempts: dict[str, int]
+    images_per_s: float | None
+    eta_s: float | None
+    last_commit_age_s: float | None
+    verdict: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``status --json``."""
+        return dict(vars(self))
+
+
+def status(output: str, storage: StorageConfig | None = None) -> Status:
+    """Reads the ledger of an output.
+
+    Raises:
+        UserError: If there is no job.
+        CountsDoNotClose: If a commit can't be read.
+    """
+    import json
+
+    ledger = Ledger(Store(output, storage or StorageConfig(), must_exist=True))
+    job = ledger.require_job()
+    commits = ledger.commits()
+    failed = ledger.store.get_or_none("_FAILED")
+    done = ledger.success() is not None
+    rows = sum(c.rows for c in commits)
+    attempts: dict[str, int] = {}
+    errors_by: dict[str, dict[str, int]] = {}
+    for commit in commits:
+        attempts[commit.attempt] = attempts.get(commit.attempt, 0) + 1
+        for stage, kinds in commit.errors_by.items():
+            for kind, count in kinds.items():
+                errors_by.setdefault(stage, {})
+                errors_by[stage][kind] = errors_by[stage].get(kind, 0) + count
+    rate, age = _rate(commits)
+    return Status(
+        state="succeeded" if done else "failed" if failed else "unfinished" if commits else "planned",
+        fingerprint=job.fingerprint,
+        rows=job.rows,
+        predictions=sum(c.predictions for c in commits),
+        errors=sum(c.errors for c in commits),
+        errors_by=errors_by,
+        shards=job.shards,
+        shards_done=len(commits),
+        attempts=attempts,
+        images_per_s=rate,
+        eta_s=None if done or not rate else (job.rows - rows) / rate,
+        last_commit_age_s=age,
+        verdict=json.loads(failed).get("verdict", "") if failed and not done else "",
+    )
+
+
+def _rate(commits: list[Commit]) -> tuple[float | None, float | None]:
+    """Rows a second up to the last commit, and that commit's age in seconds."""
+    if not commits:
+        return None, None
+    times = sorted((datetime.fromisoformat(c.committed_at), c.rows, c.attempt) for c in commits)
+    last, _, attempt = times[-1]
+    age = (datetime.now(timezone.utc) - last).total_seconds()
+    recent = [(t, n) for t, n, a in times if a == attempt and (last - t).total_seconds() <= _WINDOW_S]
+    seconds = (last - recent[0][0]).total_seconds()
+    # The first commit of the window only starts the clock: when its shard began is not known.
+    rate = sum(n for _, n in recent[1:]) / seconds if seconds >= _LEAST_S else None
+    return rate, age

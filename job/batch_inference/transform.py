@@ -1,0 +1,146 @@
+"""Resize, crop and normalize, in two halves: pixels on the CPU with Pillow, arithmetic on the device with torch.
+
+What crosses processes is the uint8 between the two, a quarter of the size of floats. Together they are bit for bit what
+torchvision's ``ImageClassification`` preset makes of a PIL image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# Reach of the widest filter (lanczos) in source pixels at scale 1.
+_REACH = 3
+# A strip of 1 x 100,000 pixels becomes 256 x 25,600,000 on the way to its central square. Beyond this size of the
+# resized image only the part that survives the crop is made, equal but for the last bit of a few pixels.
+_MAX_RESIZED_PIXELS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a network's weights expect.
+
+    Attributes:
+        resize: Length of the shorter side after resizing, in pixels.
+        crop: Side of the central square, in pixels; smaller images are padded with black.
+        mean: Mean of each RGB channel on a scale of 0 to 1.
+        std: Standard deviation of each RGB channel on a scale of 0 to 1.
+        interpolation: Pillow's name of the resampling filter in lower case, such as ``bilinear``; antialiased.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _FILTERS:
+            raise ValueError(f"interpolation is {self.interpolation!r}, not one of {', '.join(_FILTERS)}")
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resizes the shorter side and crops the center.
+
+        Args:
+            image: An image of any size; converted to RGB if it is not.
+
+        Returns:
+            uint8 of shape (crop, crop, 3).
+        """
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        width, height = _resized(image.size, self.resize)
+        if width * height > _MAX_RESIZED_PIXELS:
+            image = self._resized_center(image, width, height)
+        elif (width, height) != image.size:
+            image = image.resize((width, height), _FILTERS[self.interpolation])
+        return np.asarray(_center(image, self.crop))
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scales to 0..1, subtracts the mean, divides by the deviation.
+
+        Args:
+            pixels: uint8 of shape (n, h, w, 3), on any device.
+
+        Returns:
+            float32 of shape (n, 3, h, w), contiguous, on the same device.
+        """
+        import torch
+
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+        # Division and in this order, as torchvision does: multiplying by an inverse would change the last bit.
+        return images.div_(255).sub_(mean).div_(std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the job's fingerprint and for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Transform:
+        """The inverse of :meth:`to_dict`."""
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)
+
+    def _resized_center(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """The center of ``image`` resized to (width, height), large enough for the crop, made without the rest."""
+        sizes, starts, cuts = [], [], []
+        for source, target in ((image.width, width), (image.height, height)):
+            scale = source / target
+            length = min(target, self.crop + 2)
+            # The same parity as the target, so that the centers of both coincide.
+            length -= (target - length) % 2
+            first = (target - length) // 2 * scale
+            reach = math.ceil(_REACH * max(scale, 1)) + 1
+            low = max(0, math.floor(first) - reach)
+            high = min(source, math.ceil(first + length * scale) + reach)
+            sizes.append(length)
+            starts.append((first - low, first - low + length * scale))
+            cuts.append((low, high))
+        region = image.crop((cuts[0][0], cuts[1][0], cuts[0][1], cuts[1][1]))
+        # The part is small, so that the box, single precision in Pillow, is exact enough.
+        box = (
+            max(0.0, starts[0][0]),
+            max(0.0, starts[1][0]),
+            min(float(region.width), starts[0][1]),
+            min(float(region.height), starts[1][1]),
+        )
+        return region.resize((sizes[0], sizes[1]), _FILTERS[self.interpolation], box=box)
+
+
+def _resized(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(width, height) after the shorter side became ``short``, with torchvision's rounding."""
+    width, height = size
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def _center(image: Image.Image, crop: int) -> Image.Image:
+    """The central square, on black where the image is smaller, with torchvision's rounding."""
+    width, height = image.size
+    if width < crop or height < crop:
+        left, top = max(0, crop - width) // 2, max(0, crop - height) // 2
+        padded = Image.new("RGB", (max(width, crop), max(height, crop)))
+        padded.paste(image, (left, top))
+        image = padded
+        width, height = image.size
+    left, top = round((width - crop) / 2.0), round((height - crop) / 2.0)
+    return image.crop((left, top, left + crop, top + crop))

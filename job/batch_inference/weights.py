@@ -1,0 +1,155 @@
+"""Weights files: fetched once a node however many actors start there, and checked against a digest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import obstore
+
+from batch_inference.config import StorageConfig
+from batch_inference.errors import SystemFault, UserError
+from batch_inference.storage import canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
+
+_CHUNK = 8 << 20
+
+
+def weights_file(location: str, storage: StorageConfig, sha256: str | None = None) -> Path:
+    """A weights file on this node's disk.
+
+    Local files are used where they are. Remote ones are downloaded into the node's cache, once per version of the
+    object (or once per digest, where one is given), no matter how many processes ask at the same time.
+
+    Args:
+        location: Local path, ``file://``, ``s3://``, ``gs://`` or ``az://``.
+        storage: How to reach it.
+        sha256: Expected digest in lower-case hexadecimal, or None to accept any content.
+
+    Raises:
+        UserError: If the file is missing, access is denied, or the digest is another.
+        SystemFault: If the store fails.
+    """
+    uri = canonical_uri(location)
+    if is_local(uri):
+        path = Path(local_path(uri))
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "does not exist"
+            raise UserError(
+                f"the weights file {path} {what}",
+                "Check model.weights; a relative path starts at the current directory.",
+            )
+        if sha256 is not None:
+            _check(file_digest(path), sha256, location)
+        return path
+    name = uri.rpartition("/")[2]
+    # Named after the content where the digest is known: then a cached file needs no network at all.
+    version = sha256 or _version(uri, storage)
+    key = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
+    target = cache_folder() / f"{key}-{name}"
+    with node_lock(key):
+        if not target.is_file():
+            partial = target.with_name(f".{target.name}.{uuid4().hex}")
+            try:
+                _download(uri, storage, partial)
+                if sha256 is not None:
+                    _check(file_digest(partial), sha256, location)
+                # Atomic: a process that is killed here leaves no half file under the final name.
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+    return target
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content in lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """The node's cache: ``BATCH_INFERENCE_CACHE``, else ``~/.cache/batch-inference``, else the user's in /tmp.
+
+    Raises:
+        UserError: If none of them can be written to.
+    """
+    chosen = os.environ.get("BATCH_INFERENCE_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    # The user's number keeps users of one machine apart, whose folders are not writable to each other.
+    fallback = Path(tempfile.gettempdir(), f"batch-inference-{os.getuid()}")
+    candidates = [Path(chosen)] if chosen else [Path(home, "batch-inference")]
+    for folder in [*candidates, fallback]:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owned = folder.stat().st_uid == os.getuid() or folder != fallback
+        except OSError:
+            continue
+        if owned and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise UserError(
+        f"no cache folder can be written to, tried {', '.join(str(c) for c in [*candidates, fallback])}",
+        "Set BATCH_INFERENCE_CACHE to a folder with room for the weights.",
+    )
+
+
+@contextlib.contextmanager
+def node_lock(name: str) -> Iterator[None]:
+    """Holds a lock that all processes of this node share; released when its holder dies."""
+    with (cache_folder() / f"{name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _version(uri: str, storage: StorageConfig) -> str:
+    """What tells this content of the object from an earlier one."""
+    root, key = split_bucket(uri)
+    try:
+        meta: Any = obstore.head(open_bucket(root, storage), key)
+    except Exception as exc:
+        raise _error(uri, exc) from exc
+    return f"{meta.get('e_tag')} {meta.get('size')} {meta.get('last_modified')}"
+
+
+def _download(uri: str, storage: StorageConfig, target: Path) -> None:
+    root, key = split_bucket(uri)
+    try:
+        # In chunks: weights may be larger than the memory that an actor asked for.
+        stream = obstore.get(open_bucket(root, storage), key).stream(min_chunk_size=_CHUNK)
+        with target.open("wb") as file:
+            for chunk in stream:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as exc:
+        if exc.errno is not None and exc.filename is not None:
+            raise SystemFault(
+                f"cannot write {target}: {exc.strerror}", "Make room in the node's cache folder."
+            ) from exc
+        raise _error(uri, exc) from exc
+    except Exception as exc:
+        raise _error(uri, exc) from exc
+
+
+def _error(uri: str, exc: Exception) -> Exception:
+    failure = classify(exc)
+    message = f"cannot read the weights {uri}: {failure.message}"
+    if failure.retryable:
+        return SystemFault(message, "Check the store and the network, then start the same command again.")
+    return UserError(message, "Check model.weights and the credentials in the environment.")
+
+
+def _check(found: str, expected: str, location: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{location} has the SHA-256 {found}, but model.sha256 says {expected}",
+            "The file is not the one that was meant: correct model.weights or model.sha256.",
+        )
