@@ -187,7 +187,9 @@ def test_timm_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("resnet18.a1_in1k", True)]
 
 
-def test_timm_without_network_is_a_system_fault() -> None:
+def test_timm_without_network_is_a_system_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fails at once; the hub's client would try again for a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemFault, match=r"timm/resnet18\.a1_in1k"):
         load_model(ModelConfig(source="timm", name="resnet18"), STORAGE)
 

@@ -1,0 +1,70 @@
+# Targets set up what they need; nothing has to be installed first but Python 3.10 to 3.13 with venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(VENV)/.tools/bin/uv
+UV_VERSION := 0.13.9
+# Wheels are kept in uv's cache in the home directory, so that a second checkout is set up in seconds.
+export UV_LINK_MODE ?= hardlink
+SOURCES := job tests
+
+##@ Use
+.PHONY: help
+help: ## Show the targets
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.ready ## Make .venv with the locked dependencies and the program in it
+
+.PHONY: demo
+demo: $(VENV)/.ready ## Classify real photos, some broken on purpose, with a real network on the CPU
+	$(BIN)/batch-inference demo
+
+##@ Test
+.PHONY: test
+test: lint test-unit test-job ## Everything, the fast parts first
+
+.PHONY: lint
+lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+.PHONY: test-unit
+test-unit: $(VENV)/.ready ## Tests that need no cluster: a minute or two
+	$(BIN)/pytest tests/unit
+
+.PHONY: test-job
+test-job: $(VENV)/.ready ## Whole jobs on this machine: storage servers, kills, races, 100,000 images
+	$(BIN)/pytest tests/job
+
+##@ Maintain
+.PHONY: format
+format: $(VENV)/.ready ## Format the code
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+.PHONY: lock
+lock: $(UV) ## Resolve the dependencies anew within the bounds of pyproject.toml
+	$(UV) pip compile pyproject.toml --extra timm --extra demo $(LOCK_OPTIONS) -o requirements.lock
+	$(UV) pip compile pyproject.toml --extra timm --extra demo --group dev -c requirements.lock $(LOCK_OPTIONS) -o requirements-dev.lock
+LOCK_OPTIONS := --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url --no-annotate --quiet --upgrade
+
+.PHONY: clean
+clean: ## Remove what the targets have made in this folder
+	rm -rf $(VENV) demo-output build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(UV):
+	@test -n "$(PYTHON)" || { echo "Python 3.10 to 3.13 with the venv module is needed (Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)/.tools
+	$(VENV)/.tools/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.ready: $(UV) requirements-dev.lock pyproject.toml
+	VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --require-hashes requirements-dev.lock
+	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	@touch $@
