@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from batch_inference.datasets import from_paths as from_paths
     from batch_inference.datasets import predict as predict
     from batch_inference.datasets import read_images as read_images
+    from batch_inference.driver import run as run
     from batch_inference.planner import plan as plan
     from batch_inference.predictor import TorchPredictor as TorchPredictor
-    from batch_inference.driver import run as run
     from batch_inference.verifier import verify as verify
 
-__all__ = [ 
+__all__ = [
     "JobConfig",
     "TorchPredictor",
     "from_images",

@@ -12,7 +12,14 @@ import typer
 
 from batch_inference import logs
 from batch_inference.config import JobConfig, json_schema, load_config
-from batch_inference.errors import EXIT_COUNTS, EXIT_INTERRUPTED, EXIT_SYSTEM, BatchInferenceError, Interrupted, UserError
+from batch_inference.errors import (
+    EXIT_COUNTS,
+    EXIT_INTERRUPTED,
+    EXIT_SYSTEM,
+    BatchInferenceError,
+    Interrupted,
+    UserError,
+)
 
 app = typer.Typer(
     name="batch-inference",
@@ -23,17 +30,25 @@ app = typer.Typer(
 )
 
 Inputs = Annotated[
-    list[str] | None, typer.Argument(metavar="[INPUT]...", help="Folders, globs or images; local, s3://, gs:// or az://.")
+    list[str] | None,
+    typer.Argument(metavar="[INPUT]...", help="Folders, globs or images; local, s3://, gs:// or az://."),
 ]
-Output = Annotated[str | None, typer.Option("--output", "-o", metavar="URI", help="Folder of the output; one job each.")]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", metavar="URI", help="Folder of the output; one job each.")
+]
 Manifest = Annotated[
     str | None, typer.Option(metavar="URI", help="A list of images instead of INPUT: .parquet, .csv, .jsonl, .txt.")
 ]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Architecture, such as resnet152.")]
-Weights = Annotated[str | None, typer.Option(metavar="W", help="Weights of the model, such as DEFAULT or IMAGENET1K_V2.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file with the whole configuration.")]
+Weights = Annotated[
+    str | None, typer.Option(metavar="W", help="Weights of the model, such as DEFAULT or IMAGENET1K_V2.")
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file with the whole configuration.")
+]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key, such as inference.actors=2; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One key, such as inference.actors=2; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict.")]
@@ -51,7 +66,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")
+    ] = False,
 ) -> None:
     pass
 
@@ -66,10 +83,16 @@ def run(
     config: ConfigFile = None,
     settings: Settings = None,
     address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster to use: ray://host:10001, host:6379 or auto; default: this machine.")
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Ray cluster to use: ray://host:10001, host:6379 or auto; default: this machine."
+        ),
     ] = None,
     dashboard_host: Annotated[
-        str, typer.Option(metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard.")
+        str,
+        typer.Option(
+            metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard."
+        ),
     ] = "127.0.0.1",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -81,7 +104,9 @@ def run(
     """
     logs.configure(log_format, quiet=quiet)
     job = _config(inputs, output, manifest, model, weights, config, settings)
-    raise typer.Exit(run_job(job, address, None if dashboard_host == "none" else dashboard_host, quiet=quiet, as_json=as_json))
+    raise typer.Exit(
+        run_job(job, address, None if dashboard_host == "none" else dashboard_host, quiet=quiet, as_json=as_json)
+    )
 
 
 def run_job(
@@ -164,7 +189,10 @@ def plan(
             *notes,
             *([("passthrough", ", ".join(found.passthrough))] if found.passthrough else []),
             ("runs", ", ".join(f"{k} {v}" for k, v in found.engine.items() if k.startswith(("model.", "predictor.")))),
-            ("actors", f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task"),
+            (
+                "actors",
+                f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task",
+            ),
             ("this machine", f"{found.available['cpus']:g} CPUs, {found.available['gpus']:g} GPUs"),
             *[("does not fit", problem) for problem in found.problems],
         ],
@@ -190,7 +218,11 @@ def status(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
     print_pairs(
         found.state,
         [
-            ("rows", f"{done:,} of {found.rows:,} ({100 * done / max(1, found.rows):.1f} %): {found.predictions:,} predictions, {found.errors:,} errors"),
+            (
+                "rows",
+                f"{done:,} of {found.rows:,} ({100 * done / max(1, found.rows):.1f} %): "
+                f"{found.predictions:,} predictions, {found.errors:,} errors",
+            ),
             ("shards", f"{found.shards_done:,} of {found.shards:,} committed, by {len(found.attempts)} attempts"),
             ("errors", ", ".join(describe_errors(found.errors_by)[:8]) or "none"),
             ("rate", rate),
@@ -222,7 +254,9 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             f"WRONG: {len(found.problems)} problems; {done:,} of {found.rows:,} inputs found "
             f"({found.predictions:,} predictions, {found.errors:,} errors)"
         )
-        typer.echo("remedy: delete the _commits/ files and _SUCCESS of what is named and run the job again; it does those shards anew")
+        typer.echo(
+            "remedy: delete the _commits/ files and _SUCCESS of what is named and run the job again; it does those shards anew"
+        )
         raise typer.Exit(EXIT_COUNTS)
     if found.finished:
         typer.echo(
@@ -247,7 +281,9 @@ def schema() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FOLDER", help="Where photos and predictions go.")] = "demo-output",
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FOLDER", help="Where photos and predictions go.")
+    ] = "demo-output",
     quiet: Quiet = False,
 ) -> None:
     """Classify real photos, some broken on purpose, with a real network; offline, on the CPU.
@@ -303,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(argv)
     except BatchInferenceError as exc:
-        if argv is not None and "--json" in argv or "--json" in sys.argv:
+        if (argv is not None and "--json" in argv) or "--json" in sys.argv:
             typer.echo(json.dumps(_failure_json(exc)))
         else:
             typer.echo(f"error: {exc.message}\nremedy: {exc.remedy}", err=True)

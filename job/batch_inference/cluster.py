@@ -45,7 +45,9 @@ class Demand:
         """The demand of a configuration."""
         section: InferenceConfig = config.inference
         return cls(
-            section.actors * section.cpus_per_actor, section.actors * section.gpus_per_actor, config.preprocess.cpus_per_task
+            section.actors * section.cpus_per_actor,
+            section.actors * section.gpus_per_actor,
+            config.preprocess.cpus_per_task,
         )
 
     @property
@@ -122,8 +124,6 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
 
 def _silence_consoles() -> None:
     """Leaves Ray's Python loggers their files and takes their consoles."""
-    import ray.data  # configures its logger on import
-
     for name in ("ray", "ray.data"):
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
@@ -178,7 +178,9 @@ def _join(address: str) -> Any:
         os.environ["RAY_AUTH_MODE"] = "token"
     try:
         with _stderr_aside():
-            return ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False)
+            return ray.init(
+                address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False
+            )
     except (ConnectionError, TimeoutError, ValueError, RuntimeError, AssertionError, OSError) as exc:
         text = " ".join(str(exc).split())[:300]
         if "auth" in text.lower() or "token" in text.lower():
@@ -196,4 +198,7 @@ def _join(address: str) -> Any:
 def _has_token() -> bool:
     from pathlib import Path
 
-    return any(k in os.environ for k in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or Path.home().joinpath(".ray/auth_token").exists()
+    return (
+        any(k in os.environ for k in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        or Path.home().joinpath(".ray/auth_token").exists()
+    )

@@ -181,8 +181,12 @@ class Collector:
     def _add_shard(self, shard: int, table: pa.Table, failed: pa.ChunkedArray) -> list[tuple[int, OpenShard]]:
         if shard not in self._open:
             if shard not in self._rows:
-                raise CountsDoNotClose(f"rows of {manifest.shard_name(shard)} came back, which was not to be done", "This is a defect.")
-            self._open[shard] = OpenShard(np.zeros(self._rows.pop(shard), bool), [table.select(list(ERROR_COLUMNS)).slice(0, 0)])
+                raise CountsDoNotClose(
+                    f"rows of {manifest.shard_name(shard)} came back, which was not to be done", "This is a defect."
+                )
+            self._open[shard] = OpenShard(
+                np.zeros(self._rows.pop(shard), bool), [table.select(list(ERROR_COLUMNS)).slice(0, 0)]
+            )
         part = self._open[shard]
         rows = table["row"].to_numpy()
         if rows.max(initial=0) >= len(part.seen) or part.seen[rows].any() or len(np.unique(rows)) < len(rows):

@@ -25,13 +25,21 @@ class _Section(BaseModel):
 class InputConfig(_Section):
     """Which images: folders, globs and single objects, or a manifest that lists them."""
 
-    uris: tuple[str, ...] = Field((), description="Folders, globs (`*`, `**`, `?`) or single images; local paths, `s3://`, `gs://`, `az://`.")
-    manifest: str | None = Field(
-        None, description="A list of images instead of `uris`: Parquet, CSV, JSON Lines or text (one URI a line), a file or a folder of Parquet."
+    uris: tuple[str, ...] = Field(
+        (), description="Folders, globs (`*`, `**`, `?`) or single images; local paths, `s3://`, `gs://`, `az://`."
     )
-    uri_column: str = Field("uri", min_length=1, description="The manifest's column that holds the URI; its other columns pass through to the output.")
+    manifest: str | None = Field(
+        None,
+        description="A list of images instead of `uris`: Parquet, CSV, JSON Lines or text (one URI a line), a file or a folder of Parquet.",
+    )
+    uri_column: str = Field(
+        "uri",
+        min_length=1,
+        description="The manifest's column that holds the URI; its other columns pass through to the output.",
+    )
     extensions: tuple[str, ...] = Field(
-        DEFAULT_EXTENSIONS, description="File name endings that count as images in folders; case does not matter. Empty: every file."
+        DEFAULT_EXTENSIONS,
+        description="File name endings that count as images in folders; case does not matter. Empty: every file.",
     )
     recursive: bool = Field(True, description="Descend into sub-folders.")
     limit: PositiveInt | None = Field(None, description="Use only the first N inputs; null: all.")
@@ -59,13 +67,21 @@ class StorageConfig(_Section):
     """How object stores are reached. Credentials come from the environment, never from here."""
 
     endpoint_url: str | None = Field(
-        None, description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own."
+        None,
+        description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own.",
     )
     region: str | None = Field(None, description="Region of the bucket; null: from the environment (`AWS_REGION`).")
     anonymous: bool = Field(False, description="Send unsigned requests, for public buckets.")
     timeout_s: float = Field(60.0, gt=0, description="Longest time for one request, in seconds.")
-    max_retries: int = Field(5, ge=0, le=100, description="Retries of a request that failed in transit or with 5xx, with exponential backoff.")
-    retry_timeout_s: float = Field(120.0, gt=0, description="Longest time for a request with all of its retries, in seconds.")
+    max_retries: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="Retries of a request that failed in transit or with 5xx, with exponential backoff.",
+    )
+    retry_timeout_s: float = Field(
+        120.0, gt=0, description="Longest time for a request with all of its retries, in seconds."
+    )
     fetch_concurrency: int = Field(16, ge=1, le=1024, description="Objects that one task fetches at the same time.")
 
 
@@ -74,7 +90,9 @@ class TransformConfig(_Section):
 
     resize: PositiveInt = Field(256, description="Length of the shorter side after resizing, in pixels.")
     crop: PositiveInt = Field(224, description="Side of the central square that the model sees, in pixels.")
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="Mean of each RGB channel on a scale of 0 to 1.")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="Mean of each RGB channel on a scale of 0 to 1."
+    )
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (0.229, 0.224, 0.225), description="Standard deviation of each RGB channel on a scale of 0 to 1."
     )
@@ -101,18 +119,25 @@ class ModelConfig(_Section):
     )
     args: tuple[Any, ...] = Field((), description="Arguments of a package's callable.")
     sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="Expected SHA-256 of the weights file in hexadecimal; any other content is refused."
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Expected SHA-256 of the weights file in hexadecimal; any other content is refused.",
     )
     labels: str | tuple[str, ...] | None = Field(
-        None, description="Class names: a list, the path or URI of a text file with one a line, or `imagenet-1k`; null: from the weights, else none."
+        None,
+        description="Class names: a list, a text file's path or URI (one a line), or `imagenet-1k`; null: from the weights, else none.",
     )
-    transform: TransformConfig | None = Field(None, description="Null: what the weights bring, else ImageNet's usual 256, 224.")
+    transform: TransformConfig | None = Field(
+        None, description="Null: what the weights bring, else ImageNet's usual 256, 224."
+    )
 
 
 class PredictorConfig(_Section):
     """A predictor class of one's own, used instead of `model`."""
 
-    path: str = Field(description="`module:Class`; the module is looked for in the current directory, then among installed packages.")
+    path: str = Field(
+        description="`module:Class`; the module is looked for in the current directory, then among installed packages."
+    )
     args: tuple[Any, ...] = Field((), description="Positional arguments of the constructor.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the constructor.")
 
@@ -129,17 +154,25 @@ class InferenceConfig(_Section):
 
     actors: PositiveInt = Field(4, description="Number of actors; each holds the model once.")
     gpus_per_actor: float = Field(1, ge=0, description="GPUs of one actor; 0.5 lets two share one, 0 runs on the CPU.")
-    cpus_per_actor: float = Field(1, gt=0, description="CPUs of one actor; on the CPU also the number of threads of the network.")
+    cpus_per_actor: float = Field(
+        1, gt=0, description="CPUs of one actor; on the CPU also the number of threads of the network."
+    )
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="Images in a forward pass; `auto` is 32.")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Arithmetic of the network; `auto` is float32.")
-    compile: bool | Literal["auto"] = Field("auto", description="Use torch.compile, which takes up to a minute at the start; `auto` is false.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Arithmetic of the network; `auto` is float32."
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="Use torch.compile, which takes up to a minute at the start; `auto` is false."
+    )
     top_k: int = Field(5, ge=1, le=1000, description="Classes listed for each image, best first.")
 
     @field_validator("gpus_per_actor")
     @classmethod
     def _whole_or_fraction(cls, value: float) -> float:
         if value > 1 and value != int(value):
-            raise ValueError(f"{value:g} is neither a fraction of one GPU nor a whole number of GPUs; Ray schedules only those")
+            raise ValueError(
+                f"{value:g} is neither a fraction of one GPU nor a whole number of GPUs; Ray schedules only those"
+            )
         return value
 
 
@@ -147,16 +180,24 @@ class PreprocessConfig(_Section):
     """From bytes to pixels."""
 
     cpus_per_task: float = Field(1, gt=0, description="CPUs of one fetch-and-decode task.")
-    exact: bool = Field(False, description="Only decode and resize in ways that give bit for bit what the weights' own transform gives.")
+    exact: bool = Field(
+        False, description="Only decode and resize in ways that give bit for bit what the weights' own transform gives."
+    )
     exif_orientation: bool = Field(True, description="Turn images as their EXIF orientation says.")
-    max_pixels: PositiveInt = Field(178956970, description="Images of more pixels (width times height) become error rows, before they are decoded.")
-    max_bytes: PositiveInt = Field(268435456, description="Files of more bytes become error rows, before they are read.")
+    max_pixels: PositiveInt = Field(
+        178956970, description="Images of more pixels (width times height) become error rows, before they are decoded."
+    )
+    max_bytes: PositiveInt = Field(
+        268435456, description="Files of more bytes become error rows, before they are read."
+    )
 
 
 class ErrorsConfig(_Section):
     """How many failed rows are too many."""
 
-    max_count: Annotated[int, Field(ge=0)] | None = Field(None, description="Stop when more rows than this have failed; null: no limit.")
+    max_count: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Stop when more rows than this have failed; null: no limit."
+    )
     max_percent: Annotated[float, Field(ge=0, le=100)] | None = Field(
         5.0, description="Stop when more than this percentage of the rows has failed; null: no limit."
     )
@@ -174,7 +215,9 @@ class JobConfig(_Section):
     output: OutputConfig = Field(default_factory=OutputConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
-    predictor: PredictorConfig | None = Field(None, description='`"module:Class"`, or the same with arguments; null: the classifier of `model`.')
+    predictor: PredictorConfig | None = Field(
+        None, description='`"module:Class"`, or the same with arguments; null: the classifier of `model`.'
+    )
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     preprocess: PreprocessConfig = Field(default_factory=PreprocessConfig)
     errors: ErrorsConfig = Field(default_factory=ErrorsConfig)

@@ -59,7 +59,11 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True)
-        self._live = None if quiet or not self._console.is_terminal else Live(console=self._console, refresh_per_second=4, transient=True)
+        self._live = (
+            None
+            if quiet or not self._console.is_terminal
+            else Live(console=self._console, refresh_per_second=4, transient=True)
+        )
         self._quiet = quiet
         self._phase = ""
         self._line_at = 0.0
@@ -69,7 +73,9 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -108,12 +114,16 @@ class Display:
         bar = ProgressBar(total=max(1, snapshot.rows_total), completed=tally.rows, width=76)
         stages = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for name in ("stage", "ms an image", "share", "errors"):
-            stages.add_column(name, justify="left" if name == "stage" else "right", style="dim" if name == "stage" else "")
+            stages.add_column(
+                name, justify="left" if name == "stage" else "right", style="dim" if name == "stage" else ""
+            )
         seconds = {"fetch": tally.fetch_s, "decode": tally.decode_s, "infer": tally.infer_s}
         total = sum(seconds.values()) or 1.0
         for stage, spent in seconds.items():
             failed = sum(tally.errors_by.get(stage, {}).values())
-            stages.add_row(stage, f"{1000 * spent / max(1, tally.seen):.1f}", f"{100 * spent / total:.0f} %", f"{failed:,}")
+            stages.add_row(
+                stage, f"{1000 * spent / max(1, tally.seen):.1f}", f"{100 * spent / total:.0f} %", f"{failed:,}"
+            )
         foot = Text(
             f"shards {snapshot.shards_done:,} of {snapshot.shards_total:,} committed   running for {duration(snapshot.elapsed_s)}"
             + (f"   dashboard {snapshot.dashboard}" if snapshot.dashboard else ""),
@@ -146,9 +156,7 @@ def verdict_of(result: RunResult) -> list[str]:
 
 
 def _counts(result: RunResult) -> str:
-    return (
-        f"{result.rows:,} of {result.rows:,} images accounted for, {result.predictions:,} predictions and {result.errors:,} errors"
-    )
+    return f"{result.rows:,} of {result.rows:,} images accounted for, {result.predictions:,} predictions and {result.errors:,} errors"
 
 
 def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot) -> list[str]:
@@ -179,7 +187,15 @@ def print_verdict(lines: list[str]) -> None:
 def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     """A small two-column table on stdout."""
     console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        show_header=False,
+        padding=(0, 2, 0, 0),
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name, value in pairs:
@@ -201,7 +217,9 @@ def print_rows(output: str) -> None:
     tables = {}
     for kind in ("predictions", "errors"):
         folder = Path(output, kind)
-        tables[kind] = ds.dataset(folder, format="parquet").to_table().sort_by("uri").to_pylist() if folder.is_dir() else []
+        tables[kind] = (
+            ds.dataset(folder, format="parquet").to_table().sort_by("uri").to_pylist() if folder.is_dir() else []
+        )
     good = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("image", "label", "confidence"):
         good.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")

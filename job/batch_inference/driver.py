@@ -20,7 +20,15 @@ from batch_inference.cluster import connected, is_client_address
 from batch_inference.collection import Collector
 from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError, Interrupted, UserError
-from batch_inference.identity import Engine, check_columns, check_same_job, input_notes, job_identity, resolve_engine, versions
+from batch_inference.identity import (
+    Engine,
+    check_columns,
+    check_same_job,
+    input_notes,
+    job_identity,
+    resolve_engine,
+    versions,
+)
 from batch_inference.ledger import Commit, Job, Ledger, now
 from batch_inference.manifest import find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
@@ -189,7 +197,13 @@ class _Attempt:
     # --- the work ---
 
     def _work(
-        self, ledger: Ledger, job: Job, engine: Engine, pending: list[int], address: str | None, dashboard_host: str | None
+        self,
+        ledger: Ledger,
+        job: Job,
+        engine: Engine,
+        pending: list[int],
+        address: str | None,
+        dashboard_host: str | None,
     ) -> None:
         self._show("start")
         with connected(self.config, address, dashboard_host) as dashboard, interruptible():
@@ -200,9 +214,10 @@ class _Attempt:
             writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
             rows = {shard: job.rows_of(shard, job.shard_size) for shard in pending}
             collector = Collector(rows, self.snapshot.tally)
-            with Closing(ledger, writers, self._committed) as closing, contextlib.closing(
-                results(ledger.store, self.config, engine, rows, writers.handles)
-            ) as tables:
+            with (
+                Closing(ledger, writers, self._committed) as closing,
+                contextlib.closing(results(ledger.store, self.config, engine, rows, writers.handles)) as tables,
+            ):
                 try:
                     self._collect(tables, collector, closing, writers)
                 except BatchInferenceError:
@@ -212,9 +227,7 @@ class _Attempt:
                 except Exception as exc:
                     raise explain_ray_failure(exc) from exc
 
-    def _collect(
-        self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers
-    ) -> None:
+    def _collect(self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers) -> None:
         begun: float | None = None
         for table in tables:
             writers.keep(table)
@@ -350,7 +363,8 @@ def interruptible() -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(
-            f"stopped by {signal.Signals(number).name}", "Run the same command again: it resumes with the shards that are left."
+            f"stopped by {signal.Signals(number).name}",
+            "Run the same command again: it resumes with the shards that are left.",
         )
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -116,7 +116,11 @@ def _load_class(spec: PredictorConfig) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as exc:
         missing = exc.name or module_name
-        what = f"there is no module {missing!r}" if missing == module_name.split(".")[0] else f"it needs {missing!r}, which is not installed"
+        what = (
+            f"there is no module {missing!r}"
+            if missing == module_name.split(".")[0]
+            else f"it needs {missing!r}, which is not installed"
+        )
         raise UserError(
             f"predictor {spec.path}: {what}", f"Put {module_name}.py into {here}, or install the package it is in."
         ) from None
@@ -137,7 +141,7 @@ def _load_class(spec: PredictorConfig) -> Any:
         # Workers on other machines do not have the file, so the class travels whole.
         import ray.cloudpickle as cloudpickle
 
-        cloudpickle.register_pickle_by_value(module)
+        cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -203,8 +207,12 @@ def input_notes(job: Job) -> list[str]:
     """What a user should know about the inputs before the work begins."""
     notes = []
     if job.skipped:
-        endings = ", ".join(f"{n} {e or 'without an ending'}" for e, n in sorted(job.skipped.items(), key=lambda i: -i[1])[:5])
-        notes.append(f"left out {sum(job.skipped.values()):,} files that do not end like images: {endings} (input.extensions)")
+        endings = ", ".join(
+            f"{n} {e or 'without an ending'}" for e, n in sorted(job.skipped.items(), key=lambda i: -i[1])[:5]
+        )
+        notes.append(
+            f"left out {sum(job.skipped.values()):,} files that do not end like images: {endings} (input.extensions)"
+        )
     if job.duplicates:
         notes.append(f"{job.duplicates:,} inputs were listed more than once; each is done once")
     if job.repeated:

@@ -108,7 +108,9 @@ class InferenceActor:
         writers: Where predictions of any width go by themselves; empty: they return with the rows.
     """
 
-    def __init__(self, factory: Callable[[], Callable[[list[np.ndarray], list[str]], pa.Table]], writers: list[Any]) -> None:
+    def __init__(
+        self, factory: Callable[[], Callable[[list[np.ndarray], list[str]], pa.Table]], writers: list[Any]
+    ) -> None:
         self._writers = writers
         self._failure: Exception | None = None
         try:

@@ -202,14 +202,14 @@ class Ledger:
         self.store.delete([job.plan])
 
     def _missing_manifest(self, job: Job) -> set[int]:
-        present = {_shard_of(info.path) for info in self.store.list("_manifest") if info.path.endswith(".parquet")}
+        present = {_shard_of(info.path) for info in self.store.objects("_manifest") if info.path.endswith(".parquet")}
         return set(range(job.shards)) - present
 
     # --- commits ---
 
     def committed(self) -> set[int]:
         """Numbers of the shards that are done; one listing."""
-        return {_shard_of(info.path) for info in self.store.list("_commits") if info.path.endswith(".json")}
+        return {_shard_of(info.path) for info in self.store.objects("_commits") if info.path.endswith(".json")}
 
     def commits(self, shards: set[int] | None = None) -> list[Commit]:
         """The commits of ``shards`` (default: all), in order.
@@ -252,12 +252,16 @@ class Ledger:
         problems = []
         missing = sorted(set(range(job.shards)) - {c.shard for c in commits})
         if missing:
-            problems.append(f"{len(missing)} of {job.shards} shards have no commit, the first is {manifest.shard_name(missing[0])}")
+            problems.append(
+                f"{len(missing)} of {job.shards} shards have no commit, the first is {manifest.shard_name(missing[0])}"
+            )
         for commit in commits:
             expected = job.rows_of(commit.shard, job.shard_size)
             if commit.rows != expected:
-                problems.append(f"{manifest.shard_name(commit.shard)} has {commit.rows} rows committed, {expected} in the manifest")
-        sizes = {info.path: info.size for kind in ("predictions", "errors") for info in self.store.list(kind)}
+                problems.append(
+                    f"{manifest.shard_name(commit.shard)} has {commit.rows} rows committed, {expected} in the manifest"
+                )
+        sizes = {info.path: info.size for kind in ("predictions", "errors") for info in self.store.objects(kind)}
         for commit in commits:
             for file in commit.files:
                 if file.path not in sizes:
@@ -280,8 +284,10 @@ class Ledger:
             Number of files deleted.
         """
         named = {file.path for commit in commits for file in commit.files}
-        garbage = [i.path for kind in ("predictions", "errors") for i in self.store.list(kind) if i.path not in named]
-        garbage += [i.path for i in self.store.list("_manifest") if i.path.endswith(".tar")]
+        garbage = [
+            i.path for kind in ("predictions", "errors") for i in self.store.objects(kind) if i.path not in named
+        ]
+        garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
         self.store.delete(garbage)
         self.store.delete(["_FAILED"])
         record = {"fingerprint": job.fingerprint, **totals, "finished_at": now()}

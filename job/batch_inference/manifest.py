@@ -89,7 +89,9 @@ def find_inputs(config: JobConfig) -> Inputs:
     if found.table.num_rows == 0:
         raise UserError(_nothing_found(section, found), "Check the location, input.extensions and input.recursive.")
     if section.limit is not None:
-        return Inputs(found.table.slice(0, section.limit), found.skipped, found.duplicates, found.repeated, found.manifest_sha256)
+        return Inputs(
+            found.table.slice(0, section.limit), found.skipped, found.duplicates, found.repeated, found.manifest_sha256
+        )
     return found
 
 
@@ -186,7 +188,9 @@ def _list_local(uri: str, recursive: bool) -> Iterator[tuple[str, bool]]:
             if os.path.isfile(match):
                 yield "file://" + match, False
     else:
-        raise UserError(f"there is no file or folder {path}", "Check the path; relative ones start at the current directory.")
+        raise UserError(
+            f"there is no file or folder {path}", "Check the path; relative ones start at the current directory."
+        )
 
 
 def _walk(folder: str, recursive: bool) -> Iterator[str]:
@@ -262,7 +266,9 @@ def _nothing_found(section: InputConfig, found: Inputs) -> str:
     where = ", ".join(section.uris)
     if not found.skipped:
         return f"nothing was found in {where}"
-    endings = ", ".join(f"{n} {e or 'without an ending'}" for e, n in sorted(found.skipped.items(), key=lambda i: -i[1])[:5])
+    endings = ", ".join(
+        f"{n} {e or 'without an ending'}" for e, n in sorted(found.skipped.items(), key=lambda i: -i[1])[:5]
+    )
     return f"no images in {where}: only files with other endings ({endings}); images end with {', '.join(section.extensions)}"
 
 
@@ -299,7 +305,10 @@ def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
         )
     parts = sorted(u for u, _ in _list_one(uri, True, storage) if u.lower().endswith(".parquet"))
     if not parts:
-        raise UserError(f"there is no manifest at {display(uri)}", "Give a .parquet, .csv, .jsonl or .txt file, or a folder of Parquet.")
+        raise UserError(
+            f"there is no manifest at {display(uri)}",
+            "Give a .parquet, .csv, .jsonl or .txt file, or a folder of Parquet.",
+        )
     return parts
 
 
@@ -328,7 +337,9 @@ def _parse_csv(data: bytes) -> pa.Table:
     return pa_csv.read_csv(
         io.BytesIO(data),
         parse_options=pa_csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+        ),
     )
 
 

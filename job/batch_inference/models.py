@@ -12,8 +12,8 @@ import torch
 
 from batch_inference.config import ModelConfig, StorageConfig
 from batch_inference.errors import UserError
+from batch_inference.exported import ExportedNetwork
 from batch_inference.networks import (
-    ExportedNetwork,
     import_timm,
     load_model,
     timm_config,

@@ -6,10 +6,9 @@ import contextlib
 import difflib
 import importlib
 import os
-import pickle
 import sys
 import urllib.error
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,9 @@ from torch import nn
 
 from batch_inference.config import ModelConfig, StorageConfig
 from batch_inference.errors import SystemFault, UserError
+from batch_inference.exported import ExportedNetwork, Logits
+from batch_inference.state_dicts import fill, other_classes, read_state_dict
+from batch_inference.storage import exc_line
 from batch_inference.weights import cache_folder, node_lock, weights_file
 
 _TIMM_PREFIX = "timm/"
@@ -54,65 +56,6 @@ def load_model(model: ModelConfig, storage: StorageConfig) -> nn.Module:
             if path is not None:
                 fill(network, read_state_dict(path), str(path))
     return Logits(network).eval()
-
-
-class Logits(nn.Module):
-    """Gives a network one output: the logits. Some give a tuple, or an object that has ``logits``."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, 3, h, w) to (n, classes)."""
-        return _logits(self.network(images))
-
-
-class ExportedNetwork(nn.Module):
-    """A program of ``torch.export``, for batches of any size even if it was exported for one size.
-
-    Args:
-        path: A ``.pt2`` file.
-
-    Raises:
-        UserError: If it is not an exported program, or does not take one tensor of shape (n, 3, h, w).
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        try:
-            program = torch.export.load(path)
-        except Exception as exc:
-            raise UserError(
-                f"{path} is not a program of torch.export: {_line(exc)}",
-                "Save it with torch.export.save, with this or an older release of torch.",
-            ) from exc
-        names = set(program.graph_signature.user_inputs)
-        inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-        shapes = [tuple(node.meta["val"].shape) for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
-        if len(inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
-            raise UserError(
-                f"{path} takes {len(inputs)} inputs of shapes {shapes}, not one of shape (n, 3, h, w)",
-                "Export a network that takes one batch of images.",
-            )
-        #: Height and width that the program is fixed to; None where it takes any.
-        self.size = tuple(int(side) if isinstance(side, int) else None for side in shapes[0][2:])
-        self.least, self.most = _batch_range(program, shapes[0][0])
-        self.program = program.module()
-
-    def train(self, mode: bool = True) -> ExportedNetwork:
-        """Does nothing: a program is exported for evaluation, and says so with an exception."""
-        return self
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, 3, h, w) to (n, classes), in chunks of the sizes that the program allows."""
-        parts = []
-        for chunk in torch.split(images, self.most or max(1, len(images))):
-            count = len(chunk)
-            if count < self.least:
-                chunk = torch.cat([chunk, chunk.new_zeros(self.least - count, *chunk.shape[1:])])
-            parts.append(_logits(self.program(chunk))[:count])
-        return torch.cat(parts)
 
 
 def weights_path(model: ModelConfig, storage: StorageConfig) -> Path | None:
@@ -227,11 +170,11 @@ def resolve(path: str, key: str) -> Any:
     except ImportError as exc:
         missing = exc.name or name
         raise UserError(
-            f"{key} is {path!r}, but Python cannot import {missing}: {_line(exc)}",
+            f"{key} is {path!r}, but Python cannot import {missing}: {exc_line(exc)}",
             "Install the package that has it, or put the module into the current directory.",
         ) from None
     except Exception as exc:
-        raise UserError(f"{key} is {path!r}, but importing {name} fails: {_line(exc)}", "Mend the module.") from exc
+        raise UserError(f"{key} is {path!r}, but importing {name} fails: {exc_line(exc)}", "Mend the module.") from exc
     for part in attributes.split("."):
         if not hasattr(value, part):
             known = [entry for entry in dir(value) if not entry.startswith("_")]
@@ -249,71 +192,14 @@ def build_from_package(model: ModelConfig) -> nn.Module:
         network = builder(*model.args)
     except Exception as exc:
         raise UserError(
-            f"{model.name}({', '.join(map(repr, model.args))}) fails: {_line(exc)}", "Check model.name and model.args."
+            f"{model.name}({', '.join(map(repr, model.args))}) fails: {exc_line(exc)}",
+            "Check model.name and model.args.",
         ) from exc
     if not isinstance(network, nn.Module):
         raise UserError(
             f"{model.name} gives a {type(network).__name__}, not a torch.nn.Module", "Name a callable that builds one."
         )
     return network
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a state dict, without running any code that the file may hold.
-
-    Wrapping keys of training scripts (``state_dict``, ``model``) and the ``module.`` of DataParallel are taken off.
-
-    Raises:
-        UserError: If the file is damaged, of an unknown kind, or holds pickled objects other than tensors.
-    """
-    kind = path.suffix.lower()
-    remedy = "Save the state dict: torch.save(model.state_dict(), 'weights.pt'), or better safetensors."
-    try:
-        if kind == ".safetensors":
-            from safetensors.torch import load_file
-
-            data: Any = load_file(path)
-        elif kind in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise UserError(
-                f"{path} ends in {kind or 'nothing'}, not in .safetensors, .pt, .pth or .pt2",
-                "Rename or convert the weights.",
-            )
-    except UserError:
-        raise
-    except pickle.UnpicklingError as exc:
-        if "weights_only" in str(exc).lower() or "unsupported" in str(exc).lower():
-            raise UserError(
-                f"{path} holds pickled Python objects, which could run any code when loaded: {_cause(exc)}", remedy
-            ) from None
-        raise UserError(f"{path} is damaged: {_line(exc)}", "Fetch or save the file again.") from exc
-    except Exception as exc:
-        hint = remedy if "torchscript" in str(exc).lower() else "Fetch or save the file again."
-        raise UserError(f"cannot read the weights {path}: {_line(exc)}", hint) from exc
-    while isinstance(data, Mapping):
-        inner = next((data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)), None)
-        if inner is None:
-            break
-        data = inner
-    if not isinstance(data, Mapping) or not data or not all(isinstance(value, torch.Tensor) for value in data.values()):
-        found = f"the keys {', '.join(map(str, list(data)[:5]))}" if isinstance(data, Mapping) else type(data).__name__
-        raise UserError(f"{path} holds no state dict (names and tensors), but {found or 'nothing'}", remedy)
-    state = {str(key): value for key, value in data.items()}
-    while all(key.startswith("module.") for key in state):
-        state = {key[len("module.") :]: value for key, value in state.items()}
-    return state
-
-
-def fill(network: nn.Module, state: dict[str, torch.Tensor], location: str) -> None:
-    """Loads a state dict strictly; UserError lists what is missing, unexpected or of another shape."""
-    problems = _mismatch(network, state)
-    if problems:
-        raise UserError(
-            f"{location} does not fit {type(network).__name__}: {'; '.join(problems)}",
-            "Check model.name: the weights are of another architecture.",
-        )
-    network.load_state_dict(state)
 
 
 def _load_torchvision(model: ModelConfig, storage: StorageConfig) -> nn.Module:
@@ -347,7 +233,7 @@ def _load_timm(model: ModelConfig) -> nn.Module:
 def _load_architecture(name: str, state: dict[str, torch.Tensor], path: Path) -> nn.Module:
     """A torchvision or timm architecture with as many classes as the state dict has."""
     network = _build(name, None)
-    classes = _other_classes(network, state)
+    classes = other_classes(network, state)
     if classes is not None:
         network = _build(name, classes)
     fill(network, state, str(path))
@@ -369,61 +255,6 @@ def _build(name: str, classes: int | None) -> nn.Module:
     return cast(nn.Module, models.get_model(name, weights=None, **options))
 
 
-def _other_classes(network: nn.Module, state: dict[str, torch.Tensor]) -> int | None:
-    """Number of classes of the state dict, where it differs from the network's in nothing else; else None."""
-    own = network.state_dict()
-    differing = [
-        (own[key].shape, value.shape) for key, value in state.items() if key in own and own[key].shape != value.shape
-    ]
-    if not differing or any(a[1:] != b[1:] or len(a) == 0 for a, b in differing):
-        return None
-    counts = {int(theirs[0]) for _, theirs in differing}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _mismatch(network: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    own = network.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    return [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-
-
-def _batch_range(program: Any, size: Any) -> tuple[int, int | None]:
-    """Least and most images that an exported program takes at once; None: no limit."""
-    if isinstance(size, int):
-        return size, size
-    limits = program.range_constraints.get(size.node.expr)
-    try:
-        least, most = max(1, int(limits.lower)), int(limits.upper)
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        return 1, None
-    return least, most if most < 1 << 31 else None
-
-
-def _logits(output: Any) -> torch.Tensor:
-    if hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        shape = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
-        raise UserError(
-            f"the network's output is of {shape}, not logits of shape (n, classes)", "Use an image classifier."
-        )
-    return output
-
-
 def _writable_hub() -> None:
     """Moves torch's download folder into our cache where its own cannot be written to, as in a read-only container."""
     folder = Path(torch.hub.get_dir())
@@ -442,18 +273,5 @@ def _download_errors(source: str, remedy: str) -> Iterator[None]:
         raise SystemFault(f"cannot download {source}: HTTP {exc.code}", f"Try again later, or {remedy}.") from exc
     except Exception as exc:
         raise SystemFault(
-            f"cannot download or read {source}: {_line(exc)}", f"Check the network, or {remedy}."
+            f"cannot download or read {source}: {exc_line(exc)}", f"Check the network, or {remedy}."
         ) from exc
-
-
-def _line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:300] or type(exc).__name__
-
-
-def _cause(exc: BaseException) -> str:
-    """The sentence of torch's long message that names the object."""
-    text = _line(exc)
-    for mark in ("Unsupported global: ", "Unsupported class ", "Unsupported operand "):
-        if mark in text:
-            return mark + text.partition(mark)[2].partition(" was not")[0].partition(". ")[0]
-    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ _ACTORS_READY_S = 1800
 
 def results(
     store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any]
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table, None, None]:
     """The pipeline: shards in, result rows out, streaming.
 
     Args:

@@ -94,9 +94,7 @@ class Preparation:
             if block.items:
                 yield block.table()
 
-    def _one(
-        self, row: int, uri: str, fetcher: Fetcher, slots: threading.Semaphore, streak: _Streak
-    ) -> _Prepared:
+    def _one(self, row: int, uri: str, fetcher: Fetcher, slots: threading.Semaphore, streak: _Streak) -> _Prepared:
         out = _Prepared(row, uri)
         start = time.perf_counter()
         try:

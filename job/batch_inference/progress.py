@@ -11,6 +11,7 @@ from batch_inference.ledger import now
 # Below this many seconds nothing worth printing can be said about a rate.
 _LEAST_S = 1.0
 
+
 @dataclass
 class Snapshot:
     """Where a run stands; given to ``on_progress`` and written to ``_report/progress.json``.
@@ -56,7 +57,12 @@ class Snapshot:
         tally = self.tally
         return {
             "phase": self.phase,
-            "rows": {"total": self.rows_total, "done": tally.rows, "predictions": tally.predictions, "errors": tally.errors},
+            "rows": {
+                "total": self.rows_total,
+                "done": tally.rows,
+                "predictions": tally.predictions,
+                "errors": tally.errors,
+            },
             "errors_by": tally.errors_by,
             "shards": {"total": self.shards_total, "done": self.shards_done, "resumed": self.shards_resumed},
             "images_per_s": None if self.images_per_s is None else round(self.images_per_s, 2),

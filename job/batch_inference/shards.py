@@ -28,7 +28,7 @@ class ShardDatasource(Datasource):
     """
 
     def __init__(self, store: Store, shards: list[int], rows: list[int], preparation: Preparation) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shards = shards
         self._rows = rows
         # A hundred thousand tasks share one copy of what they need.
@@ -45,7 +45,10 @@ class ShardDatasource(Datasource):
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         """One task a shard, whatever parallelism Ray Data has in mind."""
         return [
-            ReadTask(_reader(self._context, shard), BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None))
+            ReadTask(
+                _reader(self._context, shard),
+                BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None),
+            )
             for shard, rows in zip(self._shards, self._rows, strict=True)
         ]
 

@@ -219,7 +219,7 @@ class Store:
             raise self._error("create", path, exc) from exc
         return True
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """All objects below ``prefix`` (a folder), in no particular order."""
         try:
             for chunk in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
@@ -290,7 +290,8 @@ class Store:
         if failure.error_type == "INVALID_URI":
             return UserError(f"cannot {verb} {where}: {failure.message}", "Check the location.")
         return SystemFault(
-            f"cannot {verb} {where}: {failure.message}", "Check the store and the network, then start the same command again."
+            f"cannot {verb} {where}: {failure.message}",
+            "Check the store and the network, then start the same command again.",
         )
 
 

@@ -104,19 +104,30 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
     if digest.hexdigest() != job.identity.get("manifest.sha256") and not problems:
         problems.append("the manifest's files are not those that the job was planned with (digest differs)")
     named = {file.path for commit in commits.values() for file in commit.files}
-    uncommitted = [i.path for kind in ("predictions", "errors") for i in ledger.store.list(kind) if i.path not in named]
+    uncommitted = [
+        i.path for kind in ("predictions", "errors") for i in ledger.store.objects(kind) if i.path not in named
+    ]
     finished = ledger.success()
     if finished is not None:
         problems += [f"{path} is not committed, but stands among the finished output" for path in uncommitted]
         missing = sorted(set(range(job.shards)) - set(commits))
-        problems += [f"{manifest.shard_name(s)} has no commit, although _SUCCESS says that all is done" for s in missing]
+        problems += [
+            f"{manifest.shard_name(s)} has no commit, although _SUCCESS says that all is done" for s in missing
+        ]
         for key, value in (("predictions", total.predictions), ("errors", total.errors)):
             if finished.get(key) != value and not problems:
                 problems.append(f"_SUCCESS says {finished.get(key)} {key}, the files hold {value}")
     if len(problems) > _MAX_PROBLEMS:
         problems = [*problems[:_MAX_PROBLEMS], f"and {len(problems) - _MAX_PROBLEMS} more"]
     return Verification(
-        job.rows, total.predictions, total.errors, job.shards, len(commits), finished is not None, tuple(problems), tuple(uncommitted)
+        job.rows,
+        total.predictions,
+        total.errors,
+        job.shards,
+        len(commits),
+        finished is not None,
+        tuple(problems),
+        tuple(uncommitted),
     )
 
 
@@ -148,7 +159,9 @@ def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: in
     for what, places in (("missing", missing), ("there more than once", double)):
         if len(places):
             first = int(places[0])
-            out.problems.append(f"{name}: {len(places)} of {len(seen)} rows are {what}, the first is row {first}, {uris[first]}")
+            out.problems.append(
+                f"{name}: {len(places)} of {len(seen)} rows are {what}, the first is row {first}, {uris[first]}"
+            )
     if (out.predictions, out.errors) != (commit.predictions, commit.errors) and not out.problems:
         out.problems.append(
             f"{name}: its commit says {commit.predictions} predictions and {commit.errors} errors, "

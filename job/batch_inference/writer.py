@@ -66,7 +66,11 @@ class ShardWriter:
         """
         inputs = manifest.read_shard(self._store, shard)
         predictions = self._predictions(shard)
-        rows = np.concatenate([predictions["row"].to_numpy(), errors["row"].to_numpy()]) if predictions else errors["row"].to_numpy()
+        rows = (
+            np.concatenate([predictions["row"].to_numpy(), errors["row"].to_numpy()])
+            if predictions
+            else errors["row"].to_numpy()
+        )
         if not np.array_equal(np.sort(rows), np.arange(inputs.num_rows)):
             raise CountsDoNotClose(
                 f"{manifest.shard_name(shard)} has {inputs.num_rows} inputs, but {len(rows)} rows came back, "
@@ -83,7 +87,14 @@ class ShardWriter:
             by.setdefault(stage, {})
             by[stage][kind] = by[stage].get(kind, 0) + 1
         return Commit(
-            shard, inputs.num_rows, inputs.num_rows - errors.num_rows, errors.num_rows, tuple(files), self._attempt, by, now()
+            shard,
+            inputs.num_rows,
+            inputs.num_rows - errors.num_rows,
+            errors.num_rows,
+            tuple(files),
+            self._attempt,
+            by,
+            now(),
         )
 
     def _predictions(self, shard: int) -> pa.Table | None:

@@ -67,7 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     (folder / "sub").mkdir()
     for index in range(10):
-        Image.fromarray(gray(index * 10, 20 + index % 3, 30)).save(folder / ("sub" if index > 7 else ".") / f"{index}.png")
+        Image.fromarray(gray(index * 10, 20 + index % 3, 30)).save(
+            folder / ("sub" if index > 7 else ".") / f"{index}.png"
+        )
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
     (folder / "5.png").write_bytes(b"")
     (folder / "notes.txt").write_text("no image")

@@ -78,7 +78,9 @@ def test_bomb_is_a_small_file(photos: Path) -> None:
 
 def test_again_gives_the_same_files(photos: Path, tmp_path: Path) -> None:
     demo.make_photos(tmp_path / "new")
-    assert {p.name: p.read_bytes() for p in photos.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()}
+    assert {p.name: p.read_bytes() for p in photos.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()
+    }
 
 
 def test_configuration_is_one_that_a_file_can_hold(tmp_path: Path) -> None:

@@ -82,7 +82,11 @@ def test_grayscale_jpeg() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk(kind: str) -> None:
-    close(open_image(encode(photo().convert("CMYK"), kind, **({"quality": 95} if kind == "JPEG" else {})), CONFIG), photo(), 6)
+    close(
+        open_image(encode(photo().convert("CMYK"), kind, **({"quality": 95} if kind == "JPEG" else {})), CONFIG),
+        photo(),
+        6,
+    )
 
 
 def test_adobe_cmyk_is_not_inverted() -> None:
@@ -95,7 +99,9 @@ def test_adobe_cmyk_is_not_inverted() -> None:
 
 @pytest.mark.parametrize("mode", ["YCbCr", "LAB"])
 def test_other_color_spaces_in_tiff(mode: str) -> None:
-    source = Image.new("LAB", (8, 8), (255, 128, 128)) if mode == "LAB" else Image.new("RGB", (8, 8), "white").convert(mode)
+    source = (
+        Image.new("LAB", (8, 8), (255, 128, 128)) if mode == "LAB" else Image.new("RGB", (8, 8), "white").convert(mode)
+    )
     close(open_image(encode(source, "TIFF"), CONFIG), Image.new("RGB", (8, 8), "white"), 3)
 
 
@@ -174,7 +180,14 @@ def png(width: int, height: int, bits: int, color: int, rows: bytes, *extra: byt
         (png(2, 1, 8, 2, b"\0\x01\x02\x03\x09\x08\x07", chunk(b"tRNS", b"\0\x09\0\x08\0\x07")), [[1, 2, 3], [255] * 3]),
         (png(2, 1, 16, 0, b"\0\x01\x00\x80\x80", chunk(b"tRNS", b"\x80\x80")), [[1] * 3, [255] * 3]),
         (
-            png(2, 1, 16, 2, b"\0" + bytes([1, 0, 2, 0, 3, 0, 9, 9, 8, 8, 7, 7]), chunk(b"tRNS", bytes([9, 9, 8, 8, 7, 7]))),
+            png(
+                2,
+                1,
+                16,
+                2,
+                b"\0" + bytes([1, 0, 2, 0, 3, 0, 9, 9, 8, 8, 7, 7]),
+                chunk(b"tRNS", bytes([9, 9, 8, 8, 7, 7])),
+            ),
             [[1, 2, 3], [255] * 3],
         ),
         (png(8, 1, 1, 0, b"\0\x0f", chunk(b"tRNS", b"\0\x00")), [[255] * 3] * 8),
@@ -209,7 +222,10 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     # The stored picture is the one that the turn makes upright again.
     upright = photo()
     turn = images._TURNS.get(orientation)
-    inverse = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}
+    inverse = {
+        Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+    }
     stored = upright if turn is None else upright.transpose(inverse.get(turn, turn))
     options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
     data = encode(stored, kind, exif=exif, **options)
@@ -221,7 +237,9 @@ def test_broken_exif_costs_nothing() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(photo(), "JPEG", quality=95, exif=exif)
-    broken = data.replace(b"Exif\x00\x00MM\x00*", b"Exif\x00\x00MM\xff\xff").replace(b"Exif\x00\x00II*\x00", b"Exif\x00\x00II\xff\xff")
+    broken = data.replace(b"Exif\x00\x00MM\x00*", b"Exif\x00\x00MM\xff\xff").replace(
+        b"Exif\x00\x00II*\x00", b"Exif\x00\x00II\xff\xff"
+    )
     assert broken != data
     close(open_image(broken, CONFIG), photo())
     exif[0x0112] = 99
@@ -333,7 +351,9 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fails(data)[0] == "DECODE_MEMORY"
 
 
-@pytest.mark.parametrize("exc", [SyntaxError("x"), struct.error("x"), RecursionError("x"), KeyError("x"), ZeroDivisionError()])
+@pytest.mark.parametrize(
+    "exc", [SyntaxError("x"), struct.error("x"), RecursionError("x"), KeyError("x"), ZeroDivisionError()]
+)
 def test_whatever_pillow_raises(monkeypatch: pytest.MonkeyPatch, exc: Exception) -> None:
     data = encode(photo(), "PNG")
 
@@ -409,7 +429,10 @@ def test_any_bytes(data: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from([magic for magic, _ in images._SIGNATURES] + [b"RIFF\x00\x01\x00\x00WEBPVP8 "]), st.binary(max_size=300))
+@given(
+    st.sampled_from([magic for magic, _ in images._SIGNATURES] + [b"RIFF\x00\x01\x00\x00WEBPVP8 "]),
+    st.binary(max_size=300),
+)
 def test_any_bytes_behind_a_signature(magic: bytes, data: bytes) -> None:
     ends_well(magic + data)
 

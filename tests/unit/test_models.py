@@ -297,7 +297,13 @@ class Small(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 8, "any", "2 to 4"])
 def test_exported_program(tmp_path: Path, batch: int | str) -> None:
     network = Small().eval()
-    dim = None if isinstance(batch, int) else torch.export.Dim("n") if batch == "any" else torch.export.Dim("n", min=2, max=4)
+    dim = (
+        None
+        if isinstance(batch, int)
+        else torch.export.Dim("n")
+        if batch == "any"
+        else torch.export.Dim("n", min=2, max=4)
+    )
     example = torch.rand(batch if isinstance(batch, int) else 3, 3, 64, 64)
     program = torch.export.export(network, (example,), dynamic_shapes=None if dim is None else ({0: dim},))
     torch.export.save(program, tmp_path / "a.pt2")

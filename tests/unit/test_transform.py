@@ -12,7 +12,19 @@ from torchvision import models
 from batch_inference.models import transform_of
 from batch_inference.transform import Transform
 
-SIZES = [(1, 1), (1, 40), (40, 1), (3, 7), (224, 224), (256, 256), (257, 255), (100, 900), (900, 100), (640, 427), (231, 1000)]
+SIZES = [
+    (1, 1),
+    (1, 40),
+    (40, 1),
+    (3, 7),
+    (224, 224),
+    (256, 256),
+    (257, 255),
+    (100, 900),
+    (900, 100),
+    (640, 427),
+    (231, 1000),
+]
 WEIGHTS = [
     models.ResNet18_Weights.DEFAULT,  # bilinear, 256 to 224
     models.ResNet152_Weights.IMAGENET1K_V2,  # bilinear, 232
