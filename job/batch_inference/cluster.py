@@ -161,6 +161,7 @@ def _start(config: JobConfig, dashboard_host: str | None) -> Any:
     # harmless here: they only share time.
     with _stderr_aside():
         return ray.init(
+            address="local",
             num_cpus=max(cpus, math.ceil(demand.cpus)),
             include_dashboard=dashboard_host is not None,
             dashboard_host=dashboard_host or "127.0.0.1",

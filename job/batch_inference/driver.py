@@ -220,12 +220,11 @@ class _Attempt:
             ):
                 try:
                     self._collect(tables, collector, closing, writers)
-                except BatchInferenceError:
-                    raise
-                except KeyboardInterrupt:
-                    raise
                 except Exception as exc:
-                    raise explain_ray_failure(exc) from exc
+                    failure = explain_ray_failure(exc)
+                    if failure is exc:
+                        raise
+                    raise failure from exc
 
     def _collect(self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers) -> None:
         begun: float | None = None

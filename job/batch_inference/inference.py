@@ -184,7 +184,13 @@ class InferenceActor:
         good, errors, left = self._isolate(indices[:middle], images, uris)
         good_right, errors_right, right = self._isolate(indices[middle:], images, uris)
         tables = [t for t in (left, right) if t is not None]
-        whole = pa.concat_tables(tables, promote_options="permissive") if tables else None
+        try:
+            whole = pa.concat_tables(tables, promote_options="permissive") if tables else None
+        except pa.ArrowException as exc:
+            raise UserError(
+                f"the predictor's columns differ from batch to batch: {exc}",
+                "Return the same columns with the same types for every batch.",
+            ) from None
         return good + good_right, errors | errors_right, whole
 
     @staticmethod

@@ -168,8 +168,11 @@ class Ledger:
         identity = {**job.identity, "manifest.sha256": digest.hexdigest()}
         mine = Job(**{**asdict(job), "plan": plan, "identity": identity, "fingerprint": fingerprint(identity)})
         if not self.store.create("_job.json", json.dumps(asdict(mine), indent=1).encode()):
-            self.store.delete([plan])
-            return self.require_job()
+            job = self.require_job()
+            # A create whose answer got lost is sent again and meets itself; then the plan is needed.
+            if job.plan != plan:
+                self.store.delete([plan])
+            return job
         return mine
 
     def complete_manifest(self, job: Job) -> None:
@@ -209,7 +212,8 @@ class Ledger:
 
     def committed(self) -> set[int]:
         """Numbers of the shards that are done; one listing."""
-        return {_shard_of(info.path) for info in self.store.objects("_commits") if info.path.endswith(".json")}
+        found = {_shard_of(info.path) for info in self.store.objects("_commits") if info.path.endswith(".json")}
+        return found - {-1}
 
     def commits(self, shards: set[int] | None = None) -> list[Commit]:
         """The commits of ``shards`` (default: all), in order.
@@ -222,8 +226,14 @@ class Ledger:
             return list(pool.map(self._read_commit, wanted))
 
     def commit(self, commit: Commit) -> bool:
-        """Commits a shard; False if it was committed already, by whomever."""
-        return self.store.create(f"_commits/{manifest.shard_name(commit.shard)}.json", commit.to_json())
+        """Commits a shard; False if another driver has committed it."""
+        path, data = f"_commits/{manifest.shard_name(commit.shard)}.json", commit.to_json()
+        # A create whose answer got lost is sent again and meets itself; taken for another's, it would cost its files.
+        return self.store.create(path, data) or self.store.get(path) == data
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard is done, by whomever; one request."""
+        return self.store.exists(f"_commits/{manifest.shard_name(shard)}.json")
 
     def _read_commit(self, shard: int) -> Commit:
         path = f"_commits/{manifest.shard_name(shard)}.json"
@@ -295,9 +305,14 @@ class Ledger:
         return len(garbage)
 
     def success(self) -> dict[str, Any] | None:
-        """What ``_SUCCESS`` says, or None."""
+        """What ``_SUCCESS`` says, or None; raises CountsDoNotClose if it can't be read."""
         data = self.store.get_or_none("_SUCCESS")
-        return None if data is None else dict(json.loads(data))
+        try:
+            return None if data is None else dict(json.loads(data))
+        except (ValueError, TypeError) as exc:
+            raise CountsDoNotClose(
+                f"_SUCCESS is not readable: {exc}", "Delete _SUCCESS and run the same command again; it recounts."
+            ) from None
 
 
 def _shard_of(path: str) -> int:

@@ -158,7 +158,8 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
             if not explicit and section.extensions and ending not in section.extensions:
                 skipped[ending] = skipped.get(ending, 0) + 1
                 continue
-            batch.append(uri)
+            # Names that are not UTF-8 can't be columns' values; so spelt, they end as error rows like anything else missing.
+            batch.append(uri if uri.isascii() else uri.encode("utf-8", "backslashreplace").decode())
             if len(batch) == 65536:
                 chunks.append(pa.array(batch, pa.string()))
                 batch = []
@@ -286,7 +287,7 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
         tables.append(_parse_manifest(part, data, section.uri_column))
     table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
     table = _checked_columns(table, section, given)
-    folder = posixpath.dirname(uri.rstrip("/"))
+    folder = uri.rstrip("/").rpartition("/")[0]
     table = table.set_column(0, "uri", _canonical_column(table["uri"], folder))
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
@@ -318,11 +319,11 @@ def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
         if ending == ".parquet":
             return pq.read_table(io.BytesIO(data))
         if ending == ".txt":
-            lines = data.decode("utf-8-sig").splitlines()
+            lines = data.decode("utf-8-sig").replace("\r", "\n").split("\n")
             return pa.table({uri_column: pa.array([line.strip() for line in lines if line.strip()], pa.string())})
         if ending == ".csv":
             return _parse_csv(data)
-        return pa_json.read_json(io.BytesIO(data))
+        return _parse_json(data)
     except (pa.ArrowException, UnicodeDecodeError, OSError, ValueError) as exc:
         raise UserError(
             f"{display(uri)} is not a readable {ending.lstrip('.')} manifest: {' '.join(str(exc).split())[:300]}",
@@ -330,13 +331,25 @@ def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
         ) from None
 
 
+def _parse_json(data: bytes) -> pa.Table:
+    table = pa_json.read_json(io.BytesIO(data))
+    # Arrow takes texts that look like dates for dates.
+    texts = [pa.field(f.name, pa.string()) for f in table.schema if pa.types.is_timestamp(f.type)]
+    if not texts:
+        return table
+    return pa_json.read_json(
+        io.BytesIO(data), parse_options=pa_json.ParseOptions(explicit_schema=pa.schema(texts))
+    ).select(table.column_names)
+
+
 def _parse_csv(data: bytes) -> pa.Table:
     # Every column is read as text: guessing types would turn an id of 007 into 7.
-    with pa_csv.open_csv(io.BytesIO(data)) as reader:
+    parse = pa_csv.ParseOptions(newlines_in_values=True)
+    with pa_csv.open_csv(io.BytesIO(data), parse_options=parse) as reader:
         names = reader.schema.names
     return pa_csv.read_csv(
         io.BytesIO(data),
-        parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+        parse_options=parse,
         convert_options=pa_csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
         ),
@@ -350,16 +363,19 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
             f"the manifest {given} has no column {section.uri_column!r}; it has: {', '.join(names)}",
             "Set input.uri_column to the one that holds the images' URIs.",
         )
-    if not pa.types.is_string(table.schema.field(section.uri_column).type):
-        try:
-            column = table[section.uri_column].cast(pa.string())
-        except pa.ArrowException:
-            raise UserError(
-                f"the column {section.uri_column!r} of {given} holds {table.schema.field(section.uri_column).type}, not text",
-                "Set input.uri_column to the one that holds the images' URIs.",
-            ) from None
-    else:
-        column = table[section.uri_column]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise UserError(
+            f"the manifest {given} has several columns of the same name: {', '.join(double)}", "Rename them."
+        )
+    kind = table.schema.field(section.uri_column).type
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise UserError(
+            f"the column {section.uri_column!r} of {given} holds {kind}, not text",
+            "Set input.uri_column to the one that holds the images' URIs.",
+        )
+    column = table[section.uri_column].cast(pa.string())
     rest = [name for name in names if name != section.uri_column]
     clashes = [name for name in rest if name in (*RESERVED_COLUMNS, "uri")]
     if clashes:

@@ -71,6 +71,8 @@ def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int],
 
 def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
     """Finds what really happened under Ray's layers of exceptions."""
+    from ray.exceptions import RayError
+
     seen: set[int] = set()
     queue: list[Any] = [exc]
     while queue:
@@ -78,7 +80,8 @@ def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
         if item is None or id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, BatchInferenceError):
+        # Ray raises a task's exception as a class that is both: only the cause is the exception itself.
+        if isinstance(item, BatchInferenceError) and not isinstance(item, RayError):
             return item
         queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
     text = " ".join(str(exc).split())

@@ -139,7 +139,7 @@ class TorchPredictor:
         Returns:
             ``predicted_class_idx`` int32 (n,), ``confidence`` float32 (n,), ``top_k_idx`` int32 (n, k) and
             ``top_k_confidence`` float32 (n, k), best first, with k the lesser of ``top_k`` and the number of classes.
-            Logits that are NaN give a confidence of NaN.
+            Logits that are NaN or plus infinity give a confidence of NaN.
         """
         if not pixels.flags.writeable:
             # Ray's arrays are views of its shared memory; torch warns of them although nothing is written here.
@@ -149,9 +149,8 @@ class TorchPredictor:
             with self._precision():
                 logits = _tensor(self.model(self.transform.normalize(batch)))
             scores = logits.float().softmax(dim=1)
-            # One infinite logit makes its whole row NaN already; in rows with NaN no class is the best one.
+            # A logit of NaN or plus infinity makes its whole row NaN, and so the confidence.
             confidence, idx = scores.topk(min(self.top_k, scores.shape[1]), dim=1)
-            confidence[scores.isnan().any(dim=1)] = torch.nan
             top_idx = idx.to(torch.int32).cpu().numpy()
             top_confidence = confidence.cpu().numpy()
         return {

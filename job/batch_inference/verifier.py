@@ -107,13 +107,21 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
     uncommitted = [
         i.path for kind in ("predictions", "errors") for i in ledger.store.objects(kind) if i.path not in named
     ]
-    finished = ledger.success()
+    finished: dict[str, Any] | None = None
+    try:
+        finished = ledger.success()
+    except CountsDoNotClose as exc:
+        problems.append(exc.message)
     if finished is not None:
         problems += [f"{path} is not committed, but stands among the finished output" for path in uncommitted]
         missing = sorted(set(range(job.shards)) - set(commits))
         problems += [
             f"{manifest.shard_name(s)} has no commit, although _SUCCESS says that all is done" for s in missing
         ]
+        if finished.get("fingerprint") != job.fingerprint:
+            problems.append(
+                f"_SUCCESS belongs to the fingerprint {str(finished.get('fingerprint'))[:12]}, the job's is {job.fingerprint[:12]}"
+            )
         for key, value in (("predictions", total.predictions), ("errors", total.errors)):
             if finished.get(key) != value and not problems:
                 problems.append(f"_SUCCESS says {finished.get(key)} {key}, the files hold {value}")
@@ -137,7 +145,7 @@ def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: in
     try:
         data = ledger.store.get(f"_manifest/{name}.parquet")
         inputs = pq.read_table(io.BytesIO(data), columns=["uri"])
-    except (FileNotFoundError, pa.ArrowException) as exc:
+    except (OSError, pa.ArrowException, ValueError) as exc:
         out.problems.append(f"_manifest/{name}.parquet is missing or unreadable ({type(exc).__name__})")
         return out
     out.sha256 = hashlib.sha256(data).hexdigest()

@@ -104,7 +104,8 @@ def test_needs_neither_ray_nor_scikit(tmp_path: Path) -> None:
     import subprocess
 
     code = (
-        "import sys; from pathlib import Path; from batch_inference.demo import make_photos; make_photos(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from batch_inference.demo import make_photos;"
+        "make_photos(Path(sys.argv[1]));"
         "assert not {'ray', 'torch', 'sklearn', 'skimage'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -1,0 +1,80 @@
+"""Predictors as users write them, outside the package."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+from PIL import Image
+
+
+class MeanColor:
+    """A trivial predictor: no network, so that tests measure everything but a network."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        means = np.array([image.mean() for image in batch["image"]], np.float32)
+        return {"mean": means, "pid": np.full(len(means), os.getpid())}
+
+
+class ArticlePredictor:
+    """The tutorial's class with a small network in place of ResNet-152: PIL inside, two columns out."""
+
+    def __init__(self, classes: int = 10) -> None:
+        import torch
+        from torchvision import transforms
+
+        torch.manual_seed(0)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+            torch.nn.Linear(8, classes),
+        ).eval().to(self.device)  # fmt: skip
+        self.transform = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56), transforms.ToTensor()])
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        images = [Image.fromarray(array).convert("RGB") for array in batch["image"]]
+        tensors = torch.stack([self.transform(image) for image in images]).to(self.device)
+        with torch.inference_mode():
+            probabilities = torch.nn.functional.softmax(self.model(tensors), dim=1)
+            confidence, index = torch.max(probabilities, dim=1)
+        return {"predicted_class_idx": index.cpu().numpy(), "confidence": confidence.cpu().numpy()}
+
+
+class Embedding:
+    """Wide output: 512 numbers an image."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"embedding": np.stack([np.resize(image.astype(np.float32), 512) for image in batch["image"]])}
+
+
+class FailsOnEverything:
+    """A predictor with a mistake in it."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise KeyError("pixels")
+
+
+class CannotStart:
+    """A predictor whose constructor fails."""
+
+    def __init__(self) -> None:
+        raise FileNotFoundError("weights.bin")
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {}
+
+
+class SlowStart(MeanColor):
+    """Takes its time before it answers, so that a test can interrupt it."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(0.5)
+        return super().__call__(batch)

@@ -1,0 +1,202 @@
+"""Real servers for the tests: an S3 store, a proxy that counts and injects faults, a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from batch_inference.config import StorageConfig
+from batch_inference.errors import BatchInferenceError
+from batch_inference.storage import Store
+
+BIN = Path(sys.executable).parent
+
+S3_READY_S = 90  # a cold start reads a binary of 150 MB from disk
+RAY_READY_S = 90
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, below the range that the kernel gives to outgoing connections."""
+    ports: list[int] = []
+    candidate = 20000 + os.getpid() % 8000
+    while len(ports) < count:
+        candidate += 1
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", candidate)) != 0:
+                with contextlib.suppress(OSError):
+                    probe2 = socket.socket()
+                    probe2.bind(("127.0.0.1", candidate))
+                    probe2.close()
+                    ports.append(candidate)
+    return ports
+
+
+def stop(process: subprocess.Popen[bytes], wait_s: float = 5) -> None:
+    """Ends a process that a test started, with all of its group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+            return
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """A SeaweedFS server with an S3 endpoint and the bucket ``tests``; yields its URL.
+
+    It accepts the credentials in ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY`` and no others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3, s3_grpc = free_ports(8)
+    command = [
+        str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", "-s3.iam=false",
+        f"-master.port={master}", f"-master.port.grpc={master_grpc}", f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}",
+        f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}",
+        "-s3.port.iceberg=0", "-master.telemetry=false", "-volume.max=50", "-master.volumeSizeLimitMB=64",
+    ]  # fmt: skip
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    try:
+        deadline = time.monotonic() + S3_READY_S
+        url = f"http://127.0.0.1:{s3}"
+        while not _ready(filer, url, "tests"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the S3 server did not come up:\n{log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.3)
+        yield url
+    finally:
+        stop(process)
+
+
+def _ready(filer: int, url: str, bucket: str) -> bool:
+    """Makes the bucket and writes an object, which needs every part of the server."""
+    try:
+        # A bucket is a folder of the filer, which asks for no credentials.
+        connection = http.client.HTTPConnection("127.0.0.1", filer, timeout=5)
+        connection.request("POST", f"/buckets/{bucket}/")
+        if connection.getresponse().status not in (200, 201, 409):
+            return False
+        Store(f"s3://{bucket}", StorageConfig(endpoint_url=url, max_retries=0)).put("ready", b"x")
+    except (OSError, BatchInferenceError):
+        return False
+    return True
+
+
+class Proxy:
+    """Stands between the program and a store: counts requests by method and path, and answers some itself.
+
+    Args:
+        target: URL of the store.
+    """
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.removeprefix("http://").partition(":")
+        self.requests: list[tuple[str, str]] = []
+        self.answer: Callable[[str, str], int | None] = lambda method, path: None
+        """Status to answer with instead of asking the store, None to ask it."""
+        self.ignore_put_if_absent = False
+        """Say yes to every conditional put, as stores do that do not know the condition."""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _forward(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                path = self.path
+                outer.requests.append((self.command, path))
+                status = outer.answer(self.command, path)
+                if status is not None:
+                    self._reply(status, [], b"<Error><Code>Injected</Code></Error>")
+                    return
+                headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
+                connection = http.client.HTTPConnection(host, int(port), timeout=60)
+                try:
+                    connection.request(self.command, path, body=body or None, headers=headers)
+                    response = connection.getresponse()
+                    data = response.read()
+                except OSError:
+                    self._reply(502, [], b"")
+                    return
+                finally:
+                    connection.close()
+                if outer.ignore_put_if_absent and response.status == 412:
+                    self._reply(200, [("ETag", '"1"')], b"")
+                    return
+                self._reply(response.status, response.getheaders(), data)
+
+            def _reply(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+                self.send_response_only(status)
+                length = str(len(data))
+                for key, value in headers:
+                    if key.lower() == "content-length":
+                        length = value if self.command == "HEAD" else length
+                    elif key.lower() not in ("transfer-encoding", "connection"):
+                        self.send_header(key, value)
+                self.send_header("Content-Length", length)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, *args: object) -> None:
+                pass  # a client that was killed leaves its connection behind
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextlib.contextmanager
+def ray_cluster(cpus: int, folder: Path) -> Iterator[dict[str, str]]:
+    """A Ray cluster in processes of its own; yields its ``address``, its ``client`` address and its folder."""
+    port, client, dashboard_agent = free_ports(3)
+    log = folder / "ray-head.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
+        f"--ray-client-server-port={client}", "--include-dashboard=false", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={dashboard_agent}", "--node-ip-address=127.0.0.1", "--object-store-memory=1000000000",
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + RAY_READY_S
+        while not _listens(port) or not _listens(client):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Ray did not come up:\n{log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.3)
+        yield {"address": f"127.0.0.1:{port}", "client": f"ray://127.0.0.1:{client}"}
+    finally:
+        stop(process)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

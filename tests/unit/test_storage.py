@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from obstore import exceptions as obx
+
+from batch_inference.config import StorageConfig
+from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
+from batch_inference.storage import (
+    Fetcher,
+    Store,
+    canonical_uri,
+    classify,
+    display,
+    is_local,
+    local_path,
+    read_object,
+    split_bucket,
+)
+
+CONFIG = StorageConfig()
+ODD = ["plain", "a b", "50%", "a%20b", "x#1", "ü", "[x]", "a?b", "two\nlines", ".hidden", "'\"", "日本"]  # noqa: RUF001
+# Two CPUs are shared with others; root may read everything.
+not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out"), CONFIG)
+
+
+# --- locations -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("s3://b/k", "s3://b/k"),
+        ("S3://B/K", "s3://B/K"),
+        ("s3a://b/k", "s3://b/k"),
+        ("s3n://b/k", "s3://b/k"),
+        ("gcs://b/k", "gs://b/k"),
+        ("abfs://b/k", "az://b/k"),
+        ("azure://b", "az://b"),
+        ("s3://b/a b%20#?ü", "s3://b/a b%20#?ü"),
+        ("/a/b c.jpg", "file:///a/b c.jpg"),
+        ("file:///a/%20.jpg", "file:///a/%20.jpg"),
+        ("FILE:///a", "file:///a"),
+        ("/a/100%.jpg", "file:///a/100%.jpg"),
+    ],
+)
+def test_every_location_has_one_spelling(given: str, expected: str) -> None:
+    assert canonical_uri(given) == expected
+    assert canonical_uri(expected) == expected
+
+
+def test_relative_paths_start_here_and_a_tilde_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert canonical_uri("in/a.jpg") == f"file://{tmp_path}/in/a.jpg"
+    assert canonical_uri("~/a.jpg") == "file:///home/me/a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("given", "fact", "remedy"),
+    [
+        ("http://x/y", "scheme http://, which is not supported", "file://, s3://, gs://, az://"),
+        ("hdfs://x/y", "scheme hdfs://", "s3://"),
+        ("file://a/b", "not an absolute file URI", "file:///a/b"),
+        ("s3://", "names no bucket", "s3://BUCKET/PATH"),
+        ("gs:///a", "names no bucket", "gs://BUCKET/PATH"),
+    ],
+)
+def test_other_locations_are_refused(given: str, fact: str, remedy: str) -> None:
+    with pytest.raises(UserError) as caught:
+        canonical_uri(given)
+    assert given in caught.value.message
+    assert fact in caught.value.message
+    assert remedy in caught.value.remedy
+
+
+def test_parts_of_a_location() -> None:
+    assert split_bucket("s3://b/x/y.jpg") == ("s3://b", "x/y.jpg")
+    assert split_bucket("az://b") == ("az://b", "")
+    assert split_bucket("file:///x/y.jpg") == ("file://", "x/y.jpg")
+    assert is_local("file:///x")
+    assert not is_local("s3://x")
+    assert local_path("file:///x/y z") == "/x/y z"
+    assert display("file:///x") == "/x"
+    assert display("s3://b/x") == "s3://b/x"
+
+
+# --- the folder ----------------------------------------------------------------------------------------------------------
+
+
+def test_objects_are_written_listed_read_and_deleted(store: Store) -> None:
+    store.put("predictions/a", b"one")
+    store.put("predictions/a", b"three")
+    store.put("predictions/b/c", b"")
+    store.put("_top", b"x")
+    assert store.get("predictions/a") == b"three"
+    assert store.get_or_none("predictions/b/c") == b""
+    assert store.get_or_none("predictions/none") is None
+    with pytest.raises(FileNotFoundError, match="predictions/none"):
+        store.get("predictions/none")
+    assert {(o.path, o.size) for o in store.objects("predictions")} == {("predictions/a", 5), ("predictions/b/c", 0)}
+    assert {o.path for o in store.objects()} == {"predictions/a", "predictions/b/c", "_top"}
+    assert list(store.objects("errors")) == []
+    with store.open("predictions/a") as file:
+        file.seek(2)
+        assert bytes(file.read()) == b"ree"
+    store.delete(["predictions/a", "predictions/none", "_top"])
+    assert {o.path for o in store.objects()} == {"predictions/b/c"}
+
+
+def test_a_prefix_is_a_folder_and_not_the_start_of_a_name(store: Store) -> None:
+    store.put("errors/a", b"")
+    store.put("errors-old/a", b"")
+    assert {o.path for o in store.objects("errors")} == {"errors/a"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_output_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / name / "out"), CONFIG)
+    store.probe()
+    store.put("predictions/x", b"1")
+    assert store.create("_commits/x", b"2")
+    assert {o.path for o in store.objects()} == {"predictions/x", "_commits/x"}
+    assert (tmp_path / name / "out/predictions/x").read_bytes() == b"1"
+
+
+def test_a_folder_that_must_exist_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder") as caught:
+        Store(str(tmp_path / "none"), CONFIG, must_exist=True)
+    assert caught.value.remedy
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot create the folder"):
+            Store(str(tmp_path / place), CONFIG)
+
+
+def test_a_store_travels_to_other_processes(store: Store) -> None:
+    store.put("a", b"1")
+    there = pickle.loads(pickle.dumps(store))  # noqa: S301
+    assert there.uri == store.uri
+    assert there.get("a") == b"1"
+
+
+def test_what_a_killed_put_leaves_does_not_stand_among_the_predictions(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """obstore writes `x.parquet#1` first; pandas would stumble over half of one, and no listing shows it."""
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "good.parquet")
+    store.put("predictions/good.parquet", (tmp_path / "good.parquet").read_bytes())
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(obstore, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.put("predictions/half.parquet", b"PAR1")
+    assert os.listdir(tmp_path / "out/predictions") == ["good.parquet"]
+    assert pd.read_parquet(tmp_path / "out/predictions")["a"].tolist() == [1]
+
+
+def test_nothing_is_left_of_many_puts_at_once(store: Store, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.put(f"predictions/{i}", bytes(i)), range(400)))
+    assert {(o.path, o.size) for o in store.objects()} == {(f"predictions/{i}", i) for i in range(400)}
+    assert os.listdir(tmp_path / "out") == ["predictions"]
+
+
+# --- put-if-absent -------------------------------------------------------------------------------------------------------
+
+
+def test_of_many_threads_one_creates(store: Store) -> None:
+    for attempt in range(20):
+        barrier = threading.Barrier(8)
+
+        def create(worker: int, path: str = f"_commits/{attempt}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return store.create(path, b"%d" % worker * 1000)
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(create, range(8)))
+        assert won.count(True) == 1
+        assert store.get(f"_commits/{attempt}") == b"%d" % won.index(True) * 1000
+
+
+def _create_all(uri: str, worker: int, barrier: Any, results: Any) -> None:
+    store = Store(uri, CONFIG)
+    barrier.wait()
+    results.put((worker, [n for n in range(50) if store.create(f"_commits/{n}", b"%d" % worker)]))
+
+
+def test_of_several_processes_one_creates(store: Store) -> None:
+    context = multiprocessing.get_context("forkserver")
+    barrier, results = context.Barrier(3), context.Queue()
+    workers = [context.Process(target=_create_all, args=(store.uri, w, barrier, results)) for w in range(3)]
+    for worker in workers:
+        worker.start()
+    won = dict(results.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+    assert sorted(n for wins in won.values() for n in wins) == list(range(50))
+    for worker, wins in won.items():
+        assert all(store.get(f"_commits/{n}") == b"%d" % worker for n in wins)
+
+
+def test_probe_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    store.probe()
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_several_drivers_may_probe_at_once(store: Store, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(store.probe) for _ in range(150)]:
+            done.result()
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_probe_refuses_a_store_that_overwrites(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = obstore.put
+
+    def ignoring(target: Any, path: str, data: bytes, *, mode: str) -> Any:
+        return real(target, path, data, mode="overwrite")
+
+    monkeypatch.setattr(obstore, "put", ignoring)
+    with pytest.raises(UserError) as caught:
+        store.probe()
+    assert "does not honour put-if-absent: a second create of the same object succeeded" in caught.value.message
+    assert "If-None-Match" in caught.value.remedy
+    assert list(store.objects()) == []
+
+
+def test_probe_refuses_a_store_that_denies_and_overwrites_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = obstore.put
+
+    def lying(target: Any, path: str, data: bytes, *, mode: str) -> Any:
+        there = store.get_or_none(path) is not None
+        real(target, path, data, mode="overwrite")
+        if there:
+            raise obx.AlreadyExistsError("there already")
+
+    monkeypatch.setattr(obstore, "put", lying)
+    with pytest.raises(UserError, match="changed its content"):
+        store.probe()
+
+
+def test_probe_names_the_reason_where_nothing_can_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(obstore, "put", denied)
+    with pytest.raises(UserError, match="cannot create .*Permission denied") as caught:
+        store.probe()
+    assert "credentials" in caught.value.remedy
+
+
+# --- failures ------------------------------------------------------------------------------------------------------------
+
+FAILURES = [
+    (FileNotFoundError("x"), "NOT_FOUND", False),
+    (NotADirectoryError("x"), "NOT_FOUND", False),
+    (IsADirectoryError("x"), "NOT_FOUND", False),
+    (obx.NotFoundError("x"), "NOT_FOUND", False),
+    (PermissionError("x"), "ACCESS_DENIED", False),
+    (obx.PermissionDeniedError("x"), "ACCESS_DENIED", False),
+    (obx.GenericError("Server returned non-2xx status code: 403 Forbidden"), "ACCESS_DENIED", False),
+    (obx.UnauthenticatedError("x"), "UNAUTHENTICATED", False),
+    (obx.GenericError("status: 401 Unauthorized"), "UNAUTHENTICATED", False),
+    (obx.InvalidPathError("x"), "INVALID_URI", False),
+    (ValueError("embedded null byte"), "INVALID_URI", False),
+    (OSError(errno.ENAMETOOLONG, "File name too long"), "INVALID_URI", False),
+    (OSError(errno.ELOOP, "Too many levels of symbolic links"), "INVALID_URI", False),
+    (TimeoutError("x"), "TIMEOUT", True),
+    (obx.GenericError("error sending request: operation timed out"), "TIMEOUT", True),
+    (obx.GenericError("Server returned non-2xx status code: 503"), "STORE_UNREACHABLE", True),
+    (ConnectionRefusedError("x"), "STORE_UNREACHABLE", True),
+    (OSError(errno.EIO, "Input/output error"), "STORE_UNREACHABLE", True),
+]
+
+
+@pytest.mark.parametrize(("exc", "kind", "retryable"), FAILURES, ids=[f"{type(f[0]).__name__}-{f[1]}" for f in FAILURES])
+def test_exceptions_are_of_few_kinds(exc: Exception, kind: str, retryable: bool) -> None:
+    found = classify(exc)
+    assert (found.error_type, found.retryable) == (kind, retryable)
+    assert found.message
+
+
+def test_messages_lose_the_librarys_debug_dump() -> None:
+    assert classify(obx.GenericError("no route\n\nDebug source:\nGeneric { 10 lines }")).message == "no route"
+
+
+@pytest.mark.parametrize("verb", ["get", "put", "create", "objects", "delete", "open"])
+@pytest.mark.parametrize(
+    ("exc", "expected"),
+    [
+        (obx.PermissionDeniedError("x"), UserError),
+        (obx.UnauthenticatedError("x"), UserError),
+        (obx.GenericError("503"), SystemFault),
+        (TimeoutError("x"), SystemFault),
+    ],
+)
+def test_every_method_tells_the_users_faults_from_the_systems(
+    verb: str, exc: Exception, expected: type[Exception], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise exc
+
+    for name in ("get", "put", "list", "delete", "open_reader"):
+        monkeypatch.setattr(obstore, name, fail)
+    calls: dict[str, Any] = {
+        "get": lambda: store.get("a"),
+        "put": lambda: store.put("a", b""),
+        "create": lambda: store.create("a", b""),
+        "objects": lambda: list(store.objects()),
+        "delete": lambda: store.delete(["a"]),
+        "open": lambda: store.open("a"),
+    }
+    with pytest.raises(expected) as caught:
+        calls[verb]()
+    assert display(store.uri) in str(caught.value)
+    assert getattr(caught.value, "remedy", "")
+
+
+@pytest.mark.parametrize(
+    "exc", [obx.AlreadyExistsError("x"), obx.PreconditionError("x"), obx.GenericError("Response: 412 Precondition Failed")]
+)
+def test_a_failed_precondition_means_that_another_was_first(
+    exc: Exception, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise exc
+
+    monkeypatch.setattr(obstore, "put", fail)
+    assert store.create("a", b"") is False
+
+
+# --- inputs --------------------------------------------------------------------------------------------------------------
+
+
+def failed(uri: str, max_bytes: int = 1000) -> RowError:
+    with pytest.raises(RowFailure) as caught:
+        Fetcher(CONFIG).fetch(uri, max_bytes)
+    return caught.value.error
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_files_of_any_name_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"content")
+    assert Fetcher(CONFIG).fetch(f"file://{tmp_path}/{name}", 1000) == b"content"
+    assert Fetcher(CONFIG).fetch(f"{tmp_path}/{name}", 1000) == b"content"
+
+
+def test_what_cannot_be_read_is_a_failure_of_its_row(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_bytes(b"12345")
+    assert failed(f"{tmp_path}/none") == RowError("fetch", "NOT_FOUND", "there is no such object")
+    assert failed(f"{tmp_path}/file/below") == RowError("fetch", "NOT_FOUND", "there is no such object")
+    assert failed(f"{tmp_path}") == RowError("fetch", "NOT_FOUND", "this is a folder, not a file")
+    assert failed(f"{tmp_path}/loop").error_type == "INVALID_URI"
+    assert failed(f"{tmp_path}/{'x' * 300}").error_type == "INVALID_URI"
+    assert failed(f"{tmp_path}/a\0b").error_type == "INVALID_URI"
+    assert failed("ftp://x/y").error_type == "INVALID_URI"
+    assert failed(f"{tmp_path}/file", 4) == RowError(
+        "fetch", "TOO_LARGE", "the file has 5 bytes, more than preprocess.max_bytes = 4"
+    )
+    assert Fetcher(CONFIG).fetch(f"{tmp_path}/file", 5) == b"12345"
+
+
+@not_root
+def test_a_file_that_may_not_be_read_is_denied(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "file").chmod(0)
+    assert failed(f"{tmp_path}/file").error_type == "ACCESS_DENIED"
+
+
+@pytest.mark.parametrize(("exc", "kind", "retryable"), FAILURES, ids=[f"{type(f[0]).__name__}-{f[1]}" for f in FAILURES])
+def test_failures_of_a_bucket_are_failures_of_the_row(
+    exc: Exception, kind: str, retryable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise exc
+
+    monkeypatch.setattr(obstore, "get", fail)
+    error = failed("s3://bucket/key.jpg")
+    assert (error.stage, error.error_type, error.retryable) == ("fetch", kind, retryable)
+    assert "\n" not in error.message
+
+
+def test_a_whole_object_or_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "list.csv").write_bytes(b"uri\n")
+    assert read_object(f"{tmp_path}/list.csv", CONFIG, "the manifest") == b"uri\n"
+    with pytest.raises(UserError, match=r"cannot read the manifest .*none\.csv: there is no such object"):
+        read_object(f"{tmp_path}/none.csv", CONFIG, "the manifest")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise obx.GenericError("503")
+
+    monkeypatch.setattr(obstore, "get", fail)
+    with pytest.raises(SystemFault, match="cannot read the weights"):
+        read_object("s3://b/w.pt", CONFIG, "the weights")
+
+
+def test_row_failures_are_one_short_line() -> None:
+    error = RowFailure("fetch", "TIMEOUT", "a\n  b\t" + "x" * 1000, True).error
+    assert error.message.startswith("a b x")
+    assert len(error.message) == 500
