@@ -30,7 +30,9 @@ def jpeg(seed: int, size: tuple[int, int] = (48, 32)) -> bytes:
 
 def broken(seed: int) -> bytes:
     """Bytes that are no image, of one of several kinds."""
-    return [b"", b"not an image at all\n" * 5, jpeg(seed)[:150], b"\x89PNG\r\n\x1a\nrubbish", b"<html>no</html>"][seed % 5]
+    return [b"", b"not an image at all\n" * 5, jpeg(seed)[:150], b"\x89PNG\r\n\x1a\nrubbish", b"<html>no</html>"][
+        seed % 5
+    ]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,8 +30,6 @@ class Writers:
     def __init__(self, local: ShardWriter | None, handles: list[Any]) -> None:
         self._local = local
         self.handles = handles
-        # The local writer is filled by the main thread and emptied by those that close shards.
-        self._lock = threading.Lock()
 
     @classmethod
     def start(cls, store: Store, config: JobConfig, attempt: str, *, custom: bool) -> Writers:
@@ -55,8 +52,7 @@ class Writers:
         columns = ["shard", "row", *good.column_names[len(RESULT_SCHEMA) :]]
         good = good.select(columns)
         for shard in pc.unique(good["shard"]).to_pylist():
-            with self._lock:
-                self._local.add(shard, good.filter(pc.equal(good["shard"], shard)))
+            self._local.add(shard, good.filter(pc.equal(good["shard"], shard)))
 
     def close(self, shard: int, errors: pa.Table) -> Commit:
         """Writes a shard's files."""

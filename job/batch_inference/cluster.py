@@ -6,10 +6,12 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from batch_inference.config import InferenceConfig, JobConfig
@@ -22,8 +24,12 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("ray-data-logging.yaml")),
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+_CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
     os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
     import ray
 
-    _silence_consoles()
+    logging.getLogger("ray").propagate = False
     if ray.is_initialized():
         yield None
         return
@@ -120,18 +126,6 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
         yield f"http://{url}" if url else None
     finally:
         ray.shutdown()
-
-
-def _silence_consoles() -> None:
-    """Leaves Ray's Python loggers their files and takes their consoles."""
-    for name in ("ray", "ray.data"):
-        logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            if type(handler).__name__ in ("PlainRayHandler", "StreamHandler"):
-                logger.removeHandler(handler)
-        if not logger.handlers:
-            logger.addHandler(logging.NullHandler())
-        logger.propagate = False
 
 
 @contextlib.contextmanager
@@ -177,6 +171,7 @@ def _join(address: str) -> Any:
     # A cluster may ask for a token; the environment or ~/.ray/auth_token has it where there is one.
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
+    _check_listening(address)
     try:
         with _stderr_aside():
             return ray.init(
@@ -196,9 +191,21 @@ def _join(address: str) -> Any:
         ) from None
 
 
-def _has_token() -> bool:
-    from pathlib import Path
+def _check_listening(address: str) -> None:
+    """Asks the address once: Ray itself tries for minutes before it says that nobody is there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and names that Ray resolves itself
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except OSError as exc:
+        raise SystemFault(
+            f"there is no Ray cluster to be reached at {address}: {exc.strerror or exc}",
+            "Check host and port (10001 for ray://, 6379 otherwise) and that the cluster is up.",
+        ) from None
 
+
+def _has_token() -> bool:
     return (
         any(k in os.environ for k in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
         or Path.home().joinpath(".ray/auth_token").exists()

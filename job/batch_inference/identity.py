@@ -217,6 +217,4 @@ def input_notes(job: Job) -> list[str]:
         notes.append(f"{job.duplicates:,} inputs were listed more than once; each is done once")
     if job.repeated:
         notes.append(f"{job.repeated:,} manifest lines repeat a URI; each line gets a row of its own")
-    if job.rows < 100:
-        notes.append(f"{job.rows} images are few: starting Ray and the model will take most of the time")
     return notes

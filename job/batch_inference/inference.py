@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from batch_inference import errors as error_classes
 from batch_inference.config import JobConfig, PredictorConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, UserError
 from batch_inference.transform import Transform
@@ -29,6 +31,7 @@ RESULT_SCHEMA = pa.schema(
         ("infer_s", pa.float32()),
     ]
 )
+END_OF_JOB = "END_OF_JOB"
 _TOP_K = pa.struct([("class_idx", pa.int32()), ("label", pa.string()), ("confidence", pa.float32())])
 CLASSIFIER_SCHEMA = pa.schema(
     [
@@ -112,12 +115,15 @@ class InferenceActor:
         self, factory: Callable[[], Callable[[list[np.ndarray], list[str]], pa.Table]], writers: list[Any]
     ) -> None:
         self._writers = writers
-        self._failure: Exception | None = None
+        self._failure: BatchInferenceError | None = None
         try:
             self._predict = factory()
-        except Exception as exc:
-            # Ray restarts an actor whose constructor fails and hides the reason; a failed call keeps it.
+        except BatchInferenceError as exc:
             self._failure = exc
+        except Exception as exc:
+            self._failure = UserError(
+                f"the model could not be loaded: {type(exc).__name__}: {exc}", "Check model.* in the configuration."
+            )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predicts the rows that have pixels; passes the others on.
@@ -129,11 +135,14 @@ class InferenceActor:
             As many rows of :data:`RESULT_SCHEMA`, with the classifier's columns where there are no writers.
         """
         if self._failure is not None:
-            raise self._failure
+            return _end_of_job(self._failure)
         start = time.perf_counter()
         places, images = _images(table)
         uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
-        good, errors, predictions = self._isolate(list(range(len(images))), images, uris)
+        try:
+            good, errors, predictions = self._isolate(list(range(len(images))), images, uris)
+        except BatchInferenceError as exc:
+            return _end_of_job(exc)
         seconds = (time.perf_counter() - start) / max(1, len(images))
         columns = {name: table[name].to_pylist() for name in ("stage", "error_type", "message", "retryable")}
         for index, error in errors.items():
@@ -220,6 +229,23 @@ class InferenceActor:
             writer = self._writers[int(shard) % len(self._writers)]
             sent.append(writer.add.remote(int(shard), table.filter(pa.array(shards == shard))))
         ray.get(sent)
+
+
+def _end_of_job(exc: BatchInferenceError) -> pa.Table:
+    """A failure of the whole job as a row: what a task raises reaches the driver without its reason."""
+    name = exc.__class__.__name__
+    row = dict.fromkeys(RESULT_SCHEMA.names) | {
+        "error_type": END_OF_JOB,
+        "message": json.dumps([name, exc.message, exc.remedy]),
+    }
+    return pa.Table.from_pylist([row], RESULT_SCHEMA)
+
+
+def raise_end_of_job(table: pa.Table) -> None:
+    """Raises, in the driver, the failure that an actor has put into a row."""
+    if table.num_rows == 1 and table["error_type"][0].as_py() == END_OF_JOB:
+        name, message, remedy = json.loads(table["message"][0].as_py())
+        raise getattr(error_classes, name)(message, remedy)
 
 
 def _images(table: pa.Table) -> tuple[list[int], list[np.ndarray]]:

@@ -231,10 +231,6 @@ class Ledger:
         # A create whose answer got lost is sent again and meets itself; taken for another's, it would cost its files.
         return self.store.create(path, data) or self.store.get(path) == data
 
-    def is_committed(self, shard: int) -> bool:
-        """Whether a shard is done, by whomever; one request."""
-        return self.store.exists(f"_commits/{manifest.shard_name(shard)}.json")
-
     def _read_commit(self, shard: int) -> Commit:
         path = f"_commits/{manifest.shard_name(shard)}.json"
         try:

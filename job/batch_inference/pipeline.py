@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from typing import Any
 
@@ -14,6 +15,7 @@ from batch_inference.storage import Store
 
 # Actors of a cluster that has to start machines first may take this long; then the job ends with the reason.
 _ACTORS_READY_S = 1800
+_RAISED = re.compile(r"^\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Fault)\b: .+)$", re.MULTILINE)
 
 
 def results(
@@ -90,8 +92,9 @@ def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
             f"the actors did not start within {_ACTORS_READY_S} s: {text[:300]}",
             "Check that the cluster has the GPUs and CPUs that the job asks for (`batch-inference plan`).",
         )
-    lines = [line for line in str(exc).strip().splitlines() if line.strip()]
+    # A traceback as text names what was raised at the start of a line of its own; the last is the innermost task's.
+    raised = _RAISED.findall(str(exc)) or [text or "no message"]
     return SystemFault(
-        f"Ray failed: {type(exc).__name__}: {' '.join((lines or ['no message'])[-1].split())[:400]}",
+        f"Ray failed: {type(exc).__name__}: {raised[-1].strip()[:400]}",
         "Start the same command again; it resumes. Ray's logs are in /tmp/ray/session_latest/logs.",
     )

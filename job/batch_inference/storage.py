@@ -197,17 +197,6 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def exists(self, path: str) -> bool:
-        """Whether there is an object of that name."""
-        try:
-            obstore.head(self._store, path)
-        except Exception as exc:
-            error = self._error("read", path, exc)
-            if isinstance(error, FileNotFoundError):
-                return False
-            raise error from exc
-        return True
-
     def put(self, path: str, data: bytes) -> None:
         """Writes an object, over an older one if there is one."""
         try:

@@ -48,9 +48,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the program to its end; the working folder has the tests' predictors in it."""
 
-    def call(*args: str, timeout_s: float = RUN_TIMEOUT_S, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def call(
+        *args: str, timeout_s: float = RUN_TIMEOUT_S, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [PROGRAM, *args], capture_output=True, text=True, timeout=timeout_s, cwd=HERE, env=environment(env), check=False
+            [PROGRAM, *args],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            cwd=HERE,
+            env=environment(env),
+            check=False,
         )
 
     return call
@@ -69,7 +77,9 @@ def start(*args: str, env: dict[str, str] | None = None, log: Path | None = None
     )
 
 
-def job_args(photos: Path | str, output: Path | str, *, shard_size: int = 10, predictor: str = "predictors:MeanColor") -> list[str]:
+def job_args(
+    photos: Path | str, output: Path | str, *, shard_size: int = 10, predictor: str = "predictors:MeanColor"
+) -> list[str]:
     """Arguments of a small job with a trivial predictor on the CPU."""
     return [
         "run", str(photos), "--output", str(output), "--dashboard-host", "none",

@@ -22,7 +22,12 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_every_input_ends_as_one_row_and_a_second_run_is_done_at_once(
-    where: str, photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str], request: pytest.FixtureRequest
+    where: str,
+    photos: Callable[..., Path],
+    tmp_path: Path,
+    program: Program,
+    cluster: dict[str, str],
+    request: pytest.FixtureRequest,
 ) -> None:
     folder = photos(60, bad_percent=10)
     output, extra = str(tmp_path / "out"), []
@@ -107,7 +112,8 @@ def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_
     from batch_inference.pipeline import build
 
     config = load_config(
-        None, {"output": {"uri": str(tmp_path)}, "predictor": "predictors:MeanColor", "inference": {"gpus_per_actor": 0}}
+        None,
+        {"output": {"uri": str(tmp_path)}, "predictor": "predictors:MeanColor", "inference": {"gpus_per_actor": 0}},
     )
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
@@ -177,7 +183,11 @@ def test_the_builtin_classifier_on_a_state_dict_writes_the_contracts_columns(
     for row in table.to_pylist():
         assert row["label"] == f"class {row['predicted_class_idx']}"
         assert len(row["top_k"]) == 3
-        assert row["top_k"][0] == {"class_idx": row["predicted_class_idx"], "label": row["label"], "confidence": row["confidence"]}
+        assert row["top_k"][0] == {
+            "class_idx": row["predicted_class_idx"],
+            "label": row["label"],
+            "confidence": row["confidence"],
+        }
     assert table.num_rows == 27
     verified(str(tmp_path / "out"), program)
 

@@ -105,7 +105,11 @@ def test_yaml_round_trip_gives_an_equal_configuration(data: dict[str, Any], tmp_
 
 
 def test_extensions_get_their_dot_and_lose_their_case() -> None:
-    assert parse_config({"input": {"extensions": ["JPG", ".Png", "tar.GZ"]}}).input.extensions == (".jpg", ".png", ".tar.gz")
+    assert parse_config({"input": {"extensions": ["JPG", ".Png", "tar.GZ"]}}).input.extensions == (
+        ".jpg",
+        ".png",
+        ".tar.gz",
+    )
 
 
 def test_settings_win_over_overrides_and_those_over_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""Every exit code, reached by a real cause; every user's mistake, answered with fact and remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from batch_inference.config import StorageConfig
+from batch_inference.storage import Store
+from tests.job.conftest import environment, job_args, start, verified
+from tests.job.servers import Proxy
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def failed(done: subprocess.CompletedProcess[str], code: int, fact: str, remedy: str = "") -> None:
+    """Checks exit code, message, and the five lines of the verdict."""
+    text = done.stdout + done.stderr
+    assert done.returncode == code, text
+    assert "Traceback" not in text, text
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 5, done.stdout
+    assert lines[0].startswith(("FAILED" if code != 130 else "INTERRUPTED") + f" (exit {code})")
+    assert re.search(fact, text), text
+    assert lines[3].startswith("remedy: ")
+    assert len(lines[3]) > len("remedy: ")
+    assert re.search(remedy, lines[3]), lines[3]
+
+
+def upload(folder: Path, uri: str, url: str) -> None:
+    store = Store(uri, StorageConfig(endpoint_url=url))
+    for file in folder.iterdir():
+        store.put(file.name, file.read_bytes())
+
+
+def test_0_and_nothing_of_rays_own_words_on_the_terminal(
+    photos: Callable[..., Path], tmp_path: Path, program: Program
+) -> None:
+    """The whole way with a Ray of its own, as on a laptop."""
+    done = program(*job_args(photos(30, bad_percent=10), tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in done.stderr.splitlines():
+        assert re.match(r"\d\d:\d\d:\d\d \[(info|warning)\] ", line), done.stderr
+    verified(str(tmp_path / "out"), program)
+
+
+@pytest.mark.parametrize(
+    ("change", "fact", "remedy"),
+    [
+        (["--set", "predictor=predictors:Nobody"], "predictors has no 'Nobody'; its classes: .*MeanColor", "Name one"),
+        (["--set", "predictor=nowhere:X"], "there is no module 'nowhere'", "nowhere.py"),
+        (["--set", "predictor=predictors:CannotStart"], "could not be constructed: FileNotFoundError: weights.bin", "__init__"),
+        (["--set", "predictor=predictors:FailsOnEverything"], "failed at infer with PREDICTOR_ERROR: KeyError: 'pixels'", "predictor"),
+        (["--set", "inference.gpus_per_actor=1"], "need 1 GPUs .*there are 0", "."),
+        (["--set", "predictor=null", "--model", "resnet1"], "resnet1", "."),
+    ],
+)  # fmt: skip
+def test_2_for_what_the_user_can_mend(
+    change: list[str], fact: str, remedy: str, photos: Callable[..., Path], tmp_path: Path, program: Program
+) -> None:
+    failed(program(*job_args(photos(20), tmp_path / "out"), *change), 2, fact, remedy)
+    assert not list((tmp_path / "out").glob("_commits/*"))
+
+
+def test_2_for_inputs_that_are_not_there(tmp_path: Path, program: Program) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.md").write_text("x")
+    failed(
+        program(*job_args(tmp_path / "nowhere", tmp_path / "out")), 2, "there is no file or folder .*nowhere", "path"
+    )
+    failed(program(*job_args(tmp_path / "empty", tmp_path / "out")), 2, r"no images in .*1 \.md", "extensions")
+
+
+def test_2_within_the_first_shard_when_every_fetch_is_denied(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+) -> None:
+    source, output = f"s3://tests/{tmp_path.name}/in", f"s3://tests/{tmp_path.name}/out"
+    upload(photos(600), source, s3)
+    proxy.answer = lambda method, path: 403 if method == "GET" and "/in/image" in path else None
+    args = [*job_args(source, output, shard_size=300), "--set", f"storage.endpoint_url={proxy.url}"]
+    failed(program(*args, "--address", cluster["address"]), 2, "failed at fetch with ACCESS_DENIED", "credentials")
+    asked = [path for method, path in proxy.requests if method == "GET" and "/in/image" in path]
+    assert len(asked) < 300, "the store was asked for more than a shard"
+    ledger = Store(output, StorageConfig(endpoint_url=s3))
+    assert not list(ledger.objects("_commits"))
+    assert not list(ledger.objects("errors"))
+    verdict = json.loads(ledger.get("_FAILED"))
+    assert verdict["exit_code"] == 2
+    # Mended, the same command does everything.
+    proxy.answer = lambda method, path: None
+    done = program(*args, "--address", cluster["address"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(ledger.objects("_FAILED"))
+
+
+def test_a_few_denied_images_are_rows_not_a_failure(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+) -> None:
+    source, output = f"s3://tests/{tmp_path.name}/in", f"s3://tests/{tmp_path.name}/out"
+    upload(photos(40), source, s3)
+    proxy.answer = lambda method, path: 403 if path.endswith(("000003.jpg", "000017.jpg")) and method == "GET" else None
+    args = [*job_args(source, output, shard_size=1), "--set", f"storage.endpoint_url={proxy.url}"]
+    done = program(*args, "--address", cluster["address"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "38 predictions and 2 errors" in done.stdout
+    assert "fetch ACCESS_DENIED 2" in done.stdout
+
+
+def test_2_for_wrong_credentials_on_the_output(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, s3: str
+) -> None:
+    args = [*job_args(photos(5), f"s3://tests/{tmp_path.name}"), "--set", f"storage.endpoint_url={s3}"]
+    failed(program(*args, env={"AWS_SECRET_ACCESS_KEY": "wrong"}), 2, "access denied|not authenticated", "credentials")
+
+
+def test_3_when_more_rows_fail_than_allowed(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    args = [*job_args(photos(80, bad_percent=30), tmp_path / "out"), "--address", cluster["address"]]
+    limits = ["--set", "errors.max_percent=20", "--set", "errors.min_sample=40"]
+    failed(program(*args, *limits), 3, r"rows failed = \d\d\.\d %, more than errors.max_percent = 20", "max_percent")
+    failed(program(*args, "--set", "errors.max_count=5"), 3, "more than errors.max_count = 5", "max_count")
+    # A raised limit is no other job: it resumes and finishes.
+    done = program(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verified(str(tmp_path / "out"), program)
+
+
+def test_4_when_the_counts_do_not_close(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    """A file that the ledger names is lost: neither `run` nor `verify` calls that a success."""
+    output = tmp_path / "out"
+    args = [*job_args(photos(40), output), "--address", cluster["address"]]
+    assert program(*args).returncode == 0
+    lost = sorted((output / "predictions").iterdir())[1]
+    lost.unlink()
+    done = program("verify", str(output))
+    assert done.returncode == 4
+    assert f"predictions/{lost.name} is committed but missing" in done.stdout
+    (output / "_SUCCESS").unlink()
+    failed(program(*args), 4, f"{lost.name} is committed but missing", "_commits")
+    # The remedy works: without its commit the shard is done anew.
+    (output / "_commits/shard-00001.json").unlink()
+    assert program(*args).returncode == 0
+    verified(str(output), program)
+
+
+def test_5_when_the_store_stops_in_the_middle_and_then_it_resumes(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, cluster: dict[str, str]
+) -> None:
+    output = f"s3://tests/{tmp_path.name}"
+    commits = 0
+
+    def break_down(method: str, path: str) -> int | None:
+        nonlocal commits
+        commits += method == "PUT" and "/_commits/" in path
+        return 503 if commits > 3 else None
+
+    proxy.answer = break_down
+    args = [
+        *job_args(photos(100), output),
+        "--set",
+        f"storage.endpoint_url={proxy.url}",
+        "--address",
+        cluster["address"],
+    ]
+    args += ["--set", "storage.max_retries=1", "--set", "storage.retry_timeout_s=5"]
+    failed(program(*args), 5, "cannot (create|write|read) s3://", "same command")
+    proxy.answer = lambda method, path: None
+    done = program(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verified(output, program, "--set", f"storage.endpoint_url={proxy.url}")
+
+
+def test_5_when_there_is_no_cluster(photos: Callable[..., Path], tmp_path: Path, program: Program) -> None:
+    failed(
+        program(*job_args(photos(5), tmp_path / "out"), "--address", "127.0.0.1:9"),
+        5,
+        "no Ray cluster .* at 127.0.0.1:9",
+        "port",
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_130_within_seconds_when_interrupted_and_then_it_resumes(
+    number: signal.Signals, photos: Callable[..., Path], tmp_path: Path, program: Program
+) -> None:
+    """Ctrl-C reaches the whole process group, Ray's processes included."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    args = job_args(photos(400, bad_percent=5), output, predictor="predictors:SlowStart")
+    process = start(*args, log=log)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("_commits/*"))) < 2:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(30) == 130, log.read_text()
+    text = log.read_text()
+    assert "INTERRUPTED (exit 130): stopped by SIG" in text
+    assert "it resumes" in text
+    assert "Traceback" not in text, text
+    committed = len(list(output.glob("_commits/*")))
+    assert 2 <= committed < 40
+    args[args.index("predictor=predictors:SlowStart")] = "predictor=predictors:SlowStart"
+    status = json.loads(program("status", str(output), "--json").stdout)
+    assert (status["state"], status["shards_done"]) == ("unfinished", committed)
+    assert program("verify", str(output)).returncode == 0
+
+
+def test_json_is_one_document_for_programs(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    args = [*job_args(photos(10), tmp_path / "out"), "--address", cluster["address"], "--json", "--quiet"]
+    done = program(*args)
+    assert json.loads(done.stdout)["predictions"] == 10
+    assert done.stderr == ""
+    bad = program(*args, "--set", "nothing=1")
+    assert bad.returncode == 2
+    assert json.loads(bad.stdout)["exit_code"] == 2
+    assert environment()["RAY_AUTH_MODE"] == "disabled"
