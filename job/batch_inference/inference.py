@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batch_inference import errors as error_classes
 from batch_inference.config import JobConfig, PredictorConfig
@@ -243,8 +244,10 @@ def _end_of_job(exc: BatchInferenceError) -> pa.Table:
 
 def raise_end_of_job(table: pa.Table) -> None:
     """Raises, in the driver, the failure that an actor has put into a row."""
-    if table.num_rows == 1 and table["error_type"][0].as_py() == END_OF_JOB:
-        name, message, remedy = json.loads(table["message"][0].as_py())
+    # Ray Data puts what several batches gave into one block, good rows first.
+    place = pc.index(table["error_type"], END_OF_JOB).as_py()
+    if place >= 0:
+        name, message, remedy = json.loads(table["message"][place].as_py())
         raise getattr(error_classes, name)(message, remedy)
 
 
@@ -334,7 +337,7 @@ def _array(values: Any) -> pa.Array:
             length = len(array) // size if size else len(values)
             array = pa.ListArray.from_arrays(pa.array(np.arange(length + 1) * size, pa.int32()), array)
         return array
-    return pa.array([v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for v in values])
+    return pa.array([v.tolist() if hasattr(v, "tolist") else v for v in values])
 
 
 def _is_broken_device(exc: Exception) -> bool:

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_inference.collection import ERROR_COLUMNS, Collector, OpenShard, Tally, describe_errors
+from batch_inference.config import ErrorsConfig
+from batch_inference.errors import (
+    BatchInferenceError,
+    CountsDoNotClose,
+    SystemFault,
+    ThresholdExceeded,
+    UserError,
+)
+from batch_inference.inference import RESULT_SCHEMA
+
+Row = tuple[int, int, tuple[str, str] | None]
+DENIED, DOWN, TORN = ("fetch", "ACCESS_DENIED"), ("fetch", "STORE_UNREACHABLE"), ("decode", "TRUNCATED")
+
+
+def results(rows: list[Row]) -> pa.Table:
+    """Result rows: shard, row, and what failed, if anything."""
+    columns: list[list[Any]] = [
+        [r[0] for r in rows],
+        [r[1] for r in rows],
+        [r[2] and r[2][0] for r in rows],
+        [r[2] and r[2][1] for r in rows],
+        [r[2] and f"message of {r[0]}/{r[1]}" for r in rows],
+        [False] * len(rows),
+        [10] * len(rows),
+        [0.5] * len(rows),
+        [0.25] * len(rows),
+        [0.125] * len(rows),
+    ]
+    return pa.table(
+        [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)], schema=RESULT_SCHEMA
+    ).append_column("value", pa.array(range(len(rows))))
+
+
+def whole(shard: int, rows: int, error: tuple[str, str] | None = None) -> list[Row]:
+    return [(shard, row, error) for row in range(rows)]
+
+
+def collect(collector: Collector, *tables: list[Row]) -> list[tuple[int, OpenShard]]:
+    return [done for table in tables for done in collector.add(results(table))]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> tuple[dict[int, int], list[list[Row]], set[tuple[int, int]]]:
+    """Shards of some sizes, their rows in any order, cut into tables anywhere; some rows failed."""
+    sizes = draw(st.dictionaries(st.integers(0, 9), st.integers(1, 6), min_size=1, max_size=5))
+    every = [(shard, row) for shard, count in sizes.items() for row in range(count)]
+    bad = set(draw(st.lists(st.sampled_from(every), unique=True)))
+    order = draw(st.permutations(every))
+    cuts = sorted({0, len(every), *draw(st.lists(st.integers(0, len(every))))})
+    parts = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return sizes, [[(s, r, TORN if (s, r) in bad else None) for s, r in part] for part in parts], bad
+
+
+@given(arrivals())
+@settings(deadline=None)
+def test_a_shard_closes_with_its_last_row_whatever_the_order(case: tuple[dict[int, int], Any, set[tuple[int, int]]]) -> None:
+    sizes, tables, bad = case
+    collector = Collector(dict(sizes), Tally())
+    left = dict(sizes)
+    closed: dict[int, OpenShard] = {}
+    for table in tables:
+        for shard, _, _ in table:
+            left[shard] -= 1
+        done = dict(collector.add(results(table)))
+        assert not done.keys() & closed.keys()
+        closed |= done
+        assert closed.keys() == {shard for shard, count in left.items() if not count}
+    assert collector.finish() == []
+    for shard, part in closed.items():
+        errors = part.error_table()
+        assert errors.column_names == list(ERROR_COLUMNS)
+        assert sorted(errors["row"].to_pylist()) == sorted(r for s, r in bad if s == shard)
+        assert errors["message"].to_pylist() == [f"message of {shard}/{r}" for r in errors["row"].to_pylist()]
+    tally = collector.tally
+    assert (tally.rows, tally.seen, tally.errors) == (sum(sizes.values()), sum(sizes.values()), len(bad))
+    assert tally.predictions == tally.rows - len(bad)
+    assert tally.errors_by == ({"decode": {"TRUNCATED": len(bad)}} if bad else {})
+    assert (tally.bytes, tally.fetch_s, tally.decode_s) == (10 * tally.rows, 0.5 * tally.rows, 0.25 * tally.rows)
+    assert tally.infer_s == pytest.approx(0.125 * tally.rows)
+
+
+@given(arrivals(), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_a_row_that_comes_twice_is_refused(case: tuple[dict[int, int], Any, Any], rng: random.Random) -> None:
+    sizes, tables, _ = case
+    every = [row for table in tables for row in table]
+    again = rng.randrange(len(every))
+    every.insert(rng.randint(again, len(every)), every[again])
+    collector = Collector(dict(sizes), Tally())
+    with pytest.raises(CountsDoNotClose, match="came back"):
+        for row in every:
+            collector.add(results([row]))
+
+
+@pytest.mark.parametrize("row", [3, 100])
+def test_a_row_that_has_no_place_is_refused(row: int) -> None:
+    collector = Collector({0: 3}, Tally())
+    with pytest.raises(CountsDoNotClose, match="shard-00000 came back twice or has no place"):
+        collect(collector, [(0, row, None)])
+
+
+def test_a_row_twice_in_one_table_is_refused() -> None:
+    with pytest.raises(CountsDoNotClose, match="came back twice"):
+        collect(Collector({0: 3}, Tally()), [(0, 1, None), (0, 1, None)])
+
+
+def test_a_shard_that_was_not_to_be_done_is_refused() -> None:
+    with pytest.raises(CountsDoNotClose, match="shard-00007 came back, which was not to be done"):
+        collect(Collector({0: 3}, Tally()), [(7, 0, None)])
+
+
+def test_rows_that_never_come_back_are_named() -> None:
+    collector = Collector({0: 3, 1: 2}, Tally())
+    assert len(collect(collector, [(0, 0, None), (0, 2, None), *whole(1, 2)])) == 1
+    with pytest.raises(CountsDoNotClose, match="1 shards did not come back whole, shard-00000 has 2 of 3 rows") as caught:
+        collector.finish()
+    assert "running the same command again" in caught.value.remedy
+
+
+# --- thresholds ----------------------------------------------------------------------------------------------------------
+
+
+def tally(rows: int, errors: int) -> Tally:
+    out = Tally(rows=rows)
+    out.add_errors({"decode": {"TRUNCATED": errors}})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("limits", "rows", "errors", "stops"),
+    [
+        ({"max_count": 3, "max_percent": None}, 10, 3, False),
+        ({"max_count": 3, "max_percent": None}, 10, 4, True),
+        ({"max_count": 0, "max_percent": None}, 10, 0, False),
+        ({"max_count": 0, "max_percent": None}, 10, 1, True),
+        ({"max_percent": 5.0, "min_sample": 1000}, 999, 999, False),
+        ({"max_percent": 5.0, "min_sample": 1000}, 1000, 50, False),
+        ({"max_percent": 5.0, "min_sample": 1000}, 1000, 51, True),
+        ({"max_percent": 0, "min_sample": 1}, 1, 0, False),
+        ({"max_percent": 0, "min_sample": 1}, 1, 1, True),
+        ({"max_percent": 100, "min_sample": 1}, 5, 5, False),
+        ({"max_percent": None, "max_count": None}, 10, 10, False),
+        ({}, 0, 0, False),
+    ],
+)
+def test_thresholds(limits: dict[str, Any], rows: int, errors: int, stops: bool) -> None:
+    if not stops:
+        tally(rows, errors).check(ErrorsConfig(**limits))
+        return
+    with pytest.raises(ThresholdExceeded) as caught:
+        tally(rows, errors).check(ErrorsConfig(**limits))
+    assert f"{errors:,} of {rows:,} rows failed" in caught.value.message
+    assert f"decode TRUNCATED {errors}" in caught.value.message
+    key = "max_count" if limits.get("max_count") is not None else "max_percent"
+    assert f"errors.{key}" in caught.value.message
+    assert f"raise errors.{key}" in caught.value.remedy
+
+
+def test_what_earlier_attempts_committed_counts_too() -> None:
+    limits = ErrorsConfig(max_count=3, max_percent=10, min_sample=20)
+    collector = Collector({5: 2}, tally(20, 2))
+    collect(collector, [(5, 0, TORN)])
+    assert (collector.tally.rows, collector.tally.seen, collector.tally.errors) == (21, 1, 3)
+    with pytest.raises(ThresholdExceeded, match=r"3 of 21 rows failed = 14\.3 %, more than errors\.max_percent = 10"):
+        collector.tally.check(limits)
+    collect(collector, [(5, 1, TORN)])
+    with pytest.raises(ThresholdExceeded, match=r"4 of 22 rows failed, more than errors\.max_count = 3"):
+        collector.tally.check(limits)
+
+
+def test_errors_are_described_most_frequent_first() -> None:
+    by = {"decode": {"TRUNCATED": 2, "CORRUPT": 12000}, "fetch": {"NOT_FOUND": 2}}
+    assert describe_errors(by) == ["decode CORRUPT 12,000", "decode TRUNCATED 2", "fetch NOT_FOUND 2"]
+
+
+# --- faults of the system ------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_of_nothing_but_denials_waits_until_something_else_shows_that_all_is_well() -> None:
+    collector = Collector({0: 5, 1: 5, 2: 5}, Tally())
+    assert collect(collector, whole(0, 5, DENIED), whole(1, 5, DENIED)) == []
+    done = collect(collector, [(2, 0, None)])
+    assert sorted(shard for shard, _ in done) == [0, 1]
+    assert all(part.error_table().num_rows == 5 for _, part in done)
+    assert [shard for shard, _ in collect(collector, [(2, r, None) for r in range(1, 5)])] == [2]
+    assert collector.finish() == []
+
+
+@pytest.mark.parametrize("witness", [None, TORN, ("fetch", "NOT_FOUND"), ("fetch", "TOO_LARGE")])
+def test_any_row_of_its_own_fate_is_a_witness(witness: tuple[str, str] | None) -> None:
+    collector = Collector({0: 2, 1: 1}, Tally())
+    assert collect(collector, whole(0, 2, DOWN)) == []
+    assert {s for s, _ in collect(collector, [(1, 0, witness)])} == {0, 1}
+
+
+def test_a_shard_in_which_anything_else_happened_does_not_wait() -> None:
+    collector = Collector({0: 3}, Tally())
+    assert [s for s, _ in collect(collector, [(0, 0, DENIED), (0, 1, TORN), (0, 2, DENIED)])] == [0]
+
+
+def test_without_a_witness_the_job_stops_in_the_end_and_commits_nothing() -> None:
+    collector = Collector({0: 5}, Tally())
+    assert collect(collector, whole(0, 5, DENIED)) == []
+    with pytest.raises(UserError, match="every one of the last 5 rows failed at fetch with ACCESS_DENIED: message of 0/4"):
+        collector.finish()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "remedy"),
+    [
+        (("fetch", "ACCESS_DENIED"), UserError, "credentials"),
+        (("fetch", "UNAUTHENTICATED"), UserError, "credentials"),
+        (("fetch", "STORE_UNREACHABLE"), SystemFault, "it resumes"),
+        (("fetch", "TIMEOUT"), SystemFault, "it resumes"),
+        (("infer", "PREDICTOR_ERROR"), UserError, "Mend the predictor"),
+        (("postprocess", "OUTPUT_MISMATCH"), UserError, "Mend the predictor"),
+    ],
+)
+def test_a_job_in_which_nothing_works_stops_early_with_the_one_reason(
+    error: tuple[str, str], kind: type[BatchInferenceError], remedy: str
+) -> None:
+    collector = Collector({0: 1000}, Tally())
+    window = Collector.WINDOW
+    for row in range(window - 1):
+        assert collect(collector, [(0, row, error)]) == []
+    with pytest.raises(kind, match=f"every one of the last {window} rows failed at {error[0]} with {error[1]}") as caught:
+        collect(collector, [(0, window - 1, error)])
+    assert type(caught.value) is kind
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("error", [TORN, ("fetch", "NOT_FOUND"), ("infer", "NOT_FINITE"), None])
+def test_rows_of_their_own_fate_never_stop_a_job(error: tuple[str, str] | None) -> None:
+    collector = Collector({0: 500}, Tally())
+    assert [s for s, _ in collect(collector, whole(0, 500, error))] == [0]
+
+
+def test_one_good_row_in_every_so_many_keeps_a_job_alive() -> None:
+    collector = Collector({0: 1000}, Tally())
+    rng = np.random.default_rng(0)
+    rows: list[Row] = [(0, r, None if r % (Collector.WINDOW - 1) == 0 else DENIED) for r in range(1000)]
+    size = 0
+    while rows:
+        size = int(rng.integers(1, 40))
+        part, rows = rows[:size], rows[size:]
+        done = collect(collector, part)
+    assert [s for s, _ in done] == [0]
+
+
+def test_a_system_that_breaks_in_the_middle_stops_the_job() -> None:
+    collector = Collector({0: 300, 1: 300}, Tally())
+    assert [s for s, _ in collect(collector, whole(0, 300))] == [0]
+    with pytest.raises(SystemFault):
+        for row in range(300):
+            collect(collector, [(1, row, DOWN)])

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from batch_inference.config import PredictorConfig
+from batch_inference.errors import RowFailure, SystemFault, UserError
+from batch_inference.inference import CLASSIFIER_SCHEMA, RESULT_SCHEMA, CustomFactory, InferenceActor, _classifier_table
+from batch_inference.preparation import PREPARED_SCHEMA
+
+Call = Callable[[dict[str, Any]], Any]
+# The first pixel says which image it is.
+POISON = 200
+
+
+def image(number: int, size: tuple[int, int] = (2, 3)) -> np.ndarray:
+    return np.full((*size, 3), number, np.uint8)
+
+
+def prepared(items: list[np.ndarray | tuple[str, str]], chunks: int = 1) -> pa.Table:
+    """Rows of one shard: images, or the stage and type of what failed before."""
+    rows = []
+    for row, item in enumerate(items):
+        good = isinstance(item, np.ndarray)
+        stage, kind = (None, None) if good else item
+        rows.append(
+            {
+                "shard": 7,
+                "row": row,
+                "uri": f"s3://b/{row}.jpg",
+                "pixels": item.tobytes() if good else None,
+                "height": item.shape[0] if good else 0,
+                "width": item.shape[1] if good else 0,
+                "stage": stage,
+                "error_type": kind,
+                "message": kind and f"it was {kind}",
+                "retryable": kind == "TIMEOUT",
+                "bytes": 100 + row,
+                "fetch_s": 1.0,
+                "decode_s": 2.0,
+            }
+        )
+    size = -(-len(rows) // chunks) or 1
+    parts = [pa.Table.from_pylist(rows[i : i + size], PREPARED_SCHEMA) for i in range(0, len(rows), size)]
+    return pa.concat_tables(parts or [PREPARED_SCHEMA.empty_table()])
+
+
+def actor(call: Call, **options: Any) -> InferenceActor:
+    class Predictor:
+        def __call__(self, batch: dict[str, Any]) -> Any:
+            return call(batch)
+
+    return InferenceActor(CustomFactory(Predictor, PredictorConfig(path="m:Predictor", **options)), [])
+
+
+def predict(call: Call, items: list[Any], **options: Any) -> pa.Table:
+    table = actor(call)(prepared(items, **options))
+    assert table.num_rows == len(items)
+    assert table.schema.names[: len(RESULT_SCHEMA)] == RESULT_SCHEMA.names
+    assert table["row"].to_pylist() == list(range(len(items)))
+    return table
+
+
+def first_pixels(batch: dict[str, Any]) -> np.ndarray:
+    return np.array([i[0, 0, 0] for i in batch["image"]])
+
+
+def errors(table: pa.Table) -> list[tuple[str, str] | None]:
+    pairs = zip(table["stage"].to_pylist(), table["error_type"].to_pylist(), strict=True)
+    return [(stage, kind) if kind else None for stage, kind in pairs]
+
+
+# --- what a predictor is given -------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_what_ray_data_gives(request: pytest.FixtureRequest) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        seen.append(batch)
+        return {"first": first_pixels(batch)}
+
+    assert predict(call, [image(1), image(2)])["first"].to_pylist() == [1, 2]
+    same = seen[-1]
+    assert sorted(same) == ["image", "uri"]
+    assert (same["image"].shape, same["image"].dtype) == ((2, 2, 3, 3), np.uint8)
+    assert same["uri"].tolist() == ["s3://b/0.jpg", "s3://b/1.jpg"]
+    assert predict(call, [image(1, (4, 5)), image(2, (6, 7)), image(3, (4, 5))])["first"].to_pylist() == [1, 2, 3]
+    different = seen[-1]["image"]
+    assert different.dtype == object
+    assert [i.shape for i in different] == [(4, 5, 3), (6, 7, 3), (4, 5, 3)]
+    assert all(i.dtype == np.uint8 for i in different)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_rows_that_failed_before_pass_through_untouched(chunks: int) -> None:
+    failed = [("list", "INVALID_URI"), ("fetch", "TIMEOUT"), ("decode", "TRUNCATED"), ("preprocess", "UNEXPECTED")]
+    items = [failed[0], image(10), failed[1], failed[2], image(20), failed[3]]
+    table = predict(lambda b: {"first": first_pixels(b)}, items, chunks=chunks)
+    assert errors(table) == [failed[0], None, failed[1], failed[2], None, failed[3]]
+    assert table["message"].to_pylist()[2] == "it was TIMEOUT"
+    assert table["retryable"].to_pylist() == [False, False, True, False, False, False]
+    assert table["first"].to_pylist() == [None, 10, None, None, 20, None]
+    assert table["bytes"].to_pylist() == [100 + i for i in range(6)]
+    assert table["shard"].to_pylist() == [7] * 6
+    assert [t > 0 for t in table["infer_s"].to_pylist()] == [False, True, False, False, True, False]
+    assert set(table["fetch_s"].to_pylist()) == {1.0}
+    assert set(table["decode_s"].to_pylist()) == {2.0}
+
+
+def test_without_a_single_image_the_predictor_is_not_called() -> None:
+    def call(batch: dict[str, Any]) -> Any:
+        raise AssertionError
+
+    table = predict(call, [("fetch", "NOT_FOUND")] * 3)
+    assert errors(table) == [("fetch", "NOT_FOUND")] * 3
+    assert table.schema.names[len(RESULT_SCHEMA) :] == CLASSIFIER_SCHEMA.names
+
+
+# --- one image costs no other its row ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [[0], [31], [5, 6], [0, 31], list(range(0, 32, 2)), list(range(32))])
+def test_images_that_the_predictor_fails_on_cost_no_other_its_row(bad: list[int]) -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        firsts = first_pixels(batch)
+        if (firsts >= POISON).any():
+            raise ValueError("poisoned\nbatch")
+        return {"first": firsts.astype(np.int64), "uri_seen": batch["uri"].tolist()}
+
+    items = [image(POISON + 1) if i in bad else image(i) for i in range(32)]
+    items[7 if 7 not in bad else 9] = ("decode", "CORRUPT")  # type: ignore[call-overload]
+    table = predict(call, items)
+    for row, error in enumerate(errors(table)):
+        if isinstance(items[row], tuple):
+            assert error == items[row]
+        elif row in bad:
+            assert error == ("infer", "PREDICTOR_ERROR")
+            assert table["message"][row].as_py() == "ValueError: poisoned batch"
+        else:
+            assert error is None
+    if len(bad) < 32:
+        first, uris = table["first"].to_pylist(), table["uri_seen"].to_pylist()
+        good = [r for r in range(32) if r not in bad and not isinstance(items[r], tuple)]
+        assert [first[r] for r in good] == good
+        assert [uris[r] for r in good] == [f"s3://b/{r}.jpg" for r in good]
+        assert all(first[r] is None for r in range(32) if r not in good)
+
+
+def test_a_good_batch_is_predicted_at_once() -> None:
+    sizes: list[int] = []
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        sizes.append(len(batch["image"]))
+        return {"v": first_pixels(batch)}
+
+    predict(call, [image(i) for i in range(32)])
+    assert sizes == [32]
+
+
+def test_a_failure_that_names_its_stage_keeps_it() -> None:
+    def call(batch: dict[str, Any]) -> Any:
+        raise RowFailure("preprocess", "TOO_SMALL", "no face", retryable=True)
+
+    table = predict(call, [image(1)])
+    assert errors(table) == [("preprocess", "TOO_SMALL")]
+    assert table["retryable"].to_pylist() == [True]
+
+
+@pytest.mark.parametrize("exc", [UserError("wrong weights", "Mend."), SystemFault("disk full", "Again.")])
+def test_what_ends_a_job_ends_it(exc: Exception) -> None:
+    def call(batch: dict[str, Any]) -> Any:
+        raise exc
+
+    with pytest.raises(type(exc)) as caught:
+        predict(call, [image(1), image(2)])
+    assert caught.value is exc
+
+
+def test_a_broken_gpu_ends_the_process_but_too_little_memory_only_halves_the_batch() -> None:
+    def broken(batch: dict[str, Any]) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        predict(broken, [image(1), image(2)])
+
+    def small(batch: dict[str, Any]) -> Any:
+        if len(batch["image"]) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return {"v": first_pixels(batch)}
+
+    assert predict(small, [image(i) for i in range(8)])["v"].to_pylist() == list(range(8))
+
+
+def test_columns_that_differ_between_the_parts_of_a_batch_are_the_users_to_mend() -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        firsts = first_pixels(batch)
+        if len(firsts) > 1:
+            raise ValueError
+        return {"v": [1] if firsts[0] else ["text"]}
+
+    with pytest.raises(UserError, match="the predictor's columns differ from batch to batch"):
+        predict(call, [image(0), image(1)])
+
+
+# --- what a predictor returns --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (lambda n: [1, 2, 3][:n], [1, 2, 3]),
+        (lambda n: tuple("abc"[:n]), ["a", "b", "c"]),
+        (lambda n: np.arange(n, dtype=np.int16), [0, 1, 2]),
+        (lambda n: np.array(["a", "bb", "c"])[:n], ["a", "bb", "c"]),
+        (lambda n: np.array([True, False, True])[:n], [True, False, True]),
+        (lambda n: np.arange(n * 2).reshape(n, 2), [[0, 1], [2, 3], [4, 5]]),
+        (lambda n: np.arange(n * 4.0).reshape(n, 2, 2), [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]),
+        (lambda n: np.arange(n * 2).reshape(2, n).T, [[0, 3], [1, 4], [2, 5]]),
+        (lambda n: np.zeros((n, 0)), [[], [], []]),
+        (lambda n: torch.arange(n), [0, 1, 2]),
+        (lambda n: torch.arange(n * 2.0, requires_grad=True).reshape(n, 2), [[0, 1], [2, 3], [4, 5]]),
+        (lambda n: [np.float32(0.5), np.int64(2), 3.0][:n], [0.5, 2.0, 3.0]),
+        (lambda n: [np.array([1, 2]), np.array([]), np.array([3])][:n], [[1, 2], [], [3]]),
+        (lambda n: [torch.tensor(1.5), torch.tensor(2.5), torch.tensor(0.0)][:n], [1.5, 2.5, 0.0]),
+        (lambda n: [None, "x", None][:n], [None, "x", None]),
+        (lambda n: [{"a": 1}, {"a": 2}, {"a": 3}][:n], [{"a": 1}, {"a": 2}, {"a": 3}]),
+        (lambda n: np.array([[1], [2, 3], None], dtype=object)[:n], [[1], [2, 3], None]),
+    ],
+)
+def test_columns_of_many_kinds_are_stored(answer: Callable[[int], Any], expected: list[Any]) -> None:
+    table = predict(lambda b: {"v": answer(len(b["image"]))}, [image(1), image(2), image(3)])
+    assert errors(table) == [None] * 3
+    assert table["v"].to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "fact"),
+    [
+        ([1, 2, 3], "the predictor returned list, not a dict of columns"),
+        (None, "the predictor returned NoneType, not a dict of columns"),
+        ({}, "the predictor returned no columns"),
+        ({"v": np.zeros(5)}, "the predictor's column 'v' has 5 values for 1 images"),
+        ({"v": []}, "the predictor's column 'v' has 0 values for 1 images"),
+        ({"v": torch.zeros(3, 2)}, "the predictor's column 'v' has 3 values for 1 images"),
+        ({"v": 1.5}, "the predictor's column 'v' cannot be stored"),
+        ({"v": [object()]}, "the predictor's column 'v' cannot be stored"),
+        ({"row": [1]}, "the predictor's column 'row' has the name of one of the output's own"),
+        ({"uri": ["x"]}, "the predictor's column 'uri' has the name of one of the output's own"),
+        ({"shard": [1]}, "the predictor's column 'shard' has the name of one of the output's own"),
+    ],
+)
+def test_answers_that_cannot_be_rows_are_errors_of_each_image(answer: Any, fact: str) -> None:
+    table = predict(lambda b: answer, [image(1), ("fetch", "NOT_FOUND"), image(2)])
+    mismatch = ("postprocess", "OUTPUT_MISMATCH")
+    assert errors(table) == [mismatch, ("fetch", "NOT_FOUND"), mismatch]
+    assert table["message"][0].as_py().startswith(fact)
+
+
+def test_a_predictor_may_return_its_batch_with_additions() -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        batch["first"] = first_pixels(batch)
+        return batch
+
+    table = predict(call, [image(4), image(5)])
+    assert table.schema.names[len(RESULT_SCHEMA) :] == ["first"]
+    assert table["first"].to_pylist() == [4, 5]
+
+
+def test_a_predictor_that_only_returns_its_batch_is_told_so() -> None:
+    table = predict(lambda b: b, [image(4)])
+    assert table["message"].to_pylist() == ["the predictor returned no columns"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_confidence_that_is_no_number_is_an_error_of_its_row(dtype: Any, value: float) -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        firsts = first_pixels(batch)
+        return {"confidence": np.where(firsts == POISON, value, 0.5).astype(dtype), "first": firsts}
+
+    table = predict(call, [image(1), image(POISON), ("decode", "CORRUPT"), image(3)])
+    assert errors(table) == [None, ("infer", "NOT_FINITE"), ("decode", "CORRUPT"), None]
+    assert table["first"].to_pylist() == [1, None, None, 3]
+    assert table["confidence"].to_pylist() == [0.5, None, None, 0.5]
+
+
+def test_other_columns_may_hold_what_they_like() -> None:
+    table = predict(lambda b: {"score": np.array([np.nan]), "confidence": ["high"]}, [image(1)])
+    assert errors(table) == [None]
+
+
+def test_a_bad_image_and_a_confidence_that_is_no_number_in_one_batch() -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        firsts = first_pixels(batch)
+        if (firsts == 0).any():
+            raise ValueError
+        return {"confidence": np.where(firsts == POISON, np.nan, firsts / 100.0)}
+
+    table = predict(call, [image(1), image(0), image(POISON), image(4), image(5)])
+    assert [e and e[1] for e in errors(table)] == [None, "PREDICTOR_ERROR", "NOT_FINITE", None, None]
+    assert table["confidence"].to_pylist() == [0.01, None, None, 0.04, 0.05]
+
+
+# --- construction --------------------------------------------------------------------------------------------------------
+
+
+def make(cls: Any, **options: Any) -> InferenceActor:
+    return InferenceActor(CustomFactory(cls, PredictorConfig(path="m:Mine", **options)), [])
+
+
+def test_arguments_reach_the_constructor_and_it_runs_once() -> None:
+    made: list[Any] = []
+
+    class Mine:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append((args, kwargs))
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"v": first_pixels(batch)}
+
+    mine = make(Mine, args=[1, {"a": [2]}], kwargs={"device": "cpu"})
+    for _ in range(3):
+        assert mine(prepared([image(1)]))["v"].to_pylist() == [1]
+    assert made == [((1, {"a": [2]}), {"device": "cpu"})]
+
+
+def test_a_constructor_that_fails_says_so_at_every_call() -> None:
+    class Mine:
+        def __init__(self, path: str) -> None:
+            raise FileNotFoundError(path)
+
+    mine = make(Mine, args=["weights.pt"])
+    for _ in range(2):
+        with pytest.raises(UserError, match="m:Mine could not be constructed: FileNotFoundError: weights.pt") as caught:
+            mine(prepared([image(1)]))
+        assert "predictor.args" in caught.value.remedy
+
+
+def test_a_constructors_own_user_error_surfaces_as_it_is() -> None:
+    error = UserError("the weights have another digest", "Check model.sha256.")
+
+    def factory() -> Any:
+        raise error
+
+    with pytest.raises(UserError) as caught:
+        InferenceActor(factory, [])(prepared([image(1)]))
+    assert caught.value is error
+
+
+def test_a_class_without_call_is_refused() -> None:
+    class Mine:
+        pass
+
+    with pytest.raises(UserError, match="m:Mine has no __call__") as caught:
+        make(Mine)(prepared([image(1)]))
+    assert "__call__(self, batch)" in caught.value.remedy
+
+
+# --- the classifier's columns --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [("a", "b", "c"), None])
+def test_the_classifiers_columns_are_those_of_the_contract(labels: tuple[str, ...] | None) -> None:
+    found = {
+        "predicted_class_idx": np.array([2, 0]),
+        "confidence": np.array([0.75, 0.5], np.float32),
+        "top_k_idx": np.array([[2, 1], [0, 2]]),
+        "top_k_confidence": np.array([[0.75, 0.25], [0.5, 0.375]], np.float32),
+    }
+    table = _classifier_table(found, labels)
+    assert table.schema == CLASSIFIER_SCHEMA
+    assert table["label"].to_pylist() == (["c", "a"] if labels else [None, None])
+    assert table["top_k"].to_pylist()[1] == [
+        {"class_idx": 0, "label": "a" if labels else None, "confidence": 0.5},
+        {"class_idx": 2, "label": "c" if labels else None, "confidence": 0.375},
+    ]
