@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,28 @@ def broken(seed: int) -> bytes:
     return [b"", b"not an image at all\n" * 5, jpeg(seed)[:150], b"\x89PNG\r\n\x1a\nrubbish", b"<html>no</html>"][
         seed % 5
     ]
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """For a while nobody in particular: root may read everything, and a test of denied access needs a denial."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A temporary folder that every user may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 import structlog
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -104,7 +104,7 @@ class Display:
         self._phase = snapshot.phase
         self._line_at = moment
 
-    def _table(self, snapshot: Snapshot) -> Group:
+    def _table(self, snapshot: Snapshot) -> Table:
         tally = snapshot.tally
         head = Text.assemble(
             (f"{_PHASES[snapshot.phase]:<28}", "bold"),
@@ -129,7 +129,11 @@ class Display:
             + (f"   dashboard {snapshot.dashboard}" if snapshot.dashboard else ""),
             style="dim",
         )
-        return Group(head, bar, stages, foot)
+        # A bar by itself does not end its line; in a grid every part gets one of its own.
+        grid = Table.grid()
+        for part in (head, bar, stages, foot):
+            grid.add_row(part)
+        return grid
 
 
 def verdict_of(result: RunResult) -> list[str]:

@@ -109,9 +109,17 @@ def run(
 
 
 def open_output(config: JobConfig) -> Store:
-    """The store of ``output.uri``; raises UserError if none is set."""
-    if not config.output.uri:
-        raise UserError("no output is given", "Name a folder with --output, or set output.uri.")
+    """The store of ``output.uri``; raises UserError if that or the input is not set."""
+    missing = [
+        what
+        for what, there in (("input", config.input.uris or config.input.manifest), ("output", config.output.uri))
+        if not there
+    ]
+    if missing:
+        raise UserError(
+            f"no {' and no '.join(missing)} is given",
+            "Write batch-inference run INPUT --output URI, or set input.uris (or input.manifest) and output.uri.",
+        )
     return Store(config.output.uri, config.storage)
 
 

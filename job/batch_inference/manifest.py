@@ -385,7 +385,7 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     out = pa.table({"uri": column})
     for name in rest:
         out = out.append_column(name, table[name])
-    return out.replace_schema_metadata(None)
+    return out
 
 
 def _canonical_column(column: pa.ChunkedArray, folder: str) -> pa.Array:

@@ -88,36 +88,55 @@ def split_bucket(uri: str) -> tuple[str, str]:
 
 
 def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
-    """The obstore store of ``scheme://bucket``, below ``prefix``. Credentials come from the environment."""
+    """The obstore store of ``scheme://bucket``, below ``prefix``. Credentials come from the environment.
+
+    Raises:
+        UserError: If the environment lacks what the store needs before the first request.
+    """
     scheme, _, bucket = root.partition("://")
     if scheme == "file":
         return LocalStore(prefix or "/", mkdir=False)
-    retry: Any = {
-        "max_retries": storage.max_retries,
-        "retry_timeout": timedelta(seconds=storage.retry_timeout_s),
-        "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+    endpoint = storage.endpoint_url or (os.environ.get("AWS_ENDPOINT_URL") if scheme == "s3" else None)
+    if endpoint and scheme == "gs":
+        raise UserError(
+            f"storage.endpoint_url is set, but {root} is on Google Cloud Storage, which has no other endpoint",
+            "Remove storage.endpoint_url, or use the store's S3 interface with s3://.",
+        )
+    options: dict[str, Any] = {
+        "client_options": {
+            "timeout": timedelta(seconds=storage.timeout_s),
+            "connect_timeout": timedelta(seconds=min(10.0, storage.timeout_s)),
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+        },
+        "retry_config": {
+            "max_retries": storage.max_retries,
+            "retry_timeout": timedelta(seconds=storage.retry_timeout_s),
+            "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+        },
     }
-    client: Any = {
-        "timeout": timedelta(seconds=storage.timeout_s),
-        "connect_timeout": timedelta(seconds=min(10.0, storage.timeout_s)),
-        "allow_http": bool(storage.endpoint_url and storage.endpoint_url.startswith("http://")),
-    }
-    config: dict[str, Any] = {}
     if storage.anonymous:
-        config["skip_signature"] = True
+        options["skip_signature"] = True
+    if endpoint:
+        options["endpoint"] = endpoint
     if scheme == "s3":
-        if storage.endpoint_url:
-            config["endpoint"] = storage.endpoint_url
-        if storage.region:
-            config["region"] = storage.region
-        elif not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-            config["region"] = "us-east-1"
-        return S3Store(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
-    if scheme == "gs":
-        return GCSStore(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
-    if storage.endpoint_url:
-        config["endpoint"] = storage.endpoint_url
-    return AzureStore(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
+        in_environment = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        options["region"] = storage.region or in_environment or "us-east-1"
+    kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
+    try:
+        return kind(bucket, prefix=prefix or None, **options)
+    except Exception as exc:
+        raise UserError(
+            f"cannot open {root}: {exc_line(exc)}",
+            {
+                "s3": "Set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, or run where a role gives them.",
+                "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or run where a service account gives access.",
+                "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or run with a managed identity.",
+            }[scheme],
+        ) from None
+
+
+# Asked for credentials where the environment has none; its answer says nothing about the bucket.
+_METADATA_SERVICE = "169.254.169.254"
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,12 @@ def classify(exc: Exception) -> Failure:
         return Failure("NOT_FOUND", "there is no such object", False)
     if isinstance(exc, IsADirectoryError):
         return Failure("NOT_FOUND", "this is a folder, not a file", False)
+    if _METADATA_SERVICE in low:
+        return Failure(
+            "UNAUTHENTICATED",
+            "there are no credentials in the environment, and this machine has no role that gives some",
+            False,
+        )
     if isinstance(exc, (PermissionError, obx.PermissionDeniedError)) or "403 forbidden" in low:
         return Failure("ACCESS_DENIED", f"access denied: {text}", False)
     if isinstance(exc, obx.UnauthenticatedError) or "401 unauthorized" in low:
@@ -333,7 +358,11 @@ class Fetcher:
             if is_local(canonical):
                 return self._read_file(local_path(canonical), max_bytes)
             root, key = split_bucket(canonical)
-            result = obstore.get(self._bucket(root), key)
+            try:
+                bucket = self._bucket(root)
+            except UserError as exc:
+                raise RowFailure("fetch", "UNAUTHENTICATED", exc.message) from exc
+            result = obstore.get(bucket, key)
             self._check_size(int(result.meta["size"]), max_bytes)
             return bytes(result.bytes())
         except RowFailure:

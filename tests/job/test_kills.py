@@ -70,7 +70,17 @@ def test_driver_killed_at_random_moments(
             proxy.requests.clear()
             log = tmp_path / f"run-{runs}.log"
             process = start(*args, log=log)
-            moment = rng.uniform(0.0, LAST_MOMENT_S) if kills < DRIVER_KILLS else RUN_S
+            kill = kills < DRIVER_KILLS
+            # Every other kill waits for the work to be under way: by the clock alone most would meet the start.
+            awaited = rng.randrange(1, SHARDS // 3) if kill and kills % 2 else 0
+            deadline = time.monotonic() + RUN_S
+            while (
+                len(ledger.committed()) < len(finished) + awaited
+                and process.poll() is None
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.02)
+            moment = (rng.uniform(0.0, 0.3) if awaited else rng.uniform(0.0, LAST_MOMENT_S)) if kill else RUN_S
             try:
                 code = process.wait(moment)
                 assert code == 0, f"seed {seed}, run {runs}: exit {code}\n{log.read_text()}"
@@ -81,7 +91,7 @@ def test_driver_killed_at_random_moments(
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait(10)
-                assert kills < DRIVER_KILLS, f"seed {seed}: the last run did not end\n{log.read_text()}"
+                assert kill, f"seed {seed}: the last run did not end\n{log.read_text()}"
                 kills += 1
                 committed_before_kill.append(len(ledger.committed()))
             read = {f"s3:/{path}" for method, path in proxy.requests if method == "GET"}
@@ -96,7 +106,7 @@ def test_driver_killed_at_random_moments(
         f"driver killed {kills} times in {runs} runs of {jobs} jobs (seed {seed}); commits at the kill: {sorted(committed_before_kill)}; "
         "rows lost 0, doubled 0, committed shards read again 0"
     )
-    assert middle, "no kill met a job in the middle; the moments are badly chosen"
+    assert len(middle) >= DRIVER_KILLS // 3, "too few kills met a job in the middle; the moments are badly chosen"
 
 
 @pytest.mark.timeout(900)

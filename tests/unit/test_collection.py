@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -59,13 +60,15 @@ def arrivals(draw: st.DrawFn) -> tuple[dict[int, int], list[list[Row]], set[tupl
     bad = set(draw(st.lists(st.sampled_from(every), unique=True)))
     order = draw(st.permutations(every))
     cuts = sorted({0, len(every), *draw(st.lists(st.integers(0, len(every))))})
-    parts = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [order[a:b] for a, b in itertools.pairwise(cuts)]
     return sizes, [[(s, r, TORN if (s, r) in bad else None) for s, r in part] for part in parts], bad
 
 
 @given(arrivals())
 @settings(deadline=None)
-def test_a_shard_closes_with_its_last_row_whatever_the_order(case: tuple[dict[int, int], Any, set[tuple[int, int]]]) -> None:
+def test_a_shard_closes_with_its_last_row_whatever_the_order(
+    case: tuple[dict[int, int], Any, set[tuple[int, int]]],
+) -> None:
     sizes, tables, bad = case
     collector = Collector(dict(sizes), Tally())
     left = dict(sizes)
@@ -124,7 +127,9 @@ def test_a_shard_that_was_not_to_be_done_is_refused() -> None:
 def test_rows_that_never_come_back_are_named() -> None:
     collector = Collector({0: 3, 1: 2}, Tally())
     assert len(collect(collector, [(0, 0, None), (0, 2, None), *whole(1, 2)])) == 1
-    with pytest.raises(CountsDoNotClose, match="1 shards did not come back whole, shard-00000 has 2 of 3 rows") as caught:
+    with pytest.raises(
+        CountsDoNotClose, match="1 shards did not come back whole, shard-00000 has 2 of 3 rows"
+    ) as caught:
         collector.finish()
     assert "running the same command again" in caught.value.remedy
 
@@ -213,7 +218,9 @@ def test_a_shard_in_which_anything_else_happened_does_not_wait() -> None:
 def test_without_a_witness_the_job_stops_in_the_end_and_commits_nothing() -> None:
     collector = Collector({0: 5}, Tally())
     assert collect(collector, whole(0, 5, DENIED)) == []
-    with pytest.raises(UserError, match="every one of the last 5 rows failed at fetch with ACCESS_DENIED: message of 0/4"):
+    with pytest.raises(
+        UserError, match="every one of the last 5 rows failed at fetch with ACCESS_DENIED: message of 0/4"
+    ):
         collector.finish()
 
 
@@ -235,7 +242,9 @@ def test_a_job_in_which_nothing_works_stops_early_with_the_one_reason(
     window = Collector.WINDOW
     for row in range(window - 1):
         assert collect(collector, [(0, row, error)]) == []
-    with pytest.raises(kind, match=f"every one of the last {window} rows failed at {error[0]} with {error[1]}") as caught:
+    with pytest.raises(
+        kind, match=f"every one of the last {window} rows failed at {error[0]} with {error[1]}"
+    ) as caught:
         collect(collector, [(0, window - 1, error)])
     assert type(caught.value) is kind
     assert remedy in caught.value.remedy

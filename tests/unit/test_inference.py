@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from batch_inference.config import PredictorConfig
-from batch_inference.errors import RowFailure, SystemFault, UserError
-from batch_inference.inference import CLASSIFIER_SCHEMA, RESULT_SCHEMA, CustomFactory, InferenceActor, _classifier_table
+from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
+from batch_inference.inference import (
+    CLASSIFIER_SCHEMA,
+    RESULT_SCHEMA,
+    CustomFactory,
+    InferenceActor,
+    _classifier_table,
+    raise_end_of_job,
+)
 from batch_inference.preparation import PREPARED_SCHEMA
 
 Call = Callable[[dict[str, Any]], Any]
@@ -58,8 +65,15 @@ def actor(call: Call, **options: Any) -> InferenceActor:
     return InferenceActor(CustomFactory(Predictor, PredictorConfig(path="m:Predictor", **options)), [])
 
 
+def driver_gets(mine: InferenceActor, table: pa.Table) -> pa.Table:
+    """What the driver has of a call: rows, or what ends the job."""
+    result = mine(table)
+    raise_end_of_job(result)
+    return result
+
+
 def predict(call: Call, items: list[Any], **options: Any) -> pa.Table:
-    table = actor(call)(prepared(items, **options))
+    table = driver_gets(actor(call), prepared(items, **options))
     assert table.num_rows == len(items)
     assert table.schema.names[: len(RESULT_SCHEMA)] == RESULT_SCHEMA.names
     assert table["row"].to_pylist() == list(range(len(items)))
@@ -78,7 +92,7 @@ def errors(table: pa.Table) -> list[tuple[str, str] | None]:
 # --- what a predictor is given -------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_what_ray_data_gives(request: pytest.FixtureRequest) -> None:
+def test_a_batch_is_what_ray_data_gives() -> None:
     seen: list[dict[str, Any]] = []
 
     def call(batch: dict[str, Any]) -> dict[str, Any]:
@@ -173,13 +187,14 @@ def test_a_failure_that_names_its_stage_keeps_it() -> None:
 
 
 @pytest.mark.parametrize("exc", [UserError("wrong weights", "Mend."), SystemFault("disk full", "Again.")])
-def test_what_ends_a_job_ends_it(exc: Exception) -> None:
+def test_what_ends_a_job_ends_it(exc: BatchInferenceError) -> None:
     def call(batch: dict[str, Any]) -> Any:
         raise exc
 
     with pytest.raises(type(exc)) as caught:
         predict(call, [image(1), image(2)])
-    assert caught.value is exc
+    assert type(caught.value) is type(exc)
+    assert (caught.value.message, caught.value.remedy) == (exc.message, exc.remedy)
 
 
 def test_a_broken_gpu_ends_the_process_but_too_little_memory_only_halves_the_batch() -> None:
@@ -221,6 +236,14 @@ def test_columns_that_differ_between_the_parts_of_a_batch_are_the_users_to_mend(
         (lambda n: np.array([True, False, True])[:n], [True, False, True]),
         (lambda n: np.arange(n * 2).reshape(n, 2), [[0, 1], [2, 3], [4, 5]]),
         (lambda n: np.arange(n * 4.0).reshape(n, 2, 2), [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]),
+        (
+            lambda n: np.arange(n * 6).reshape(n, 2, 3)[:, :, ::2],
+            [[[0, 2], [3, 5]], [[6, 8], [9, 11]], [[12, 14], [15, 17]]],
+        ),
+        (
+            lambda n: np.arange(n * 6).reshape(n, 1, 2, 3),
+            [[[[i, i + 1, i + 2], [i + 3, i + 4, i + 5]]] for i in (0, 6, 12)],
+        ),
         (lambda n: np.arange(n * 2).reshape(2, n).T, [[0, 3], [1, 4], [2, 5]]),
         (lambda n: np.zeros((n, 0)), [[], [], []]),
         (lambda n: torch.arange(n), [0, 1, 2]),
@@ -337,8 +360,10 @@ def test_a_constructor_that_fails_says_so_at_every_call() -> None:
 
     mine = make(Mine, args=["weights.pt"])
     for _ in range(2):
-        with pytest.raises(UserError, match="m:Mine could not be constructed: FileNotFoundError: weights.pt") as caught:
-            mine(prepared([image(1)]))
+        with pytest.raises(
+            UserError, match=r"m:Mine could not be constructed: FileNotFoundError: weights\.pt"
+        ) as caught:
+            driver_gets(mine, prepared([image(1)]))
         assert "predictor.args" in caught.value.remedy
 
 
@@ -349,8 +374,35 @@ def test_a_constructors_own_user_error_surfaces_as_it_is() -> None:
         raise error
 
     with pytest.raises(UserError) as caught:
-        InferenceActor(factory, [])(prepared([image(1)]))
-    assert caught.value is error
+        driver_gets(InferenceActor(factory, []), prepared([image(1)]))
+    assert (caught.value.message, caught.value.remedy) == (error.message, error.remedy)
+
+
+def test_anything_else_that_a_constructor_raises_is_named() -> None:
+    def factory() -> Any:
+        raise KeyError("layer4.weight")
+
+    with pytest.raises(UserError, match=r"the model could not be loaded: KeyError: 'layer4\.weight'"):
+        driver_gets(InferenceActor(factory, []), prepared([image(1)]))
+
+
+def test_the_end_of_a_job_is_found_among_other_rows() -> None:
+    """Ray Data puts what several batches of one task gave into one block."""
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        if batch["image"][0, 0, 0, 0] == POISON:
+            raise UserError("no licence", "Get one.")
+        return {"v": [1]}
+
+    mine = actor(call)
+    good, end = mine(prepared([image(1)])), mine(prepared([image(POISON)]))
+    raise_end_of_job(good)
+    for tables in ([end], [end, end], [good, end], [end, good], [good, end, end, good]):
+        block = pa.concat_tables(tables, promote_options="permissive")
+        with pytest.raises(UserError, match="no licence") as caught:
+            raise_end_of_job(block)
+        assert caught.value.remedy == "Get one."
+    raise_end_of_job(good.slice(0, 0))
 
 
 def test_a_class_without_call_is_refused() -> None:
@@ -358,7 +410,7 @@ def test_a_class_without_call_is_refused() -> None:
         pass
 
     with pytest.raises(UserError, match="m:Mine has no __call__") as caught:
-        make(Mine)(prepared([image(1)]))
+        driver_gets(make(Mine), prepared([image(1)]))
     assert "__call__(self, batch)" in caught.value.remedy
 
 

@@ -434,7 +434,8 @@ LISTINGS = {
 }
 faults = st.one_of(
     st.none(),
-    st.tuples(st.just("crash"), st.integers(1, 12)),
+    st.tuples(st.just("crash"), st.integers(1, 9)),
+    st.tuples(st.just("crash"), st.integers(1, 14)),
     st.tuples(st.just("lost answer"), st.integers(1, 6)),
     st.tuples(st.just("race"), st.integers(1, 6)),
     st.tuples(st.just("race"), st.integers(1, 12)),
@@ -596,5 +597,5 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(
-    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )

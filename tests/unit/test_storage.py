@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
-import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +29,10 @@ from batch_inference.storage import (
     read_object,
     split_bucket,
 )
+from tests.conftest import unprivileged
 
 CONFIG = StorageConfig()
 ODD = ["plain", "a b", "50%", "a%20b", "x#1", "ü", "[x]", "a?b", "two\nlines", ".hidden", "'\"", "日本"]
-not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 
 
 @pytest.fixture
@@ -268,6 +268,18 @@ def test_probe_refuses_a_store_that_denies_and_overwrites_all_the_same(
         store.probe()
 
 
+def test_probe_refuses_a_store_that_only_says_that_it_wrote(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = obstore.put
+
+    def silent(target: Any, path: str, data: bytes, *, mode: str) -> None:
+        with contextlib.suppress(obx.AlreadyExistsError):
+            real(target, path, data, mode=mode)
+
+    monkeypatch.setattr(obstore, "put", silent)
+    with pytest.raises(UserError, match="a second create of the same object succeeded"):
+        store.probe()
+
+
 def test_probe_names_the_reason_where_nothing_can_be_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -393,11 +405,12 @@ def test_what_cannot_be_read_is_a_failure_of_its_row(tmp_path: Path) -> None:
     assert Fetcher(CONFIG).fetch(f"{tmp_path}/file", 5) == b"12345"
 
 
-@not_root
-def test_a_file_that_may_not_be_read_is_denied(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"1")
-    (tmp_path / "file").chmod(0)
-    assert failed(f"{tmp_path}/file").error_type == "ACCESS_DENIED"
+def test_a_file_that_may_not_be_read_is_denied(public_path: Path) -> None:
+    (public_path / "file").write_bytes(b"1")
+    (public_path / "file").chmod(0)
+    with unprivileged():
+        kind = failed(f"{public_path}/file").error_type
+    assert kind == "ACCESS_DENIED"
 
 
 @pytest.mark.parametrize(

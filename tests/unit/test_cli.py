@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import obstore
+import pytest
+from obstore import exceptions as obx
+
+from batch_inference import verifier
+from batch_inference.cli import app, main
+from batch_inference.config import json_schema
+from batch_inference.errors import (
+    BatchInferenceError,
+    CountsDoNotClose,
+    Interrupted,
+    SystemFault,
+    ThresholdExceeded,
+    UserError,
+)
+from tests.conftest import jpeg
+from tests.unit.outputs import commit_shard, finished, planned
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+URIS = ["s3://b/0.jpg", "s3://b/bad-1.jpg", "s3://b/2.jpg"]
+SMALL = ["--model", "resnet18", "--set", "inference.gpus_per_actor=0"]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        """Everything, as one line: tables break their lines."""
+        return " ".join((self.out + self.err).split())
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*argv: object) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in argv])
+        code = caught.value.code
+        return Said(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "b [x] ü.jpg", "sub/c.png"):
+        (photos / name).write_bytes(jpeg(0))
+    (photos / "notes.txt").write_text("x")
+    return photos
+
+
+# --- what every command has ----------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_contract_are_there() -> None:
+    assert {"run", "plan", "status", "verify", "schema", "demo"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_explains_itself_by_an_example(command: str, flag: str, program: Callable[..., Said]) -> None:
+    said = program(command, flag)
+    assert said.code == 0
+    assert f"Example: batch-inference {command}" in said.text
+    assert said.err == ""
+
+
+def test_help_names_every_command(program: Callable[..., Said]) -> None:
+    said = program("--help")
+    assert said.code == 0
+    assert all(f" {command} " in said.text for command in COMMANDS)
+
+
+def test_version(program: Callable[..., Said]) -> None:
+    said = program("--version")
+    assert said.code == 0
+    assert said.out.startswith("batch-inference 0.")
+    assert "torch " in said.out
+
+
+def test_the_program_is_a_module_and_starts_without_torch_or_ray() -> None:
+    code = "import sys; from batch_inference.cli import main; main(['schema'])"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json_schema()
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "ray", "pandas"}
+    done = subprocess.run(
+        [sys.executable, "-m", "batch_inference", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "No such command 'nonsense'" in done.stderr
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_counts_and_changes_nothing(folder: Path, tmp_path: Path, program: Callable[..., Said]) -> None:
+    output = tmp_path / "out"
+    said = program("plan", folder, folder / "a.jpg", "--output", output, *SMALL, "--set", "shard_size=2")
+    assert said.code == 0, said
+    assert "3 images in 2 shards of 2" in said.text
+    assert f"file://{folder}/b [x] ü.jpg" in said.out
+    assert "1 files ending with .txt" in said.text
+    assert "1 inputs listed more than once, done once" in said.text
+    assert "resnet18" in said.text
+    assert "does not fit" not in said.text
+    assert not output.exists()
+
+
+def test_plan_as_json(folder: Path, program: Callable[..., Said]) -> None:
+    said = program("plan", folder, *SMALL, "--set", "inference.actors=3", "--json")
+    found = json.loads(said.out)
+    assert (said.code, said.err) == (0, "")
+    assert (found["inputs"], found["shards"], found["shard_size"]) == (3, 1, 1000)
+    assert found["first"] == [f"file://{folder}/{n}" for n in ("a.jpg", "b [x] ü.jpg", "sub/c.png")]
+    assert (found["skipped"], found["duplicates"], found["repeated"]) == ({".txt": 1}, 0, 0)
+    assert (found["actors"], found["gpus"], found["cpus"]) == (3, 0, 4)
+    assert found["problems"] == []
+    assert any(value == "resnet18" for value in found["engine"].values())
+
+
+def test_plan_of_a_manifest(tmp_path: Path, program: Callable[..., Said]) -> None:
+    (tmp_path / "list.csv").write_text("path,id\na.jpg,1\na.jpg,2\n")
+    said = program("plan", "--manifest", tmp_path / "list.csv", "--set", "input.uri_column=path", *SMALL, "--json")
+    found = json.loads(said.out)
+    assert (found["inputs"], found["repeated"], found["passthrough"]) == (2, 1, ["id"])
+
+
+def test_plan_names_what_does_not_fit_with_its_numbers(folder: Path, program: Callable[..., Said]) -> None:
+    args = ["plan", folder, "--model", "resnet18", "--set", "inference.actors=1000"]
+    (problem,) = json.loads(program(*args, "--json").out)["problems"]
+    assert problem.startswith("the actors need 1000 GPUs (inference.actors x gpus_per_actor), there are ")
+    assert "lower inference.actors, or set inference.gpus_per_actor=0" in problem
+    assert "does not fit the actors need 1000 GPUs" in program(*args).text
+
+
+def test_a_configuration_file_and_the_command_line_together(
+    folder: Path, tmp_path: Path, program: Callable[..., Said]
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "input: {uris: [none/], recursive: false}\nmodel: {name: resnet50}\ninference: {gpus_per_actor: 0}\nshard_size: 2\n"
+    )
+    found = json.loads(program("plan", folder, "--config", file, "--model", "resnet18", "--json").out)
+    assert (found["inputs"], found["shards"]) == (2, 1)
+    assert "resnet18" in found["engine"].values()
+
+
+# --- status and verify ---------------------------------------------------------------------------------------------------
+
+
+def test_status_and_verify_of_a_finished_job(tmp_path: Path, program: Callable[..., Said]) -> None:
+    _, job = finished(str(tmp_path), URIS, 2)
+    said = program("status", tmp_path)
+    assert said.code == 0
+    assert "succeeded" in said.out
+    assert "3 of 3 (100.0 %): 2 predictions, 1 errors" in said.text
+    assert "2 of 2 committed, by 1 attempts" in said.text
+    assert "decode TRUNCATED 1" in said.text
+    found = json.loads(program("status", tmp_path, "--json").out)
+    assert (found["state"], found["fingerprint"], found["shards_done"]) == ("succeeded", job.fingerprint, 2)
+    said = program("verify", tmp_path)
+    assert (said.code, said.out) == (
+        0,
+        "OK: all 3 inputs are there exactly once: 2 predictions, 1 errors, 2 shards\n",
+    )
+    assert json.loads(program("verify", tmp_path, "--json").out)["ok"] is True
+
+
+def test_status_and_verify_of_an_unfinished_job(tmp_path: Path, program: Callable[..., Said]) -> None:
+    ledger, _ = planned(str(tmp_path), URIS, 2)
+    assert "planned" in program("status", tmp_path).out
+    commit_shard(ledger.store, 0)
+    ledger.store.put("_FAILED", b'{"verdict": "every one of [the] last rows"}')
+    said = program("status", tmp_path)
+    assert "2 of 3 (66.7 %)" in said.text
+    assert "every one of [the] last rows" in said.text
+    said = program("verify", tmp_path)
+    assert said.code == 0
+    assert "OK so far: 2 of 3 inputs are there exactly once, 1 of 2 shards are committed" in said.out
+
+
+def test_verify_names_what_is_wrong_and_ends_with_4(tmp_path: Path, program: Callable[..., Said]) -> None:
+    finished(str(tmp_path), URIS, 2)
+    (damaged,) = (tmp_path / "predictions").glob("shard-00001-*")
+    damaged.unlink()
+    said = program("verify", tmp_path)
+    assert said.code == 4
+    assert f"  - predictions/{damaged.name} is committed but missing" in said.out.splitlines()
+    assert "WRONG: 2 problems; 2 of 3 inputs found (1 predictions, 1 errors)" in said.out
+    assert "remedy: " in said.out
+    said = program("verify", tmp_path, "--json")
+    assert said.code == 4
+    assert json.loads(said.out)["problems"][0] == f"predictions/{damaged.name} is committed but missing"
+    (tmp_path / "_commits/shard-00000.json").write_text("{")
+    said = program("status", tmp_path)
+    assert said.code == 4
+    assert "_commits/shard-00000.json is not a valid commit" in said.err
+    assert "remedy: Delete _commits/shard-00000.json" in said.err
+
+
+# --- the user's mistakes -------------------------------------------------------------------------------------------------
+
+# Arguments (`{}` is a folder with photos/, notes/, list.csv, ...), what the message says, what the remedy says.
+MISTAKES: list[tuple[str, str, str]] = [
+    ("plan", "no input is given", "input.uris or input.manifest"),
+    ("plan {}/none", "there is no file or folder {}/none", "Check the path"),
+    ("plan {}/notes", "no images in {}/notes: only files with other endings (1 .txt)", "input.extensions"),
+    ("plan {}/photos/*.tif", "nothing was found in {}/photos/*.tif", "Check the location"),
+    ("plan ftp://x/y", "the scheme ftp://, which is not supported", "s3://"),
+    ("plan {}/list.csv", "{}/list.csv looks like a manifest, not like an image", "Write --manifest {}/list.csv."),
+    ("plan --manifest {}/none.csv", "cannot read the manifest", "Check the location"),
+    (
+        "plan --manifest {}/list.csv --set input.uri_column=path",
+        "has no column 'path'; it has: uri, id",
+        "input.uri_column",
+    ),
+    ("plan --manifest {}/clash.csv", "columns that the predictions have of their own: label", "Rename"),
+    ("plan {}/photos --model resnet15", "no classification network named 'resnet15'", "Did you mean resnet"),
+    ("plan {}/photos --weights IMAGENET1K_V9", "IMAGENET1K_V9", "DEFAULT"),
+    ("plan {}/photos --config {}/none.yaml", "no configuration file at {}/none.yaml", "--config"),
+    ("plan {}/photos --config {}/list.csv", "{}/list.csv", "input:"),
+    ("plan {}/photos --config {}/broken.yaml", "{}/broken.yaml is not valid YAML", "Mend the line"),
+    ("plan {}/photos --set actors", "--set actors is not of the form key=value", "--set inference.actors=2"),
+    (
+        "plan {}/photos --set inference.actor=2",
+        "inference.actor: there is no such key; did you mean 'actors'?",
+        "schema",
+    ),
+    ("plan {}/photos --set inference.actors=none", "inference.actors: ", "batch-inference schema"),
+    ("plan {}/photos --set predictor=nocolon", "'nocolon' is not of the form module:Class", "schema"),
+    ("plan {}/photos --set predictor=no_module:X", "there is no module 'no_module'", "Put no_module.py into {}"),
+    ("plan {}/photos --set predictor=mine:X", "mine has no 'X'; its classes: Mine", "after the colon"),
+    ("plan {}/photos --set predictor=needs:X", "it needs 'not_installed_anywhere'", "install"),
+    ("plan {}/photos --set predictor=breaks:X", "importing breaks failed: RuntimeError: at import", "Mend the module"),
+    ("status {}/none", "there is no folder {}/none", "Check the location"),
+    ("status {}/photos", "there is no job in {}/photos", "Check the location"),
+    ("verify {}/photos", "there is no job in {}/photos", "Check the location"),
+    ("verify {}/foreign", "{}/foreign/_job.json is not a job of this program", "Choose another output"),
+    (
+        "verify {}/photos --set storage.timeout=1",
+        "storage.timeout: there is no such key; did you mean 'timeout_s'?",
+        "schema",
+    ),
+]
+
+
+@pytest.fixture
+def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in {
+        "notes/a.txt": "x",
+        "list.csv": "uri,id\na.jpg,1\n",
+        "clash.csv": "uri,label\na.jpg,cat\n",
+        "broken.yaml": "input: [\n",
+        "foreign/_job.json": "{}",
+        "mine.py": "class Mine:\n    pass\n",
+        "needs.py": "import not_installed_anywhere\n",
+        "breaks.py": "raise RuntimeError('at import')\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("line", "fact", "remedy"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_a_fact_and_a_remedy(
+    line: str, fact: str, remedy: str, place: Path, program: Callable[..., Said]
+) -> None:
+    argv = [word.replace("{}", str(place)) for word in line.split()]
+    fact, remedy = fact.replace("{}", str(place)), remedy.replace("{}", str(place))
+    said = program(*argv)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("error: ")
+    message, _, advice = said.err.partition("\nremedy: ")
+    assert fact in message
+    assert remedy in advice
+    assert "Traceback" not in said.err
+    said = program(*argv, "--json")
+    found: dict[str, Any] = json.loads(said.out)
+    assert (said.code, said.err) == (2, "")
+    assert (found["state"], found["exit_code"]) == ("FAILED", 2)
+    assert fact in found["verdict"]
+    assert remedy in found["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fact", "remedy"),
+    [
+        ("run {}/photos", "no output is given", "--output"),
+        ("run {}/none -o {}/out", "there is no file or folder {}/none", "Check the path"),
+        ("run {}/photos -o {}/list.csv", "cannot create the folder {}/list.csv", "Choose a place"),
+        ("run {}/photos -o {}/out --model resnet15", "no classification network named 'resnet15'", "Did you mean"),
+        ("run {}/photos -o {}/foreign", "_job.json is not a job of this program", "Choose another output"),
+    ],
+)
+def test_a_run_that_cannot_start_ends_with_its_verdict(
+    line: str, fact: str, remedy: str, place: Path, program: Callable[..., Said]
+) -> None:
+    said = program(*[word.replace("{}", str(place)) for word in line.split()])
+    assert said.code == 2
+    lines = said.out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("FAILED (exit 2): ")
+    assert fact.replace("{}", str(place)) in lines[0]
+    assert lines[3].startswith("remedy: ")
+    assert remedy in lines[3]
+    assert "Traceback" not in said.out + said.err
+
+
+@pytest.mark.parametrize("argv", [["plan", "--nonsense"], ["nonsense"], ["status"], ["verify", "a", "b"], []])
+def test_wrong_usage_ends_with_2(argv: list[str], program: Callable[..., Said]) -> None:
+    said = program(*argv)
+    assert said.code == 2
+    assert "Usage:" in said.out + said.err
+
+
+# --- exit codes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exc", "code"),
+    [
+        (UserError("fact", "remedy"), 2),
+        (ThresholdExceeded("fact", "remedy"), 3),
+        (CountsDoNotClose("fact", "remedy"), 4),
+        (SystemFault("fact", "remedy"), 5),
+        (Interrupted("fact", "remedy"), 130),
+    ],
+)
+def test_every_kind_of_end_has_its_code(
+    exc: BatchInferenceError, code: int, program: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise exc
+
+    monkeypatch.setattr(verifier, "verify", fail)
+    assert program("verify", "out") == Said(code, "", "error: fact\nremedy: remedy\n")
+    said = program("verify", "out", "--json")
+    state = "INTERRUPTED" if code == 130 else "FAILED"
+    assert json.loads(said.out) == {"state": state, "exit_code": code, "verdict": "fact", "remedy": "remedy"}
+    assert said.code == code
+
+
+def test_ctrl_c_ends_with_130(program: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verifier, "verify", interrupt)
+    said = program("verify", "out")
+    assert said.code == 130
+    assert "Traceback" not in said.err
+
+
+def test_a_store_that_is_down_ends_with_5(
+    tmp_path: Path, program: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise obx.GenericError("error sending request: connection refused\n\nDebug source:\nlong")
+
+    monkeypatch.setattr(obstore, "get", fail)
+    said = program("status", tmp_path)
+    assert said.code == 5
+    assert "connection refused\nremedy: Check the store and the network" in said.err
+    assert "Debug source" not in said.err
+
+
+def test_a_defect_of_ours_ends_with_5_and_says_so(
+    program: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(verifier, "verify", fail)
+    said = program("verify", "out")
+    assert said.code == 5
+    assert "ZeroDivisionError: oops" in said.err
+    assert "this is a defect of batch-inference" in said.err
