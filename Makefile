@@ -48,10 +48,10 @@ format: $(VENV)/.ready ## Format the code
 	$(BIN)/ruff format $(SOURCES)
 
 .PHONY: lock
-lock: $(UV) ## Resolve the dependencies anew within the bounds of pyproject.toml
+lock: $(UV) ## Bring the lock in line with pyproject.toml; LOCK_UPGRADE=--upgrade takes the newest versions too
 	$(UV) pip compile pyproject.toml --extra timm --extra demo $(LOCK_OPTIONS) -o requirements.lock
 	$(UV) pip compile pyproject.toml --extra timm --extra demo --group dev -c requirements.lock $(LOCK_OPTIONS) -o requirements-dev.lock
-LOCK_OPTIONS := --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url --no-annotate --quiet --upgrade
+LOCK_OPTIONS := --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url --no-annotate --quiet $(LOCK_UPGRADE)
 
 .PHONY: clean
 clean: ## Remove what the targets have made in this folder

@@ -6,7 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,7 +52,7 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict.")]
-LogFormat = Annotated[str, typer.Option(metavar="text|json", help="How log lines look.")]
+LogFormat = Annotated[Literal["text", "json"], typer.Option(help="How log lines look.")]
 OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the output.")]
 
 
@@ -255,7 +255,8 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             f"({found.predictions:,} predictions, {found.errors:,} errors)"
         )
         typer.echo(
-            "remedy: delete the _commits/ files and _SUCCESS of what is named and run the job again; it does those shards anew"
+            "remedy: run the job again: it deletes files that no commit names; for anything else delete first _SUCCESS and the "
+            "_commits/ files of the shards named, and they will be done anew"
         )
         raise typer.Exit(EXIT_COUNTS)
     if found.finished:
@@ -318,10 +319,16 @@ def _config(
     for given in inputs or []:
         if looks_like_manifest(given):
             raise UserError(f"{given} looks like a manifest, not like an image", f"Write --manifest {given}.")
-    section: dict[str, Any] = {"uris": inputs or None, "manifest": manifest}
+    if inputs and manifest:
+        raise UserError(f"both INPUT and --manifest {manifest} are given", "Keep the one that lists your images.")
+    overrides: dict[str, Any] = {"output": {"uri": output}, "model": {"name": model, "weights": weights}}
+    # One source replaces the other that the file may name.
     if inputs:
-        section["manifest"] = None
-    overrides = {"input": section, "output": {"uri": output}, "model": {"name": model, "weights": weights}}
+        overrides["input"] = {"uris": inputs}
+        settings = ["input.manifest=null", *(settings or [])]
+    elif manifest:
+        overrides["input"] = {"manifest": manifest}
+        settings = ["input.uris=[]", *(settings or [])]
     return load_config(config, overrides, settings or [])
 
 

@@ -215,15 +215,15 @@ def print_rows(output: str) -> None:
     """
     from pathlib import PurePosixPath
 
-    import pyarrow.dataset as ds
+    from batch_inference.manifest import read_parquet
 
     console = Console(highlight=False)
     tables = {}
     for kind in ("predictions", "errors"):
-        folder = Path(output, kind)
-        tables[kind] = (
-            ds.dataset(folder, format="parquet").to_table().sort_by("uri").to_pylist() if folder.is_dir() else []
-        )
+        rows = [
+            row for file in Path(output, kind).glob("*.parquet") for row in read_parquet(file.read_bytes()).to_pylist()
+        ]
+        tables[kind] = sorted(rows, key=lambda row: row["uri"])
     good = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("image", "label", "confidence"):
         good.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")

@@ -144,7 +144,7 @@ class _Attempt:
             check_same_job(self.config, engine, job, store)
             done = ledger.success()
             if done is not None:
-                return self._already_done(job, done)
+                return self._already_done(ledger, job, done)
         store.probe()
         if job is None:
             job = self._plan(ledger, engine)
@@ -152,8 +152,8 @@ class _Attempt:
         commits = ledger.commits()
         self._resume(job, commits)
         pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
-        self.snapshot.tally.check(self.config.errors)
         try:
+            self.snapshot.tally.check(self.config.errors)
             if pending:
                 self._work(ledger, job, engine, pending, address, dashboard_host)
             return self._finish(ledger, job)
@@ -200,7 +200,12 @@ class _Attempt:
         if commits:
             log.info("resuming", shards_done=len(commits), shards=job.shards, rows_done=snapshot.tally.rows)
 
-    def _already_done(self, job: Job, done: dict[str, Any]) -> RunResult:
+    def _already_done(self, ledger: Ledger, job: Job, done: dict[str, Any]) -> RunResult:
+        if ledger.data_files() != done.get("files"):
+            # A driver that lost its last race was killed before it could delete what it had written.
+            commits = ledger.commits()
+            ledger.check_closed(job, commits)
+            log.info("deleted files that no commit names", files=ledger.delete_unnamed(commits))
         tally = self.snapshot.tally
         tally.rows = job.rows
         tally.add_errors(done.get("errors_by", {}))
@@ -285,6 +290,7 @@ class _Attempt:
             "errors": tally.errors,
             "errors_by": tally.errors_by,
             "shards": job.shards,
+            "files": sum(len(commit.files) for commit in commits),
         }
         self._write_summary(ledger, job, commits, "SUCCEEDED", "")
         deleted = ledger.finish(job, commits, totals)

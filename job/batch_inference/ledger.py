@@ -289,15 +289,27 @@ class Ledger:
         Returns:
             Number of files deleted.
         """
+        deleted = self.delete_unnamed(commits)
+        self.store.delete(["_FAILED"])
+        record = {"fingerprint": job.fingerprint, **totals, "finished_at": now()}
+        self.store.create("_SUCCESS", json.dumps(record, indent=1).encode())
+        return deleted
+
+    def data_files(self) -> int:
+        """Number of data files there are, named by a commit or not."""
+        return sum(1 for kind in ("predictions", "errors") for _ in self.store.objects(kind))
+
+    def delete_unnamed(self, commits: list[Commit]) -> int:
+        """Deletes data files that no commit names and plans that did not win; returns how many.
+
+        Only right when every shard is committed: before, a file may be waiting for its commit.
+        """
         named = {file.path for commit in commits for file in commit.files}
         garbage = [
             i.path for kind in ("predictions", "errors") for i in self.store.objects(kind) if i.path not in named
         ]
         garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
         self.store.delete(garbage)
-        self.store.delete(["_FAILED"])
-        record = {"fingerprint": job.fingerprint, **totals, "finished_at": now()}
-        self.store.create("_SUCCESS", json.dumps(record, indent=1).encode())
         return len(garbage)
 
     def success(self) -> dict[str, Any] | None:

@@ -142,7 +142,20 @@ def encode_shard(table: pa.Table) -> bytes:
 
 def read_shard(store: Store, shard: int) -> pa.Table:
     """Reads a manifest shard back; raises FileNotFoundError if it is missing."""
-    return pq.read_table(io.BytesIO(store.get(f"_manifest/{shard_name(shard)}.parquet")))
+    return read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+
+
+def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """Reads the bytes of a small Parquet file; raises KeyError where a column is missing.
+
+    In this thread alone: Arrow's scanner, which ``pyarrow.parquet.read_table`` uses, now and then leaves a thread of its own
+    behind that aborts the process at its end.
+    """
+    file = pq.ParquetFile(io.BytesIO(data))
+    missing = set(columns or ()) - set(file.schema_arrow.names)
+    if missing:
+        raise KeyError(f"there are no columns {', '.join(sorted(missing))}")
+    return file.read(columns=columns, use_threads=False)
 
 
 # --- listing -----------------------------------------------------------------------------------------------------------
@@ -185,9 +198,15 @@ def _list_local(uri: str, recursive: bool) -> Iterator[tuple[str, bool]]:
     elif os.path.isdir(path):
         yield from (("file://" + p, False) for p in _walk(path, recursive))
     elif _WILDCARDS.search(path):
+        folders = files = 0
         for match in glob.iglob(path, recursive=True):  # noqa: PTH207 - a Path would collapse the `**` that the user wrote
             if os.path.isfile(match):
+                files += 1
                 yield "file://" + match, False
+            else:
+                folders += 1
+        if folders and not files:
+            raise UserError(f"{path} matches {folders} folders and no file", f"Write {path}/** for what is in them.")
     else:
         raise UserError(
             f"there is no file or folder {path}", "Check the path; relative ones start at the current directory."
@@ -198,12 +217,20 @@ def _walk(folder: str, recursive: bool) -> Iterator[str]:
     def refuse(exc: OSError) -> None:
         raise UserError(f"cannot list the folder {exc.filename}: {exc.strerror}", "Make it readable, or leave it out.")
 
-    for root, folders, files in os.walk(folder, onerror=refuse):
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         # Hidden files and folders are tools' own (.git, .DS_Store), as in every lister.
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
+        folders[:] = [f for f in folders if recursive and not f.startswith(".") and not _leads_back(root, f)]
         for name in files:
             if not name.startswith("."):
                 yield os.path.join(root, name)  # noqa: PTH118
+
+
+def _leads_back(root: str, folder: str) -> bool:
+    """Whether a link to a folder would send the walk round in circles."""
+    path = os.path.join(root, folder)  # noqa: PTH118
+    if not os.path.islink(path):  # noqa: PTH114
+        return False
+    return (os.path.realpath(root) + "/").startswith(os.path.realpath(path) + "/")
 
 
 def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[tuple[str, bool]]:
@@ -281,13 +308,14 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
     uri = canonical_uri(given)
     sha256 = hashlib.sha256()
     tables = []
-    for part in _manifest_files(uri, storage):
+    parts = _manifest_files(uri, storage)
+    for part in parts:
         data = read_object(part, storage, "the manifest")
         sha256.update(data)
         tables.append(_parse_manifest(part, data, section.uri_column))
     table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
     table = _checked_columns(table, section, given)
-    folder = uri.rstrip("/").rpartition("/")[0]
+    folder = uri.rpartition("/")[0] if parts == [uri] else uri.rstrip("/")
     table = table.set_column(0, "uri", _canonical_column(table["uri"], folder))
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
@@ -317,7 +345,7 @@ def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
     ending = posixpath.splitext(uri.lower())[1]
     try:
         if ending == ".parquet":
-            return pq.read_table(io.BytesIO(data))
+            return read_parquet(data)
         if ending == ".txt":
             lines = data.decode("utf-8-sig").replace("\r", "\n").split("\n")
             return pa.table({uri_column: pa.array([line.strip() for line in lines if line.strip()], pa.string())})

@@ -280,13 +280,6 @@ class Store:
             except Exception as exc:
                 raise self._error("delete", path, exc) from exc
 
-    def open(self, path: str) -> Any:
-        """A seekable binary file that reads an object by ranges."""
-        try:
-            return obstore.open_reader(self._store, path)
-        except Exception as exc:
-            raise self._error("read", path, exc) from exc
-
     def probe(self) -> None:
         """Checks that the store honours put-if-absent, on which every promise of the ledger rests.
 

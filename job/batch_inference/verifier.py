@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batch_inference import manifest
 from batch_inference.config import StorageConfig
@@ -144,7 +142,7 @@ def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: in
     out = _Shard(sha256=hashlib.sha256().hexdigest())
     try:
         data = ledger.store.get(f"_manifest/{name}.parquet")
-        inputs = pq.read_table(io.BytesIO(data), columns=["uri"])
+        inputs = manifest.read_parquet(data, ["uri"])
     except (OSError, pa.ArrowException, ValueError) as exc:
         out.problems.append(f"_manifest/{name}.parquet is missing or unreadable ({type(exc).__name__})")
         return out
@@ -187,7 +185,7 @@ def _read_file(store: Store, file: DataFile, out: _Shard) -> pa.Table | None:
     if hashlib.sha256(data).hexdigest() != file.sha256:
         out.problems.append(f"{file.path} is not what was committed (its SHA-256 differs)")
     try:
-        return pq.read_table(io.BytesIO(data), columns=["uri", "shard", "row"])
+        return manifest.read_parquet(data, ["uri", "shard", "row"])
     except (pa.ArrowException, OSError, KeyError) as exc:
         out.problems.append(f"{file.path} can't be read: {' '.join(str(exc).split())[:120]}")
         return None

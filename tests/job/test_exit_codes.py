@@ -190,6 +190,22 @@ def test_5_when_there_is_no_cluster(photos: Callable[..., Path], tmp_path: Path,
     )
 
 
+def test_a_file_left_by_a_driver_that_died_after_losing_is_found_and_swept(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    args = [*job_args(photos(20), output), "--address", cluster["address"]]
+    assert program(*args).returncode == 0
+    left = output / "predictions/shard-00000-deadbeef.parquet"
+    left.write_bytes(next((output / "predictions").glob("shard-00000-*")).read_bytes())
+    done = program("verify", str(output))
+    assert done.returncode == 4
+    assert f"predictions/{left.name} is not committed" in done.stdout
+    assert program(*args).returncode == 0
+    assert not left.exists()
+    verified(str(output), program)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_130_within_seconds_when_interrupted_and_then_it_resumes(
     number: signal.Signals, photos: Callable[..., Path], tmp_path: Path, program: Program

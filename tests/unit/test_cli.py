@@ -395,3 +395,19 @@ def test_a_defect_of_ours_ends_with_5_and_says_so(
     assert said.code == 5
     assert "ZeroDivisionError: oops" in said.err
     assert "this is a defect of batch-inference" in said.err
+
+
+def test_one_source_replaces_the_other_of_the_file_and_two_are_refused(
+    folder: Path, tmp_path: Path, program: Callable[..., Said]
+) -> None:
+    (tmp_path / "list.txt").write_text("photos/a.jpg\n")
+    (tmp_path / "job.yaml").write_text(f"input: {{manifest: {tmp_path}/list.txt}}\n")
+    assert json.loads(program("plan", "--config", tmp_path / "job.yaml", *SMALL, "--json").out)["inputs"] == 1
+    assert json.loads(program("plan", folder, "--config", tmp_path / "job.yaml", *SMALL, "--json").out)["inputs"] == 3
+    said = program("plan", folder, "--manifest", tmp_path / "list.txt")
+    assert said.code == 2
+    assert "both INPUT and --manifest" in said.text
+
+
+def test_an_unknown_log_format_is_refused(program: Callable[..., Said]) -> None:
+    assert program("run", "x", "--log-format", "xml").code == 2

@@ -493,3 +493,18 @@ def test_the_same_shard_has_the_same_bytes() -> None:
     assert first == second
     assert manifest.shard_name(42) == "shard-00042"
     assert manifest.shard_name(123456) == "shard-123456"
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path, "real/a.jpg", "photos/b.jpg")
+    (tmp_path / "photos/link").symlink_to(tmp_path / "real")
+    (tmp_path / "photos/circle").symlink_to(tmp_path / "photos")
+    found = find_inputs(config(uris=[str(tmp_path / "photos")])).table["uri"].to_pylist()
+    assert found == [f"file://{tmp_path}/photos/b.jpg", f"file://{tmp_path}/photos/link/a.jpg"]
+
+
+def test_a_glob_of_folders_says_what_to_write(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.jpg", "two/b.jpg")
+    error = refused(uris=[f"{tmp_path}/*"])
+    assert error.message == f"{tmp_path}/* matches 2 folders and no file"
+    assert error.remedy == f"Write {tmp_path}/*/** for what is in them."

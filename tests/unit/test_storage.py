@@ -121,9 +121,6 @@ def test_objects_are_written_listed_read_and_deleted(store: Store) -> None:
     assert {(o.path, o.size) for o in store.objects("predictions")} == {("predictions/a", 5), ("predictions/b/c", 0)}
     assert {o.path for o in store.objects()} == {"predictions/a", "predictions/b/c", "_top"}
     assert list(store.objects("errors")) == []
-    file = store.open("predictions/a")
-    file.seek(2)
-    assert bytes(file.read()) == b"ree"
     store.delete(["predictions/a", "predictions/none", "_top"])
     assert {o.path for o in store.objects()} == {"predictions/b/c"}
 
@@ -327,7 +324,7 @@ def test_messages_lose_the_librarys_debug_dump() -> None:
     assert classify(obx.GenericError("no route\n\nDebug source:\nGeneric { 10 lines }")).message == "no route"
 
 
-@pytest.mark.parametrize("verb", ["get", "put", "create", "objects", "delete", "open"])
+@pytest.mark.parametrize("verb", ["get", "put", "create", "objects", "delete"])
 @pytest.mark.parametrize(
     ("exc", "expected"),
     [
@@ -351,7 +348,6 @@ def test_every_method_tells_the_users_faults_from_the_systems(
         "create": lambda: store.create("a", b""),
         "objects": lambda: list(store.objects()),
         "delete": lambda: store.delete(["a"]),
-        "open": lambda: store.open("a"),
     }
     with pytest.raises(expected) as caught:
         calls[verb]()
