@@ -301,7 +301,7 @@ def demo(
     if not photos.is_dir():
         make_photos(photos)
     config = demo_config(photos, Path(output, "predictions"))
-    code = run_job(config, None, None, quiet=quiet, before_verdict=lambda: print_rows(config.output.uri))
+    code = run_job(config, "local", None, quiet=quiet, before_verdict=lambda: print_rows(config.output.uri))
     raise typer.Exit(code)
 
 

@@ -81,7 +81,7 @@ class Closing:
         return self
 
     def __exit__(self, *args: Any) -> None:
-        # Shards that are complete are worth their commit even when the job stops for another reason.
+        # What is under way is finished; what waits is done anew by the next attempt, if the job stops for another reason.
         self._pool.shutdown(wait=True, cancel_futures=args[0] is not None)
 
     def add(self, shard: int, part: OpenShard) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _QUIET = {
 
 
 _CONNECT_S = 10.0
+# Nodes of a fixed cluster join within seconds of each other.
+_NODES_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
 
     Args:
         config: Its demand must fit.
-        address: ``host:port``, ``auto``, ``ray://host:port``, or None.
+        address: ``host:port``, ``auto``, ``ray://host:port``; None or ``local`` starts one.
         dashboard_host: Address that a started cluster's dashboard listens on; None for no dashboard.
 
     Yields:
@@ -117,11 +120,12 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
 
     logging.getLogger("ray").propagate = False
     if ray.is_initialized():
+        _wait_until_it_fits(Demand.of(config))
         yield None
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    context = _join(address) if address else _start(config, dashboard_host)
+    context = _join(address) if address and address != "local" else _start(config, dashboard_host)
     try:
+        _wait_until_it_fits(Demand.of(config))
         url = getattr(context, "dashboard_url", None)
         yield f"http://{url}" if url else None
     finally:
@@ -153,16 +157,22 @@ def _start(config: JobConfig, dashboard_host: str | None) -> Any:
         raise UserError("the job does not fit into this machine: " + "; ".join(problems), "Change these and run again.")
     # Without spare CPUs the actors would take them all and wait for tasks that never start. More than there are is
     # harmless here: they only share time.
-    with _stderr_aside():
-        return ray.init(
-            address="local",
-            num_cpus=max(cpus, math.ceil(demand.cpus)),
-            include_dashboard=dashboard_host is not None,
-            dashboard_host=dashboard_host or "127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            configure_logging=False,
-        )
+    try:
+        with _stderr_aside():
+            return ray.init(
+                address="local",
+                num_cpus=max(cpus, math.ceil(demand.cpus)),
+                include_dashboard=dashboard_host is not None,
+                dashboard_host=dashboard_host or "127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                configure_logging=False,
+            )
+    except Exception as exc:
+        raise SystemFault(
+            f"Ray did not start on this machine: {' '.join(str(exc).split())[:300]}",
+            "Check --dashboard-host, free space in /tmp and /dev/shm, and start the same command again.",
+        ) from exc
 
 
 def _join(address: str) -> Any:
@@ -189,6 +199,27 @@ def _join(address: str) -> Any:
             "Check the address and the port (10001 for ray://, 6379 otherwise), that versions are equal, and that the cluster's "
             "token is in RAY_AUTH_TOKEN or ~/.ray/auth_token if it asks for one.",
         ) from None
+
+
+def _wait_until_it_fits(demand: Demand) -> None:
+    """Gives the nodes of a cluster that is still starting time to join.
+
+    Raises:
+        UserError: If the job does not fit; Ray itself would wait for ever.
+    """
+    import ray
+
+    deadline = time.monotonic() + _NODES_S
+    while True:
+        there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        problems = demand.problems(there.get("CPU", 0.0), there.get("GPU", 0.0))
+        if not problems:
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                "the job does not fit into the Ray cluster: " + "; ".join(problems), "Change these, or add nodes."
+            )
+        time.sleep(0.5)
 
 
 def _check_listening(address: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from batch_inference import manifest
 from batch_inference.config import ErrorsConfig
 from batch_inference.errors import (
+    NOT_TRIED,
     SYSTEMIC_ERROR_TYPES,
     BatchInferenceError,
     CountsDoNotClose,
@@ -88,6 +89,7 @@ class OpenShard:
     seen: np.ndarray
     errors: list[pa.Table] = field(default_factory=list)
     systemic: int = 0
+    untried: bool = False
 
     @property
     def complete(self) -> bool:
@@ -117,6 +119,7 @@ class Collector:
         self._rows = rows
         self._open: dict[int, OpenShard] = {}
         self._held: dict[int, OpenShard] = {}
+        self._given_up: list[int] = []
         self._recent: deque[int] = deque(maxlen=self.WINDOW)
         self._well = False
         self._last_systemic: tuple[str, str, str] | None = None
@@ -146,14 +149,14 @@ class Collector:
             self._held = {}
         return done
 
-    def finish(self) -> list[tuple[int, OpenShard]]:
-        """What is left when all rows are in.
+    def finish(self) -> None:
+        """Checks, when all rows are in, that nothing is left open.
 
         Raises:
             CountsDoNotClose: If rows never came back.
             UserError, SystemFault: If every row of this attempt failed for a systemic reason.
         """
-        if self._held and not self._well:
+        if self._given_up or (self._held and not self._well):
             raise self._stop()
         if self._open:
             shard, part = next(iter(self._open.items()))
@@ -162,7 +165,6 @@ class Collector:
                 f"{int(part.seen.sum())} of {len(part.seen)} rows",
                 "They are not committed; running the same command again does them anew.",
             )
-        return []
 
     def _count(self, table: pa.Table, failed: pa.ChunkedArray) -> None:
         tally = self.tally
@@ -198,10 +200,14 @@ class Collector:
         if pc.any(failed).as_py():
             bad = table.filter(failed).select(list(ERROR_COLUMNS))
             part.errors.append(bad)
+            part.untried |= NOT_TRIED in bad["error_type"].to_pylist()
             part.systemic += sum(kind in SYSTEMIC_ERROR_TYPES for kind in bad["error_type"].to_pylist())
         if not part.complete:
             return []
         del self._open[shard]
+        if part.untried:
+            self._given_up.append(shard)
+            return []
         if part.systemic == len(part.seen):
             self._held[shard] = part
             return []
@@ -212,15 +218,17 @@ class Collector:
         self._recent.extend(kind in SYSTEMIC_ERROR_TYPES for kind in kinds)
         self._well = len(self._recent) > 0 and not all(self._recent)
         for place, kind in enumerate(kinds):
-            if kind in SYSTEMIC_ERROR_TYPES:
+            if kind in SYSTEMIC_ERROR_TYPES and kind != NOT_TRIED:
                 self._last_systemic = (table["stage"][place].as_py(), kind, table["message"][place].as_py())
         if len(self._recent) == self.WINDOW and all(self._recent):
             raise self._stop()
 
     def _stop(self) -> BatchInferenceError:
         stage, kind, message = self._last_systemic or ("fetch", "STORE_UNREACHABLE", "")
-        count = len(self._recent)
-        fact = f"every one of the last {count} rows failed at {stage} with {kind}: {message}"
+        where = f"every row of {manifest.shard_name(self._given_up[0])}" if self._given_up else "everything"
+        if len(self._recent) == self.WINDOW and all(self._recent):
+            where = f"every one of the last {self.WINDOW} rows"
+        fact = f"{where} failed at {stage} with {kind}: {message}"
         if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
             return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")
         if stage in ("infer", "postprocess"):

@@ -299,9 +299,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
     for key, value in top.items():
         if isinstance(value, dict):
-            if not isinstance(base.get(key), dict):
-                base[key] = {}
-            _merge(base[key], value)
+            below = base.get(key)
+            if below is None:
+                below = {}
+                _merge(below, value)
+                if below:
+                    base[key] = below
+            elif isinstance(below, dict):
+                _merge(below, value)
+            # Anything else in the file is a mistake that the validation names.
         elif value is not None:
             base[key] = value
 

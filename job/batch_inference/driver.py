@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
@@ -100,12 +101,14 @@ def run(
         SystemFault: Store or cluster failed; try again (5).
         Interrupted: SIGINT or SIGTERM (130).
     """
+    # Where a Ray job runs, Ray says by RAY_ADDRESS which cluster it is part of.
+    address = address or os.environ.get("RAY_ADDRESS")
     if is_client_address(address):
         from batch_inference.remote import run_in_cluster
 
         return run_in_cluster(config, str(address), on_progress)
     with interruptible():
-        return _Attempt(config, on_progress or (lambda snapshot: None)).run(address, dashboard_host)
+        return Attempt(config, on_progress or (lambda snapshot: None)).run(address, dashboard_host)
 
 
 def open_output(config: JobConfig) -> Store:
@@ -123,11 +126,14 @@ def open_output(config: JobConfig) -> Store:
     return Store(config.output.uri, config.storage)
 
 
-class _Attempt:
+class Attempt:
     """One start of the program on a job."""
 
-    def __init__(self, config: JobConfig, on_progress: Callable[[Snapshot], None]) -> None:
+    def __init__(
+        self, config: JobConfig, on_progress: Callable[[Snapshot], None], engine: Engine | None = None
+    ) -> None:
         self.config = config
+        self._engine = engine
         self.on_progress = on_progress
         self.attempt = uuid4().hex[:8]
         self.started = time.monotonic()
@@ -135,16 +141,21 @@ class _Attempt:
         self._progress_written = 0.0
 
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
+        """Plans or resumes, works, and finishes; raises what :func:`run` says."""
         self._show("plan")
         store = open_output(self.config)
         ledger = Ledger(store)
-        engine = resolve_engine(self.config)
+        engine = self._engine or resolve_engine(self.config)
         job = ledger.job()
         if job is not None:
             check_same_job(self.config, engine, job, store)
             done = ledger.success()
             if done is not None:
-                return self._already_done(ledger, job, done)
+                if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
+                    return self._already_done(job, done)
+                # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
+                log.warning("the output is not what _SUCCESS says; taking it up again")
+                store.delete(["_SUCCESS"])
         store.probe()
         if job is None:
             job = self._plan(ledger, engine)
@@ -152,6 +163,7 @@ class _Attempt:
         commits = ledger.commits()
         self._resume(job, commits)
         pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
+        store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
         try:
             self.snapshot.tally.check(self.config.errors)
             if pending:
@@ -200,12 +212,7 @@ class _Attempt:
         if commits:
             log.info("resuming", shards_done=len(commits), shards=job.shards, rows_done=snapshot.tally.rows)
 
-    def _already_done(self, ledger: Ledger, job: Job, done: dict[str, Any]) -> RunResult:
-        if ledger.data_files() != done.get("files"):
-            # A driver that lost its last race was killed before it could delete what it had written.
-            commits = ledger.commits()
-            ledger.check_closed(job, commits)
-            log.info("deleted files that no commit names", files=ledger.delete_unnamed(commits))
+    def _already_done(self, job: Job, done: dict[str, Any]) -> RunResult:
         tally = self.snapshot.tally
         tally.rows = job.rows
         tally.add_errors(done.get("errors_by", {}))
@@ -230,7 +237,7 @@ class _Attempt:
                 log.info("Ray's dashboard", url=dashboard)
             self._show("start")
             writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
-            rows = {shard: job.rows_of(shard, job.shard_size) for shard in pending}
+            rows = {shard: job.rows_of(shard) for shard in pending}
             collector = Collector(rows, self.snapshot.tally)
             with (
                 Closing(ledger, writers, self._committed) as closing,
@@ -302,7 +309,7 @@ class _Attempt:
 
     def _failed(self, ledger: Ledger, job: Job, exc: BatchInferenceError) -> None:
         """Leaves the verdict beside the output, if the store still takes it."""
-        if isinstance(exc, Interrupted):
+        if isinstance(exc, Interrupted) or ledger.store.get_or_none("_SUCCESS") is not None:
             return
         record = {
             "fingerprint": job.fingerprint,
@@ -373,22 +380,27 @@ class _Attempt:
                 store.put("_report/progress.json", json.dumps(self.snapshot.to_dict(), indent=1).encode())
 
 
+class _Stop(BaseException):
+    """A signal on its way up; no ``except Exception`` on that way may take it for a failure of its own."""
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM as an exception in the main thread; elsewhere nothing changes."""
+    """SIGINT and SIGTERM as :class:`Interrupted` from the main thread; elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name}",
-            "Run the same command again: it resumes with the shards that are left.",
-        )
+        raise _Stop(signal.Signals(number).name)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Stop as exc:
+        raise Interrupted(
+            f"stopped by {exc}", "Run the same command again: it resumes with the shards that are left."
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,6 @@ from typing import Literal
 Stage = Literal["list", "fetch", "decode", "preprocess", "infer", "postprocess", "write"]
 STAGES: tuple[Stage, ...] = ("list", "fetch", "decode", "preprocess", "infer", "postprocess", "write")
 
-EXIT_DONE = 0
 EXIT_USER = 2
 EXIT_THRESHOLD = 3
 EXIT_COUNTS = 4
@@ -95,6 +94,16 @@ class RowFailure(Exception):  # noqa: N818
 
 # Error types that say more about the system than about the image. A shard in which nothing but these happened is not
 # committed: the job stops with one sentence instead of writing them once for each image.
+# A row that no attempt was made for, after too many others of its shard had failed for one of the reasons below.
+NOT_TRIED = "NOT_TRIED"
 SYSTEMIC_ERROR_TYPES = frozenset(
-    {"ACCESS_DENIED", "UNAUTHENTICATED", "STORE_UNREACHABLE", "TIMEOUT", "PREDICTOR_ERROR", "OUTPUT_MISMATCH"}
+    {
+        NOT_TRIED,
+        "ACCESS_DENIED",
+        "UNAUTHENTICATED",
+        "STORE_UNREACHABLE",
+        "TIMEOUT",
+        "PREDICTOR_ERROR",
+        "OUTPUT_MISMATCH",
+    }
 )

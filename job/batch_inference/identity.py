@@ -60,6 +60,7 @@ def resolve_engine(config: JobConfig) -> Engine:
     identity = {f"model.{key.removeprefix('model.')}": value for key, value in info.identity.items()}
     identity |= {f"transform.{key}": str(value) for key, value in asdict(info.transform).items()}
     identity["inference.top_k"] = str(config.inference.top_k)
+    identity["inference.precision"] = config.inference.precision
     labels = hashlib.sha256("\n".join(info.labels or ()).encode()).hexdigest()[:16] if info.labels else "none"
     identity["model.labels"] = labels
     return Engine(ClassifierFactory(config, info.transform, info.labels), info.transform, identity, False)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from batch_inference import errors as error_classes
 from batch_inference.config import JobConfig, PredictorConfig
-from batch_inference.errors import BatchInferenceError, RowFailure, UserError
+from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
 from batch_inference.transform import Transform
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
@@ -186,7 +186,9 @@ class InferenceActor:
             raise
         except Exception as exc:
             if _is_broken_device(exc):
-                raise  # the process can't use its GPU any more; Ray starts a new one
+                raise SystemFault(
+                    f"a GPU does not work any more: {exc}", "Look at the node's GPU, then start the same command again."
+                ) from exc
             failure = RowFailure("infer", "PREDICTOR_ERROR", f"{type(exc).__name__}: {exc}")
         if len(indices) == 1:
             return [], {indices[0]: failure.error}, None

@@ -96,9 +96,9 @@ class Job:
     passthrough: tuple[str, ...] = ()
     format: int = _FORMAT
 
-    def rows_of(self, shard: int, shard_size: int) -> int:
+    def rows_of(self, shard: int) -> int:
         """Number of inputs of a shard."""
-        return min(shard_size, self.rows - shard * shard_size)
+        return min(self.shard_size, self.rows - shard * self.shard_size)
 
     @property
     def shard_size(self) -> int:
@@ -240,7 +240,7 @@ class Ledger:
                 raise ValueError(
                     f"rows {commit.rows}, predictions {commit.predictions}, errors {commit.errors}, in files {named}"
                 )
-        except (ValueError, TypeError, KeyError) as exc:
+        except (ValueError, TypeError, KeyError, FileNotFoundError) as exc:
             raise CountsDoNotClose(
                 f"{path} is not a valid commit: {exc}",
                 f"Delete {path} and run the same command again; the shard will be done anew.",
@@ -262,7 +262,7 @@ class Ledger:
                 f"{len(missing)} of {job.shards} shards have no commit, the first is {manifest.shard_name(missing[0])}"
             )
         for commit in commits:
-            expected = job.rows_of(commit.shard, job.shard_size)
+            expected = job.rows_of(commit.shard)
             if commit.rows != expected:
                 problems.append(
                     f"{manifest.shard_name(commit.shard)} has {commit.rows} rows committed, {expected} in the manifest"
@@ -278,7 +278,8 @@ class Ledger:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CountsDoNotClose(
                 f"the counts do not close: {shown}",
-                "Delete the _commits/ files of the shards named and run the same command again; they will be done anew.",
+                "Delete the _commits/ files of the shards named, and run the same command again; they will be done "
+                "anew.",
             )
 
     def finish(self, job: Job, commits: list[Commit], totals: dict[str, Any]) -> int:

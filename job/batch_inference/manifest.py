@@ -165,7 +165,9 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     skipped: dict[str, int] = {}
     chunks: list[pa.Array] = []
     batch: list[str] = []
+    empty: list[str] = []
     for given in section.uris:
+        before = len(batch) + 65536 * len(chunks) + sum(skipped.values())
         for uri, explicit in _list_one(canonical_uri(given), section.recursive, storage):
             ending = PurePosixPath(uri).suffix.lower()
             if not explicit and section.extensions and ending not in section.extensions:
@@ -176,6 +178,10 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
             if len(batch) == 65536:
                 chunks.append(pa.array(batch, pa.string()))
                 batch = []
+        if before == len(batch) + 65536 * len(chunks) + sum(skipped.values()):
+            empty.append(given)
+    if empty and len(section.uris) > 1:
+        raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
     chunks.append(pa.array(batch, pa.string()))
     every = pa.chunked_array(chunks, pa.string())
     distinct = pc.unique(every)

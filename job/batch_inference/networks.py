@@ -23,7 +23,6 @@ from batch_inference.storage import exc_line
 from batch_inference.weights import cache_folder, node_lock, weights_file
 
 _TIMM_PREFIX = "timm/"
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 
 
 def load_model(model: ModelConfig, storage: StorageConfig) -> nn.Module:

@@ -5,18 +5,19 @@ Nothing here raises for the sake of an image: what fails becomes a value that tr
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
-from batch_inference.errors import SYSTEMIC_ERROR_TYPES, RowError, RowFailure
+from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
 from batch_inference.images import open_image
 from batch_inference.storage import Fetcher, canonical_uri
 from batch_inference.transform import Transform
@@ -43,8 +44,10 @@ PREPARED_SCHEMA = pa.schema(
 # Blocks of about this size let the actors start while the rest of the shard is still being decoded.
 BLOCK_BYTES = 4 * 1024 * 1024
 _BLOCK_ROWS = 256
-# After so many systemic failures in a row and no success, a task stops asking the store for the rest of its shard.
-GIVE_UP_AFTER = 64
+# After so many systemic failures and nothing else, a task reports, and stops asking the store for the rest of its shard.
+_FAILED_ROWS = 64
+# Decoded images of one task that wait for their turn: a few large ones, or as many small ones as are fetched ahead.
+_BACKLOG_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -72,35 +75,41 @@ class Preparation:
             Tables of :data:`PREPARED_SCHEMA`, rows in order; ``pixels`` is RGB uint8, height x width x 3, row by row.
         """
         fetcher = Fetcher(self.storage)
-        # Threads wait for the store; no more than the task's CPUs decode at the same time.
-        slots = threading.Semaphore(max(1, int(self.preprocess.cpus_per_task)))
         threads = self.storage.fetch_concurrency
+        # Threads wait for the store; no more than the task's CPUs decode at the same time.
+        backlog = _Backlog(max(1, int(self.preprocess.cpus_per_task)), _BACKLOG_BYTES)
         streak = _Streak()
+        block = _Block(shard)
         with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
             waiting: deque[Future[_Prepared]] = deque()
-            block = _Block(shard)
-            for row, uri in enumerate(uris):
-                waiting.append(pool.submit(self._one, row, uri, fetcher, slots, streak))
-                if len(waiting) >= 2 * threads:
-                    block.add(waiting.popleft().result())
+            inputs = enumerate(uris)
+            try:
+                while True:
+                    for row, uri in itertools.islice(inputs, 2 * threads - len(waiting)):
+                        waiting.append(pool.submit(self._one, row, uri, fetcher, backlog, streak))
+                    if not waiting:
+                        break
+                    item = waiting.popleft().result()
+                    backlog.release(item.size)
+                    block.add(item)
                     if block.full:
                         yield block.table()
                         block = _Block(shard)
-            while waiting:
-                block.add(waiting.popleft().result())
-                if block.full:
-                    yield block.table()
-                    block = _Block(shard)
-            if block.items:
-                yield block.table()
+            finally:
+                # A task that is stopped in the middle must not wait for threads that wait for their turn.
+                backlog.open()
+                pool.shutdown(wait=False, cancel_futures=True)
+        if block.items:
+            yield block.table()
 
-    def _one(self, row: int, uri: str, fetcher: Fetcher, slots: threading.Semaphore, streak: _Streak) -> _Prepared:
+    def _one(self, row: int, uri: str, fetcher: Fetcher, backlog: _Backlog, streak: _Streak) -> _Prepared:
         out = _Prepared(row, uri)
+        if streak.hopeless and streak.last is not None:
+            # Not a fate of its own: a shard with such a row is never committed.
+            out.error = replace(streak.last, error_type=NOT_TRIED)
+            return out
         start = time.perf_counter()
         try:
-            if streak.hopeless is not None:
-                out.error = streak.hopeless
-                return out
             try:
                 canonical_uri(uri)
                 if not uri:
@@ -110,19 +119,20 @@ class Preparation:
             except Exception as exc:
                 raise RowFailure("list", "INVALID_URI", str(exc)) from exc
             data = fetcher.fetch(uri, self.preprocess.max_bytes)
-            streak.success()
             out.bytes = len(data)
-            fetched = time.perf_counter()
-            out.fetch_s = fetched - start
-            with slots:
+            out.fetch_s = time.perf_counter() - start
+            backlog.enter(row)
+            try:
                 start = time.perf_counter()
                 out.pixels = self._pixels(data)
                 out.decode_s = time.perf_counter() - start
+            finally:
+                backlog.leave(out.size)
         except RowFailure as exc:
             out.error = exc.error
-            streak.failure(exc.error)
         except Exception as exc:  # a bug here must cost one row, not a job
             out.error = RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
+        streak.add(out.error)
         return out
 
     def _pixels(self, data: bytes) -> np.ndarray:
@@ -136,25 +146,67 @@ class Preparation:
 
 
 class _Streak:
-    """Remembers whether everything so far failed for the same reason of the system's."""
+    """Remembers whether everything so far failed for a reason of the system's."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._count = 0
-        self._alive = False
-        self.hopeless: RowError | None = None
+        self._well = False
+        self.last: RowError | None = None
 
-    def success(self) -> None:
-        self._alive = True
+    def add(self, error: RowError | None) -> None:
+        """Takes what became of a row that was tried."""
+        if error is not None and error.error_type in SYSTEMIC_ERROR_TYPES:
+            self._count, self.last = self._count + 1, error
+        else:
+            self._well = True
 
-    def failure(self, error: RowError) -> None:
-        if self._alive or error.error_type not in SYSTEMIC_ERROR_TYPES:
-            self._alive = True
-            return
-        with self._lock:
-            self._count += 1
-            if self._count >= GIVE_UP_AFTER:
-                self.hopeless = error
+    @property
+    def hopeless(self) -> bool:
+        """Whether asking the store for more of this shard only costs time."""
+        return not self._well and self._count >= _FAILED_ROWS
+
+
+class _Backlog:
+    """Lets so many threads decode at a time, and keeps what waits for its turn within a number of bytes.
+
+    The row whose turn it is never waits, so there is always one that moves on.
+    """
+
+    def __init__(self, slots: int, limit: int) -> None:
+        self._slots = slots
+        self._limit = limit
+        self._decoding = 0
+        self._bytes = 0
+        self._turn = 0
+        self._changed = threading.Condition()
+
+    def enter(self, row: int) -> None:
+        """Returns when ``row`` may be decoded."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (self._bytes < self._limit and self._decoding < self._slots) or row == self._turn
+            )
+            self._decoding += 1
+
+    def leave(self, size: int) -> None:
+        """Counts a decoded image of so many bytes."""
+        with self._changed:
+            self._decoding -= 1
+            self._bytes += size
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Lets everybody pass; nobody takes what is decoded any more."""
+        with self._changed:
+            self._limit = 1 << 62
+            self._changed.notify_all()
+
+    def release(self, size: int) -> None:
+        """The next row's turn; the one before is on its way to the actors."""
+        with self._changed:
+            self._bytes -= size
+            self._turn += 1
+            self._changed.notify_all()
 
 
 @dataclass
@@ -167,6 +219,11 @@ class _Prepared:
     fetch_s: float = 0.0
     decode_s: float = 0.0
 
+    @property
+    def size(self) -> int:
+        """Bytes of its pixels."""
+        return 0 if self.pixels is None else self.pixels.nbytes
+
 
 class _Block:
     """Rows on their way into one table."""
@@ -178,11 +235,13 @@ class _Block:
 
     def add(self, item: _Prepared) -> None:
         self.items.append(item)
-        self._size += item.pixels.nbytes if item.pixels is not None else 0
+        self._size += item.size
 
     @property
     def full(self) -> bool:
-        return self._size >= BLOCK_BYTES or len(self.items) >= _BLOCK_ROWS
+        # Where nothing works the driver must hear of it soon, and not after a shard of time-outs.
+        rows = _BLOCK_ROWS if self._size else _FAILED_ROWS
+        return self._size >= BLOCK_BYTES or len(self.items) >= rows
 
     def table(self) -> pa.Table:
         items = self.items

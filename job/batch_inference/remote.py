@@ -12,8 +12,9 @@ from typing import Any
 
 from batch_inference.cluster import connected
 from batch_inference.config import JobConfig
-from batch_inference.driver import RunResult, _Attempt, interruptible
+from batch_inference.driver import Attempt, RunResult, interruptible
 from batch_inference.errors import BatchInferenceError, SystemFault
+from batch_inference.identity import Engine, resolve_engine
 from batch_inference.pipeline import explain_ray_failure
 from batch_inference.progress import Snapshot
 
@@ -21,8 +22,9 @@ from batch_inference.progress import Snapshot
 class RemoteDriver:
     """Runs one attempt in a thread of a Ray actor."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, engine: Engine | None) -> None:
         self._config = config
+        self._engine = engine
         self._snapshot = Snapshot()
         self._outcome: RunResult | BatchInferenceError | None = None
         threading.Thread(target=self._run, name="driver", daemon=True).start()
@@ -33,7 +35,7 @@ class RemoteDriver:
 
     def _run(self) -> None:
         try:
-            self._outcome = _Attempt(self._config, self._keep).run(None, None)
+            self._outcome = Attempt(self._config, self._keep, self._engine).run(None, None)
         except BatchInferenceError as exc:
             self._outcome = exc
         except BaseException as exc:
@@ -52,10 +54,12 @@ def run_in_cluster(config: JobConfig, address: str, on_progress: Callable[[Snaps
     """
     import time
 
+    # A predictor's module is here and travels by value; a model's files are looked for where the driver runs.
+    engine = resolve_engine(config) if config.predictor is not None else None
     with connected(config, address, None), interruptible():
         import ray
 
-        driver: Any = ray.remote(num_cpus=0, max_restarts=0)(RemoteDriver).remote(config)
+        driver: Any = ray.remote(num_cpus=0, max_restarts=0)(RemoteDriver).remote(config, engine)
         try:
             while True:
                 snapshot, outcome = ray.get(driver.poll.remote(), timeout=120)

@@ -88,7 +88,7 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
     problems += [f"{manifest.shard_name(s)} is committed but not in the manifest" for s in foreign]
 
     def check(shard: int) -> _Shard:
-        return _check_shard(ledger, shard, commits.get(shard), job.rows_of(shard, job.shard_size))
+        return _check_shard(ledger, shard, commits.get(shard), job.rows_of(shard))
 
     digest = hashlib.sha256()
     total = _Shard()

@@ -66,6 +66,9 @@ class ShardWriter:
         """
         inputs = manifest.read_shard(self._store, shard)
         predictions = self._predictions(shard)
+        if predictions is not None and errors.num_rows:
+            # What an actor sent before it died, of a row that failed when its task was done again.
+            predictions = predictions.filter(pc.invert(pc.is_in(predictions["row"], errors["row"].combine_chunks())))
         rows = (
             np.concatenate([predictions["row"].to_numpy(), errors["row"].to_numpy()])
             if predictions

@@ -49,14 +49,14 @@ def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the program to its end; the working folder has the tests' predictors in it."""
 
     def call(
-        *args: str, timeout_s: float = RUN_TIMEOUT_S, env: dict[str, str] | None = None
+        *args: str, timeout_s: float = RUN_TIMEOUT_S, env: dict[str, str] | None = None, cwd: Path = HERE
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [PROGRAM, *args],
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            cwd=HERE,
+            cwd=cwd,
             env=environment(env),
             check=False,
         )

@@ -75,7 +75,12 @@ def test_the_articles_predictor_runs_unchanged_on_500_jpegs(
 def test_ray_client_addresses_run_the_driver_in_the_cluster(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
-    done = program(*job_args(photos(40, bad_percent=5), tmp_path / "out"), "--address", cluster["client"])
+    """With a predictor from the current folder, which the cluster's processes can't import by its name."""
+    (tmp_path / "here").mkdir()
+    text = Path(__file__).with_name("predictors.py").read_text()
+    (tmp_path / "here/my_own.py").write_text(text)
+    args = job_args(photos(40, bad_percent=5), tmp_path / "out", predictor="my_own:MeanColor")
+    done = program(*args, "--address", cluster["client"], cwd=tmp_path / "here")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "40 of 40 images accounted for, 38 predictions and 2 errors" in done.stdout
     verified(str(tmp_path / "out"), program)

@@ -197,11 +197,11 @@ def test_what_ends_a_job_ends_it(exc: BatchInferenceError) -> None:
     assert (caught.value.message, caught.value.remedy) == (exc.message, exc.remedy)
 
 
-def test_a_broken_gpu_ends_the_process_but_too_little_memory_only_halves_the_batch() -> None:
+def test_a_broken_gpu_ends_the_attempt_but_too_little_memory_only_halves_the_batch() -> None:
     def broken(batch: dict[str, Any]) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(SystemFault, match=r"a GPU does not work any more: .*illegal memory access"):
         predict(broken, [image(1), image(2)])
 
     def small(batch: dict[str, Any]) -> Any:

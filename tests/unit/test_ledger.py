@@ -55,7 +55,7 @@ def test_a_planned_output_has_its_job_and_its_manifest_and_nothing_else(tmp_path
     }
     assert ledger.job() == job == ledger.require_job()
     assert (job.shards, job.rows, job.shard_size) == (3, 5, 2)
-    assert [job.rows_of(s, 2) for s in range(3)] == [2, 2, 1]
+    assert [job.rows_of(s) for s in range(3)] == [2, 2, 1]
     assert job.fingerprint == fingerprint(job.identity)
     assert set(job.identity) == {"model.name", "manifest.sha256"}
 

@@ -13,7 +13,7 @@ from PIL import Image
 from batch_inference import preparation
 from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.errors import RowFailure
-from batch_inference.preparation import BLOCK_BYTES, GIVE_UP_AFTER, PREPARED_SCHEMA, Preparation
+from batch_inference.preparation import BLOCK_BYTES, PREPARED_SCHEMA, Preparation
 from batch_inference.storage import Fetcher
 from batch_inference.transform import Transform
 from tests.conftest import broken, jpeg
@@ -198,10 +198,10 @@ def test_a_task_does_not_run_far_ahead_of_who_takes_its_blocks(fetches: list[str
     """Or a shard of large images would be in memory as a whole."""
     uris = [f"{tmp_path}/{n}.jpg" for n in range(1000)]
     blocks = Preparation(StorageConfig(fetch_concurrency=4), PreprocessConfig(), None).rows(0, uris)
-    assert next(blocks).num_rows == 256
+    assert next(blocks).num_rows == 64
     time.sleep(0.05)
-    assert 256 <= len(fetches) <= 256 + 2 * 4
-    assert sum(block.num_rows for block in blocks) == 1000 - 256
+    assert 64 <= len(fetches) <= 64 + 2 * 4
+    assert sum(block.num_rows for block in blocks) == 1000 - 64
     assert len(fetches) == 1000
 
 
@@ -213,7 +213,7 @@ def test_blocks_are_small_enough_for_the_actors_to_start(tmp_path: Path) -> None
     assert [b.num_rows for b in blocks] == [4, 4, 1]
     assert all(BLOCK_BYTES <= b.num_rows * large < BLOCK_BYTES + large for b in blocks[:-1])
     assert [b.num_rows for b in prepare([f"{tmp_path}/small.jpg"] * 300)] == [256, 44]
-    assert [b.num_rows for b in prepare([f"{tmp_path}/none.jpg"] * 512)] == [256, 256]
+    assert [b.num_rows for b in prepare([f"{tmp_path}/none.jpg"] * 130)] == [64, 64, 2]
     assert prepare([]) == []
 
 
@@ -237,20 +237,61 @@ def systemic(monkeypatch: pytest.MonkeyPatch, answers: dict[int, Any], default: 
 
 
 @pytest.mark.parametrize("kind", ["ACCESS_DENIED", "UNAUTHENTICATED", "STORE_UNREACHABLE", "TIMEOUT"])
-def test_a_task_stops_asking_a_store_that_always_refuses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_soon_hears_of_a_store_that_always_refuses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = systemic(monkeypatch, {}, kind)
     blocks = prepare([f"s3://b/{n}" for n in range(1000)], concurrency=4)
-    assert GIVE_UP_AFTER <= len(asked) <= GIVE_UP_AFTER + 4
+    assert blocks[0].num_rows == 64
+    assert 64 <= len(asked) <= 64 + 4
     table = pa.concat_tables(blocks)
-    assert errors(table) == [("fetch", kind)] * 1000
+    # No row gets an error that it has not had itself; those that were not tried say so.
+    kinds = [kind for _, kind in errors(table)]
+    assert kinds.count(kind) == len(asked)
+    assert kinds.count("NOT_TRIED") == 1000 - len(asked)
     assert set(table["retryable"].to_pylist()) == {kind == "TIMEOUT"}
 
 
-@pytest.mark.parametrize("witness", [jpeg(0), b"no image", "NOT_FOUND", "TOO_LARGE"])
-def test_it_goes_on_asking_where_anything_else_ever_happened(witness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = systemic(monkeypatch, {5: witness}, "ACCESS_DENIED")
-    prepare([f"s3://b/{n}" for n in range(300)], concurrency=1)
-    assert asked == list(range(300))
+def test_what_waits_decoded_for_its_turn_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first image comes last; the others may not all lie decoded in memory until then."""
+    monkeypatch.setattr(preparation, "_BACKLOG_BYTES", 3 * 48 * 32 * 3)
+    decoded: list[int] = []
+    late = threading.Event()
+    fetch = Fetcher.fetch
+    pixels = Preparation._pixels
+
+    def slow(self: Fetcher, uri: str, max_bytes: int) -> bytes:
+        if uri.endswith("/0.jpg"):
+            late.wait(5)
+        return fetch(self, uri, max_bytes)
+
+    def counted(self: Preparation, data: bytes) -> Any:
+        decoded.append(1)
+        return pixels(self, data)
+
+    monkeypatch.setattr(Fetcher, "fetch", slow)
+    monkeypatch.setattr(Preparation, "_pixels", counted)
+    for n in range(20):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n))
+    timer = threading.Timer(0.5, lambda: (decoded.append(-len(decoded)), late.set()))
+    timer.start()
+    prepare([f"file://{tmp_path}/{n}.jpg" for n in range(20)])
+    before_the_first = -next(n for n in decoded if n < 0)
+    assert before_the_first == 3
+    assert decoded.count(1) == 20
+
+
+def test_a_task_that_is_stopped_in_the_middle_leaves_no_thread_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(preparation, "_BACKLOG_BYTES", 1)
+    monkeypatch.setattr(preparation, "_BLOCK_ROWS", 2)
+    for n in range(60):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n))
+    rows = Preparation(StorageConfig(), PreprocessConfig(), None).rows(
+        0, [f"file://{tmp_path}/{n}.jpg" for n in range(60)]
+    )
+    next(rows)
+    rows.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch") and t.is_alive()]
 
 
 def test_images_that_are_missing_do_not_make_it_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
