@@ -1,0 +1,69 @@
+{{- /*
+The size of the cluster: how many workers, and what each of them has, from the actor pool.
+The result is JSON, read with fromJson, which makes all numbers floats: int64 before they are written. Whether it makes sense is for _rules-capacity.tpl to say.
+*/}}
+
+{{- /* The actor pool as it is given: by the job, or by the values of a shared cluster. */}}
+{{- define "common.pool" -}}
+{{- if .Values.job -}}
+{{- $inference := .Values.job.inference -}}
+{{- dict "actors" $inference.actors "gpusPerActor" $inference.gpus_per_actor "cpusPerActor" $inference.cpus_per_actor "cpusPerTask" .Values.job.preprocess.cpus_per_task | toJson -}}
+{{- else -}}
+{{- toJson .Values.actorPool -}}
+{{- end -}}
+{{- end }}
+
+{{- /* The actor pool in small units. */}}
+{{- define "common.demand" -}}
+{{- $pool := fromJson (include "common.pool" .) -}}
+{{- dict
+  "actors" (int64 $pool.actors)
+  "actorGpus" (include "common.units" (list $pool.gpusPerActor 10000) | int64)
+  "actorCpus" (include "common.units" (list $pool.cpusPerActor 10000) | int64)
+  "taskCpus" (include "common.units" (list $pool.cpusPerTask 10000) | int64)
+  | toJson -}}
+{{- end }}
+
+{{- /* Actors that fit into one worker. A fraction of a GPU is one GPU's, so 0.6 does not fit twice into two. */}}
+{{- define "common.actorsPerWorker" -}}
+{{- $actorGpus := int64 .demand.actorGpus -}}
+{{- $gpus := int64 .workers.gpusPerWorker -}}
+{{- if eq $actorGpus 0 }}{{ .workers.actorsPerWorker | int64 }}
+{{- else if lt $actorGpus 10000 }}{{ mul $gpus (div 10000 $actorGpus) }}
+{{- else }}{{ div (mul $gpus 10000) $actorGpus }}{{ end -}}
+{{- end }}
+
+{{- /* CPUs, tasks, memory, object store and shared memory of one pod of a group: dict group demand actors. */}}
+{{- define "common.podSize" -}}
+{{- $group := .group -}}
+{{- $taskCpus := int64 .demand.taskCpus -}}
+{{- $actorCpus := mul (int64 .actors) (int64 .demand.actorCpus) -}}
+{{- $cpus := include "common.ceil" (list (add $actorCpus (mul (int64 $group.tasksPerWorker) $taskCpus)) 10000) | int64 -}}
+{{- if $group.cpus }}{{ $cpus = int64 $group.cpus }}{{ end -}}
+{{- $spare := sub (mul $cpus 10000) $actorCpus -}}
+{{- $tasks := ternary (div $spare (max 1 $taskCpus)) 0 (gt $spare (int64 0)) -}}
+{{- $actorMemory := include "common.units" (list (default 0 $group.actorMemoryGiB) 1024) | int64 -}}
+{{- $taskMemory := include "common.units" (list $group.taskMemoryGiB 1024) | int64 -}}
+{{- $heap := add (mul (int64 .actors) $actorMemory) (mul $tasks $taskMemory) -}}
+{{- $percent := int64 $group.objectStorePercent -}}
+{{- $memory := mul 1024 (include "common.ceil" (list (mul $heap 100) (mul 1024 (sub 100 $percent))) | int64) -}}
+{{- if $group.memoryGiB }}{{ $memory = include "common.units" (list $group.memoryGiB 1024) | int64 }}{{ end -}}
+{{- $memory = max 1024 $memory -}}
+{{- $store := div (mul $memory $percent) 100 -}}
+{{- dict "actors" (int64 .actors) "cpus" $cpus "spareCpus" $spare "tasks" $tasks "heapMiB" $heap "memoryMiB" $memory "objectStoreMiB" $store | toJson -}}
+{{- end }}
+
+{{- define "common.capacity" -}}
+{{- $demand := fromJson (include "common.demand" .) -}}
+{{- $workers := .Values.workers -}}
+{{- $fit := include "common.actorsPerWorker" (dict "demand" $demand "workers" $workers) | int64 -}}
+{{- $size := fromJson (include "common.podSize" (dict "group" $workers "demand" $demand "actors" $fit)) -}}
+{{- $_ := set $size "replicas" (include "common.ceil" (list $demand.actors (max 1 $fit)) | int64) -}}
+{{- $_ := set $size "gpus" (ternary 0 (int64 $workers.gpusPerWorker) (eq (int64 $demand.actorGpus) (int64 0))) -}}
+{{- $cpuSize := fromJson (include "common.podSize" (dict "group" .Values.cpuWorkers "demand" $demand "actors" 0)) -}}
+{{- $_ := set $cpuSize "replicas" (int64 .Values.cpuWorkers.replicas) -}}
+{{- $head := .Values.head -}}
+{{- $headMemory := include "common.units" (list $head.memoryGiB 1024) | int64 -}}
+{{- $headSize := dict "memoryMiB" $headMemory "objectStoreMiB" (div (mul $headMemory (int64 $head.objectStorePercent)) 100) -}}
+{{- dict "demand" $demand "workers" $size "cpuWorkers" $cpuSize "head" $headSize | toJson -}}
+{{- end }}

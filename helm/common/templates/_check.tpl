@@ -1,0 +1,29 @@
+{{- /*
+Refuses values that would fail later, or cost GPUs in vain: all problems at once, one a line.
+Rules print nothing when they are kept, and else a line with what is wrong, both numbers, and the remedy.
+*/}}
+{{- define "common.check" -}}
+{{- $problems := list -}}
+{{- range splitList "\n" . -}}
+{{- $line := trim . -}}
+{{- if $line }}{{ $problems = append $problems $line }}{{ end -}}
+{{- end -}}
+{{- if $problems -}}
+{{- fail (printf "\n\n%d %s in the values:\n  - %s\n" (len $problems) (ternary "problem" "problems" (eq (len $problems) 1)) (join "\n  - " $problems)) -}}
+{{- end -}}
+{{- end }}
+
+{{- /* The rules that both charts keep: dict root roles job; paths are those of pods that mount the job. */}}
+{{- define "common.rules" -}}
+{{- $root := .root -}}
+{{- include "common.rules.versions" $root }}
+{{- if .cluster }}
+{{- include "common.rules.capacity" $root }}
+{{- end }}
+{{- range .roles }}
+{{- include "common.rules.pod" (dict "values" $root.Values "role" .) }}
+{{- end }}
+{{- range list "head" "workers" "cpuWorkers" }}
+{{- include "common.rules.rayStartParams" (dict "role" . "params" (get $root.Values .).rayStartParams) }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,213 @@
+{{- /*
+The specification of a Ray cluster: a head that runs no tasks, the workers that hold the actors, and CPU workers if wanted.
+What the CRD would fill in within lists is spelled out, so that GitOps sees no difference where there is none.
+Values come as dict root job, where job is the name of the ConfigMap with the job, or empty.
+*/}}
+{{- define "common.cluster" -}}
+{{- $capacity := fromJson (include "common.capacity" .root) -}}
+{{- $scaling := .root.Values.autoscaling -}}
+rayVersion: {{ .root.Values.rayVersion | quote }}
+enableInTreeAutoscaling: {{ $scaling.enabled }}
+{{- if $scaling.enabled }}
+autoscalerOptions:
+  {{- include "common.autoscaler" . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.auth }}{{ if .enabled }}
+authOptions:
+  mode: token
+  {{- with .secretName }}
+  secretName: {{ . | quote }}
+  {{- end }}
+{{- end }}{{ end }}
+headGroupSpec:
+  {{- include "common.head" (merge (dict "role" "head" "size" $capacity.head) .) | nindent 2 }}
+workerGroupSpecs:
+  {{- $min := ternary $scaling.minWorkers $capacity.workers.replicas $scaling.enabled }}
+  - groupName: {{ ternary "gpu" "actors" (gt (int64 $capacity.workers.gpus) (int64 0)) }}
+    replicas: {{ int64 $min }}
+    minReplicas: {{ int64 $min }}
+    maxReplicas: {{ int64 $capacity.workers.replicas }}
+    {{- include "common.workers" (merge (dict "role" "workers" "size" $capacity.workers) .) | nindent 4 }}
+  {{- if gt (int64 $capacity.cpuWorkers.replicas) (int64 0) }}
+  - groupName: cpu
+    {{- /* Ray does not add CPU workers for actors' sake, so their number is fixed. */}}
+    replicas: {{ int64 $capacity.cpuWorkers.replicas }}
+    minReplicas: {{ int64 $capacity.cpuWorkers.replicas }}
+    maxReplicas: {{ int64 $capacity.cpuWorkers.replicas }}
+    {{- include "common.workers" (merge (dict "role" "cpuWorkers" "size" $capacity.cpuWorkers) .) | nindent 4 }}
+  {{- end }}
+{{- end }}
+
+{{- /* Version 2, said outright: the operator checks its rules only where it is. Never is what version 2 makes of restartPolicy. */}}
+{{- define "common.autoscaler" -}}
+version: v2
+upscalingMode: Default
+idleTimeoutSeconds: {{ int64 .root.Values.autoscaling.idleTimeoutSeconds }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+resources:
+  requests:
+    cpu: 200m
+    memory: 512Mi
+  limits:
+    memory: 512Mi
+securityContext:
+  {{- include "common.containerSecurityContext" . | nindent 2 }}
+env:
+  - name: HOME
+    value: /tmp
+volumeMounts:
+  - name: scratch
+    mountPath: /tmp
+{{- end }}
+
+{{- define "common.head" -}}
+{{- $values := .root.Values -}}
+rayStartParams:
+  {{- /* No tasks and no actors beside Ray's own services, whatever the node has. */}}
+  num-cpus: "0"
+  num-gpus: "0"
+  {{- include "common.rayStartParams" . | nindent 2 }}
+template:
+  metadata:
+    {{- include "common.podMetadata" . | nindent 4 }}
+  spec:
+    serviceAccountName: {{ include "common.serviceAccountName" .root | quote }}
+    {{- /* The autoscaler in the head's pod asks the API server for pods; nothing else does. */}}
+    automountServiceAccountToken: {{ $values.autoscaling.enabled }}
+    {{- if $values.autoscaling.enabled }}
+    restartPolicy: Never
+    {{- end }}
+    {{- include "common.podSettings" . | nindent 4 }}
+    containers:
+      - name: ray-head
+        {{- include "common.containerImage" .root | nindent 8 }}
+        securityContext:
+          {{- include "common.containerSecurityContext" . | nindent 10 }}
+        env:
+          {{- $void := list (dict "name" "NVIDIA_VISIBLE_DEVICES" "value" "void") }}
+          {{- include "common.env" (merge (dict "defaults" (concat (fromJsonArray (include "common.rayEnv" .root)) $void)) .) | nindent 10 }}
+        {{- include "common.envFrom" . | nindent 8 }}
+        ports:
+          - {name: gcs, containerPort: 6379, protocol: TCP}
+          - {name: dashboard, containerPort: 8265, protocol: TCP}
+          - {name: client, containerPort: 10001, protocol: TCP}
+          - {name: metrics, containerPort: 8080, protocol: TCP}
+        resources:
+          requests:
+            cpu: {{ include "common.units" (list $values.head.cpus 1000) }}m
+            memory: {{ int64 .size.memoryMiB }}Mi
+          limits:
+            memory: {{ int64 .size.memoryMiB }}Mi
+        {{- include "common.mounts" . | nindent 8 }}
+    {{- include "common.volumes" . | nindent 4 }}
+{{- end }}
+
+{{- define "common.workers" -}}
+{{- $group := get .root.Values .role -}}
+{{- $gpus := int64 (default 0 .size.gpus) -}}
+numOfHosts: 1
+rayStartParams:
+  {{- /* Said outright: the operator and Ray's autoscaler derive GPUs from limits, each by a rule of its own. */}}
+  num-cpus: {{ int64 .size.cpus | toString | quote }}
+  num-gpus: {{ $gpus | toString | quote }}
+  {{- include "common.rayStartParams" . | nindent 2 }}
+template:
+  metadata:
+    {{- include "common.podMetadata" . | nindent 4 }}
+  spec:
+    serviceAccountName: {{ include "common.serviceAccountName" .root | quote }}
+    automountServiceAccountToken: false
+    {{- if .root.Values.autoscaling.enabled }}
+    restartPolicy: Never
+    {{- end }}
+    {{- include "common.podSettings" . | nindent 4 }}
+    containers:
+      - name: ray-worker
+        {{- include "common.containerImage" .root | nindent 8 }}
+        securityContext:
+          {{- include "common.containerSecurityContext" . | nindent 10 }}
+        env:
+          {{- include "common.env" (merge (dict "defaults" (fromJsonArray (include "common.rayEnv" .root))) .) | nindent 10 }}
+        {{- include "common.envFrom" . | nindent 8 }}
+        ports:
+          - {name: metrics, containerPort: 8080, protocol: TCP}
+        resources:
+          requests:
+            {{- include "common.workerResources" (dict "size" .size "group" $group "cpus" true) | nindent 12 }}
+          limits:
+            {{- include "common.workerResources" (dict "size" .size "group" $group "cpus" $group.limitCpus) | nindent 12 }}
+        {{- include "common.mounts" . | nindent 8 }}
+    {{- include "common.volumes" . | nindent 4 }}
+{{- end }}
+
+{{- define "common.workerResources" -}}
+{{- if .cpus -}}
+cpu: {{ int64 .size.cpus | toString | quote }}
+{{ end -}}
+memory: {{ int64 .size.memoryMiB }}Mi
+{{- if gt (int64 (default 0 .size.gpus)) (int64 0) }}
+{{ .group.gpuResource }}: {{ int64 .size.gpus | toString | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "common.rayStartParams" -}}
+object-store-memory: {{ mul (int64 .size.objectStoreMiB) 1048576 | toString | quote }}
+{{- range $key, $value := (get .root.Values .role).rayStartParams }}
+{{ $key }}: {{ $value | quote }}
+{{- end }}
+{{- end }}
+
+{{- /* The root file system is read-only, so home and caches are elsewhere. */}}
+{{- define "common.rayEnv" -}}
+{{- list
+  (dict "name" "HOME" "value" "/tmp")
+  (dict "name" "XDG_CACHE_HOME" "value" .Values.modelCache.mountPath)
+  (dict "name" "RAY_USAGE_STATS_ENABLED" "value" "0")
+  | toJson -}}
+{{- end }}
+
+{{- define "common.mounts" -}}
+volumeMounts:
+  - name: scratch
+    mountPath: /tmp
+  - name: shared-memory
+    mountPath: /dev/shm
+  - name: model-cache
+    mountPath: {{ .root.Values.modelCache.mountPath | quote }}
+  {{- if .job }}
+  - name: job
+    mountPath: /etc/batch-inference
+    readOnly: true
+  {{- end }}
+  {{- with (fromJson (include "common.both" (dict "root" .root "role" .role "key" "volumeMounts"))).it }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- /* Shared memory holds the object store and a little more, or Ray would put the store on disk. */}}
+{{- define "common.volumes" -}}
+volumes:
+  - name: scratch
+    emptyDir:
+      sizeLimit: {{ int64 .root.Values.scratch.sizeGiB }}Gi
+  - name: shared-memory
+    emptyDir:
+      medium: Memory
+      sizeLimit: {{ add (int64 .size.objectStoreMiB) 256 }}Mi
+  - name: model-cache
+    {{- with .root.Values.modelCache.claimName }}
+    persistentVolumeClaim:
+      claimName: {{ . | quote }}
+    {{- else }}
+    emptyDir:
+      sizeLimit: {{ int64 .root.Values.modelCache.sizeGiB }}Gi
+    {{- end }}
+  {{- if .job }}
+  - name: job
+    configMap:
+      name: {{ .job }}
+  {{- end }}
+  {{- with (fromJson (include "common.both" (dict "root" .root "role" .role "key" "volumes"))).it }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}

@@ -1,0 +1,27 @@
+{{- /*
+The name of a run carries a digest of what it runs. Other values are another run, the same values are the same run, and
+nothing is ever edited in place: the operator ignores most edits, and breaks on the rest.
+*/}}
+{{- define "rayjob.digest" -}}
+{{- $body := include "rayjob.body" (dict "root" . "name" "RUN") -}}
+{{- $job := include "rayjob.jobYaml" . -}}
+{{- printf "%s\n%s\n%s\n%s" .Release.Name .Values.run.id $body $job | sha256sum | trunc 8 -}}
+{{- end }}
+
+{{- define "rayjob.name" -}}
+{{ include "common.name" . }}-{{ include "rayjob.digest" . }}
+{{- end }}
+
+{{- define "rayjob.jobYaml" -}}
+{{ toYaml .Values.job }}
+{{- end }}
+
+{{- define "rayjob.submitterServiceAccountName" -}}
+{{ include "common.name" . }}-submitter
+{{- end }}
+
+{{- /* Retries need a cluster of the job's own. */}}
+{{- define "rayjob.backoffLimit" -}}
+{{- $limit := .Values.run.backoffLimit -}}
+{{- if kindIs "invalid" $limit }}{{ ternary 0 1 (ne .Values.clusterSelector "") }}{{ else }}{{ int64 $limit }}{{ end -}}
+{{- end }}

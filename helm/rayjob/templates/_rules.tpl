@@ -1,0 +1,123 @@
+{{- /* What the operator would refuse of a RayJob only after it was created, where no edit can mend it; and Kueue's part. */}}
+{{- define "rayjob.rules" -}}
+{{- include "rayjob.rules.name" . -}}
+{{- include "rayjob.rules.input" . -}}
+{{- include "rayjob.rules.run" . -}}
+{{- include "rayjob.rules.deletion" . -}}
+{{- include "rayjob.rules.shared" . -}}
+{{- include "rayjob.rules.queue" . -}}
+{{- include "common.rules" (dict "root" . "roles" (list "pods" "head" "workers" "cpuWorkers" "submitter") "cluster" (eq .Values.clusterSelector "")) -}}
+{{- end }}
+
+{{- define "rayjob.rules.name" -}}
+{{- $name := include "common.name" . -}}
+{{- if gt (len $name) 38 }}
+the name {{ $name }} has {{ len $name }} characters, 38 are left beside the digest of the run: set nameOverride to a shorter one
+{{- end }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+the name {{ $name }} is not of a-z, 0-9 and -, starting with a letter: set nameOverride
+{{- end }}
+{{- end }}
+
+{{- define "rayjob.rules.input" -}}
+{{- $job := .Values.job -}}
+{{- if not (or $job.input.uris $job.input.manifest) }}
+job.input.uris is empty and job.input.manifest is not given: set one of them to the images
+{{- end }}
+{{- if and $job.input.uris $job.input.manifest }}
+job.input.uris and job.input.manifest are both given: keep the one that lists your images
+{{- end }}
+{{- $output := $job.output.uri -}}
+{{- if not $output }}
+job.output.uri is empty: set it to the folder for the output, such as s3://bucket/predictions/
+{{- else if not (contains "://" $output) -}}
+{{- $mounted := false -}}
+{{- range .Values.pods.volumeMounts -}}
+{{- if hasPrefix (printf "%s/" (trimSuffix "/" .mountPath)) (printf "%s/" $output) }}{{ $mounted = true }}{{ end -}}
+{{- end -}}
+{{- if not $mounted }}
+job.output.uri is {{ $output }}, a path that is gone with the pod: mount a volume there with pods.volumeMounts, or use s3://, gs:// or az://
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "rayjob.rules.run" -}}
+{{- $run := .Values.run -}}
+{{- if and $run.suspend (not $run.shutdownAfterJobFinishes) }}
+run.suspend is true and run.shutdownAfterJobFinishes is false, which the operator refuses: set run.shutdownAfterJobFinishes=true
+{{- end }}
+{{- if and (gt (int64 $run.ttlSecondsAfterFinished) (int64 0)) (not $run.shutdownAfterJobFinishes) }}
+run.ttlSecondsAfterFinished is {{ int64 $run.ttlSecondsAfterFinished }} and run.shutdownAfterJobFinishes is false, so nothing would be deleted then: set run.shutdownAfterJobFinishes=true or run.ttlSecondsAfterFinished=0
+{{- end }}
+{{- if $run.activeDeadlineSeconds -}}
+{{- if ge (int64 $run.preRunningDeadlineSeconds) (int64 $run.activeDeadlineSeconds) }}
+run.preRunningDeadlineSeconds is {{ int64 $run.preRunningDeadlineSeconds }}, run.activeDeadlineSeconds is {{ int64 $run.activeDeadlineSeconds }}, so a job that never starts would take all of its time: raise run.activeDeadlineSeconds above it
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "rayjob.rules.deletion" -}}
+{{- $run := .Values.run }}{{ $rules := $run.deletionRules -}}
+{{- if and $rules $run.shutdownAfterJobFinishes }}
+run.deletionRules has {{ len $rules }} rules and run.shutdownAfterJobFinishes is true, which the operator refuses: set run.shutdownAfterJobFinishes=false
+{{- end }}
+{{- if and (not $rules) (not $run.shutdownAfterJobFinishes) (not .Values.clusterSelector) }}
+run.shutdownAfterJobFinishes is false and run.deletionRules has 0 rules, so the cluster and its GPUs would stay for ever: set one of them, or run.ttlSecondsAfterFinished to look around
+{{- end }}
+{{- $ttls := dict }}{{ $freed := dict -}}
+{{- range $index, $rule := $rules -}}
+{{- $at := printf "run.deletionRules[%d]" $index -}}
+{{- $status := default $rule.condition.jobDeploymentStatus $rule.condition.jobStatus -}}
+{{- $end := ternary "jobStatus" "jobDeploymentStatus" (hasKey $rule.condition "jobStatus") -}}
+{{- $key := printf "%s %s" $end $status -}}
+{{- if hasKey $ttls (printf "%s %s" $key $rule.policy) }}
+{{ $at }} is a second rule for {{ $key }} and {{ $rule.policy }}: remove one
+{{- end }}
+{{- $_ := set $ttls (printf "%s %s" $key $rule.policy) (int64 (default 0 $rule.condition.ttlSeconds)) -}}
+{{- if eq $rule.policy "DeleteCluster" }}{{ $_ := set $freed $key true }}{{ end -}}
+{{- if and (eq $rule.policy "DeleteWorkers") $.Values.autoscaling.enabled }}
+{{ $at }} has policy DeleteWorkers and autoscaling.enabled is true, which the operator refuses: use DeleteCluster
+{{- end }}
+{{- if and (ne $rule.policy "DeleteNone") $.Values.clusterSelector }}
+{{ $at }} has policy {{ $rule.policy }} and clusterSelector is {{ $.Values.clusterSelector }}, whose cluster is not the job's to delete: remove the rule
+{{- end }}
+{{- end }}
+{{- if and $rules (not .Values.clusterSelector) -}}
+{{- range $key := list "jobStatus SUCCEEDED" "jobStatus FAILED" "jobDeploymentStatus Failed" -}}
+{{- $workers := get $ttls (printf "%s DeleteWorkers" $key) }}{{ $cluster := get $ttls (printf "%s DeleteCluster" $key) -}}
+{{- if not (hasKey $freed $key) }}
+run.deletionRules has no DeleteCluster for {{ $key }}, so the cluster and its GPUs would stay then: add that rule, or use run.shutdownAfterJobFinishes
+{{- else if and (hasKey $ttls (printf "%s DeleteWorkers" $key)) (gt (int64 $workers) (int64 $cluster)) }}
+run.deletionRules keeps workers for {{ $workers }} s and the cluster for {{ $cluster }} s after {{ $key }}: workers must not stay longer than the cluster
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "rayjob.rules.shared" -}}
+{{- $selector := .Values.clusterSelector -}}
+{{- if $selector -}}
+{{- $limit := include "rayjob.backoffLimit" . | int64 -}}
+{{- if gt $limit (int64 0) }}
+run.backoffLimit is {{ $limit }} and clusterSelector is {{ $selector }}, where only 0 is possible: leave run.backoffLimit out
+{{- end }}
+{{- if .Values.run.suspend }}
+run.suspend is true and clusterSelector is {{ $selector }}, a cluster that can't be suspended: set run.suspend=false
+{{- end }}
+{{- if .Values.queue.name }}
+queue.name is {{ .Values.queue.name }} and clusterSelector is {{ $selector }}, whose pods Kueue does not count for the job: give the queue to the raycluster release
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "rayjob.rules.queue" -}}
+{{- $queue := .Values.queue.name -}}
+{{- if $queue -}}
+{{- if not .Values.run.shutdownAfterJobFinishes }}
+queue.name is {{ $queue }} and run.shutdownAfterJobFinishes is false, which Kueue refuses: set run.shutdownAfterJobFinishes=true without run.deletionRules
+{{- end }}
+{{- if .Values.run.suspend }}
+queue.name is {{ $queue }} and run.suspend is true, but whether a queued job is suspended is Kueue's to say: set run.suspend=false
+{{- end }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,86 @@
+"""Renders charts as users do, with `helm template`, and remembers what it has rendered."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.e2e.cluster.programs import tool
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HELM = REPOSITORY / "helm"
+Values = dict[str, Any]
+Manifest = dict[str, Any]
+
+# What the charts can't know; everything else has a default.
+GIVEN: dict[str, Values] = {
+    "rayjob": {"job": {"input": {"uris": ["s3://images/"]}, "output": {"uri": "s3://predictions/"}}},
+    "raycluster": {},
+}
+
+
+class HelmError(Exception):
+    """Helm refused; `problems` are the chart's own, one sentence each, and `schema` those that the schema names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems = re.findall(r"^  - (.+)$", text, re.MULTILINE)
+        self.schema = re.findall(r"^- (at .+)$", text, re.MULTILINE)
+
+
+def merged(base: Values, top: Values) -> Values:
+    """Lays values over others, as Helm does."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def render_text(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "helm") -> str:
+    """The manifests of a chart as text; a default input and output are filled in."""
+    return _render(
+        chart, json.dumps(merged(GIVEN[chart], values or {}), sort_keys=True, ensure_ascii=False), name, helm
+    )
+
+
+def render(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "helm") -> list[Manifest]:
+    """The manifests of a chart."""
+    return [item for item in yaml.load_all(render_text(chart, values, name=name, helm=helm), _Loader) if item]
+
+
+def find(manifests: list[Manifest], kind: str) -> Manifest:
+    """The one manifest of a kind."""
+    (found,) = [item for item in manifests if item["kind"] == kind]
+    return found
+
+
+def rayjob(values: Values | None = None, *, name: str = "demo") -> Manifest:
+    """The RayJob of the rayjob chart."""
+    return find(render("rayjob", values, name=name), "RayJob")
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads a lone = as the text that it is for every other library."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: node.value)
+
+
+@functools.lru_cache(maxsize=512)
+def _render(chart: str, values: str, name: str, helm: str) -> str:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        file.write(values)
+        file.flush()
+        command = [tool(helm, from_path=False), "template", name, HELM / chart, "--values", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise HelmError(done.stderr)
+    return done.stdout

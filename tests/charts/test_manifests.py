@@ -1,0 +1,325 @@
+"""What the charts render, feature by feature."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+import yaml
+
+from . import check
+from .render import Manifest, find, merged, rayjob, render, render_text
+
+GPU = "nvidia.com/gpu"
+
+
+def cluster(values: dict[str, Any] | None = None) -> Manifest:
+    spec: Manifest = rayjob(values)["spec"]["rayClusterSpec"]
+    return spec
+
+
+def pods(values: dict[str, Any] | None = None) -> dict[str, Manifest]:
+    return {role: template["spec"] for role, template in check.pods(rayjob(values))}
+
+
+def container(pod: Manifest) -> Manifest:
+    (only,) = pod["containers"]
+    return only
+
+
+def environment(pod: Manifest) -> dict[str, Any]:
+    return {item["name"]: item.get("value", item.get("valueFrom")) for item in container(pod).get("env", [])}
+
+
+# --- the run and its name ---
+
+
+def test_the_same_values_are_the_same_run_and_others_another() -> None:
+    name = rayjob()["metadata"]["name"]
+    assert re.fullmatch(r"demo-[0-9a-f]{8}", name)
+    assert rayjob({"run": {"history": 9}})["metadata"]["name"] == name
+    changes = [
+        {"job": {"model": {"name": "resnet18"}}},
+        {"job": {"shard_size": 500}},
+        {"run": {"id": "again"}},
+        {"run": {"annotations": {"a": "b"}}},
+        {"image": {"tag": "2"}},
+        {"workers": {"memoryGiB": 64}},
+        {"queue": {"name": "q"}},
+    ]
+    names = {rayjob(change)["metadata"]["name"] for change in changes}
+    assert len(names) == len(changes)
+    assert name not in names
+
+
+def test_the_longest_name_fits() -> None:
+    assert len(rayjob(name="a" * 38)["metadata"]["name"]) == 47
+
+
+def test_the_version_of_the_chart_does_not_change_a_run() -> None:
+    text = yaml.safe_dump(rayjob()["spec"])
+    assert "helm.sh/chart" not in text
+    assert "app.kubernetes.io/version" not in text
+
+
+def test_the_job_is_mounted_in_every_pod_under_the_run_s_name() -> None:
+    manifests = render("rayjob")
+    config = find(manifests, "ConfigMap")
+    assert list(config["data"]) == ["job.yaml"]
+    assert config["immutable"] is True
+    for pod in pods().values():
+        (volume,) = [item for item in pod["volumes"] if item["name"] == "job"]
+        assert (
+            volume["configMap"]["name"] == config["metadata"]["name"] == find(manifests, "RayJob")["metadata"]["name"]
+        )
+        assert {"name": "job", "mountPath": "/etc/batch-inference", "readOnly": True} in container(pod)["volumeMounts"]
+
+
+def test_the_submitter_is_ours_and_no_shell_reads_it() -> None:
+    spec = rayjob()["spec"]
+    assert spec["submissionMode"] == "K8sJobMode"
+    submitter = container(pods()["submitter"])
+    assert submitter["command"] == ["batch-inference", "submit"]
+    assert submitter["args"] == ["--config", "/etc/batch-inference/job.yaml"]
+    assert pods()["submitter"]["restartPolicy"] == "Never"
+    assert spec["submitterConfig"]["backoffLimit"] == 10
+
+
+def test_safe_defaults() -> None:
+    spec = rayjob()["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["preRunningDeadlineSeconds"] == 1800
+    assert spec["backoffLimit"] == 1
+    assert "suspend" not in spec
+    assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+
+
+def test_a_job_on_a_shared_cluster_brings_no_cluster_and_sends_its_configuration_along() -> None:
+    spec = rayjob({"clusterSelector": "shared"})["spec"]
+    assert spec["clusterSelector"] == {"ray.io/cluster": "shared"}
+    assert "rayClusterSpec" not in spec
+    assert spec["backoffLimit"] == 0
+    assert spec["submitterPodTemplate"]["spec"]["containers"][0]["args"][-1] == "--inline"
+
+
+def test_deadlines_suspend_retries_and_time_to_live() -> None:
+    run = {"suspend": True, "activeDeadlineSeconds": 2592000, "ttlSecondsAfterFinished": 600, "backoffLimit": 3}
+    spec = rayjob({"run": run})["spec"]
+    assert {key: spec[key] for key in run} == run
+
+
+def test_deletion_rules() -> None:
+    ends = [{"jobStatus": "SUCCEEDED"}, {"jobStatus": "FAILED"}, {"jobDeploymentStatus": "Failed"}]
+    rules = [{"policy": "DeleteCluster", "condition": {**end, "ttlSeconds": 60}} for end in ends]
+    spec = rayjob({"run": {"shutdownAfterJobFinishes": False, "deletionRules": rules}})["spec"]
+    assert spec["deletionStrategy"]["deletionRules"] == rules
+
+
+def test_a_queue_labels_the_job_and_leaves_suspension_to_kueue() -> None:
+    job = rayjob({"queue": {"name": "gpus", "priorityClass": "nightly"}})
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "nightly"
+    assert "suspend" not in job["spec"]
+    elastic = rayjob({"queue": {"name": "gpus", "elastic": True}, "autoscaling": {"enabled": True}})
+    assert elastic["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
+
+
+# --- the cluster ---
+
+
+def test_the_head_runs_no_tasks_and_sees_no_gpu() -> None:
+    head = cluster()["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == head["rayStartParams"]["num-gpus"] == "0"
+    assert GPU not in container(pods()["head"])["resources"]["limits"]
+    assert environment(pods()["head"])["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
+def test_gpu_requests_equal_limits_and_are_told_to_ray() -> None:
+    values = {
+        "job": {"inference": {"actors": 8}},
+        "workers": {"gpusPerWorker": 4, "gpuResource": "nvidia.com/mig-1g.10gb"},
+    }
+    (group,) = cluster(values)["workerGroupSpecs"]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert resources["requests"]["nvidia.com/mig-1g.10gb"] == resources["limits"]["nvidia.com/mig-1g.10gb"] == "4"
+    assert group["rayStartParams"]["num-gpus"] == "4"
+    assert GPU not in resources["limits"]
+    assert "cpu" not in resources["limits"]
+    assert resources["requests"]["memory"] == resources["limits"]["memory"]
+
+
+def test_no_gpus_is_all_it_takes_to_run_on_cpus() -> None:
+    (group,) = cluster({"job": {"inference": {"gpus_per_actor": 0, "actors": 2}}})["workerGroupSpecs"]
+    assert (group["groupName"], group["replicas"], group["rayStartParams"]["num-gpus"]) == ("actors", 2, "0")
+    assert "gpu" not in yaml.safe_dump(group["template"]["spec"]["containers"][0]["resources"])
+
+
+def test_cpu_workers_feed_the_gpu_workers() -> None:
+    gpu, cpu = cluster({"cpuWorkers": {"replicas": 2, "limitCpus": True}})["workerGroupSpecs"]
+    assert (gpu["groupName"], cpu["groupName"]) == ("gpu", "cpu")
+    assert cpu["replicas"] == cpu["minReplicas"] == cpu["maxReplicas"] == 2
+    assert cpu["rayStartParams"]["num-gpus"] == "0"
+    assert cpu["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "8"
+
+
+def test_shared_memory_holds_the_object_store_within_the_memory() -> None:
+    for group in [cluster()["headGroupSpec"], *cluster()["workerGroupSpecs"]]:
+        spec = group["template"]["spec"]
+        (volume,) = [item["emptyDir"] for item in spec["volumes"] if item["name"] == "shared-memory"]
+        shared = int(volume["sizeLimit"].removesuffix("Mi"))
+        memory = int(spec["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi"))
+        store = int(group["rayStartParams"]["object-store-memory"]) // 2**20
+        assert volume["medium"] == "Memory"
+        assert store < shared < memory
+
+
+def test_autoscaling_is_version_2_up_to_the_actor_pool() -> None:
+    spec = cluster({"autoscaling": {"enabled": True, "minWorkers": 1}})
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    (group,) = spec["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
+    assert spec["headGroupSpec"]["template"]["spec"]["restartPolicy"] == "Never"
+    check.hardened(spec["autoscalerOptions"]["securityContext"])
+
+
+def test_tokens_of_ray() -> None:
+    spec = cluster({"auth": {"enabled": True, "secretName": "token"}})
+    assert spec["authOptions"] == {"mode": "token", "secretName": "token"}
+    assert "authOptions" not in cluster()
+
+
+def test_the_cluster_of_raycluster_is_that_of_rayjob() -> None:
+    shared = find(render("raycluster"), "RayCluster")
+    assert shared["metadata"]["name"] == "demo"
+    own = cluster()
+    for spec in (own, shared["spec"]):
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            template = group["template"]
+            del template["metadata"]
+            template["spec"]["volumes"] = [item for item in template["spec"]["volumes"] if item["name"] != "job"]
+            ray = template["spec"]["containers"][0]
+            ray["volumeMounts"] = [item for item in ray["volumeMounts"] if item["name"] != "job"]
+    assert own == shared["spec"]
+
+
+# --- pods ---
+
+
+@pytest.mark.parametrize("values", [{}, {"cpuWorkers": {"replicas": 1}}, {"autoscaling": {"enabled": True}}], ids=str)
+def test_every_pod_is_restricted(values: dict[str, Any]) -> None:
+    for pod in pods(values).values():
+        check.restricted(pod)
+
+
+def test_only_the_autoscaler_s_pod_gets_a_token() -> None:
+    tokens = {
+        role: pod["automountServiceAccountToken"] for role, pod in pods({"autoscaling": {"enabled": True}}).items()
+    }
+    assert tokens == {"submitter": False, "head": True, "gpu": False}
+    assert not any(pod["automountServiceAccountToken"] for pod in pods().values())
+    accounts = [item for item in render("rayjob") if item["kind"] == "ServiceAccount"]
+    assert [account["automountServiceAccountToken"] for account in accounts] == [False, False]
+
+
+def test_the_cloud_identity_is_the_ray_pods_alone() -> None:
+    values = {"serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/reader"}}}
+    reader, submitter = [item for item in render("rayjob", values) if item["kind"] == "ServiceAccount"]
+    assert reader["metadata"]["annotations"] == values["serviceAccount"]["annotations"]
+    assert "annotations" not in submitter["metadata"]
+    assert pods(values)["gpu"]["serviceAccountName"] == reader["metadata"]["name"]
+    assert pods(values)["submitter"]["serviceAccountName"] == submitter["metadata"]["name"]
+    own = {"serviceAccount": {"create": False, "name": "mine"}}
+    assert pods(own)["head"]["serviceAccountName"] == "mine"
+    assert len([item for item in render("rayjob", own) if item["kind"] == "ServiceAccount"]) == 1
+
+
+def test_the_image_by_digest_and_its_secrets() -> None:
+    digest = "sha256:" + "0" * 64
+    for pod in pods({"image": {"repository": "r/i", "tag": "1", "digest": digest, "pullSecrets": ["s"]}}).values():
+        assert container(pod)["image"] == f"r/i@{digest}"
+        assert pod["imagePullSecrets"] == [{"name": "s"}]
+    assert container(pods({"image": {"tag": "1"}})["head"])["image"] == "batch-inference:1"
+
+
+PLACEMENT = {
+    "nodeSelector": {"pool": "x"},
+    "tolerations": [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}],
+    "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}],
+    "affinity": {
+        "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": []}]}}
+    },
+    "priorityClassName": "high",
+    "runtimeClassName": "nvidia",
+    "schedulerName": "volcano",
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "role"), [("head", "head"), ("workers", "gpu"), ("cpuWorkers", "cpu"), ("submitter", "submitter")]
+)
+def test_placement_of_one_role(section: str, role: str) -> None:
+    found = pods(merged({"cpuWorkers": {"replicas": 1}}, {section: PLACEMENT}))
+    assert {key: found[role][key] for key in PLACEMENT} == PLACEMENT
+    for other in found.keys() - {role}:
+        assert not PLACEMENT.keys() & found[other].keys()
+
+
+def test_placement_of_all_pods_is_added_to_and_overridden() -> None:
+    values = {
+        "pods": {"nodeSelector": {"a": "1", "b": "1"}, "priorityClassName": "low", "annotations": {"x": "1"}},
+        "workers": {"nodeSelector": {"b": "2"}, "priorityClassName": "high", "annotations": {"y": "2"}},
+    }
+    found = pods(values)
+    assert found["gpu"]["nodeSelector"] == {"a": "1", "b": "2"}
+    assert found["head"]["nodeSelector"] == {"a": "1", "b": "1"}
+    assert (found["gpu"]["priorityClassName"], found["head"]["priorityClassName"]) == ("high", "low")
+    metadata = {role: template["metadata"]["annotations"] for role, template in check.pods(rayjob(values))}
+    assert metadata["gpu"] == {"x": "1", "y": "2"}
+
+
+def test_variables_are_merged_by_name_the_role_s_winning() -> None:
+    secret = {"secretKeyRef": {"name": "s", "key": "k"}}
+    values = {
+        "pods": {
+            "env": [{"name": "A", "value": "1"}, {"name": "B", "valueFrom": secret}],
+            "envFrom": [{"secretRef": {"name": "s3"}}],
+        },
+        "workers": {"env": [{"name": "A", "value": "2"}, {"name": "HOME", "value": "/data"}]},
+    }
+    found = pods(values)
+    assert environment(found["gpu"]) | {"A": "2", "B": secret, "HOME": "/data"} == environment(found["gpu"])
+    assert environment(found["head"])["A"] == "1"
+    assert all(container(pod)["envFrom"] == [{"secretRef": {"name": "s3"}}] for pod in found.values())
+
+
+def test_the_model_cache_is_a_folder_or_a_claim() -> None:
+    def cache(values: dict[str, Any]) -> Manifest:
+        (volume,) = [item for item in pods(values)["gpu"]["volumes"] if item["name"] == "model-cache"]
+        return volume
+
+    assert cache({})["emptyDir"] == {"sizeLimit": "20Gi"}
+    assert cache({"modelCache": {"claimName": "models"}})["persistentVolumeClaim"] == {"claimName": "models"}
+    assert environment(pods({"modelCache": {"mountPath": "/m"}})["gpu"])["XDG_CACHE_HOME"] == "/m"
+
+
+def test_local_output_on_a_mounted_volume_is_fine() -> None:
+    volume = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
+    values = {
+        "job": {"output": {"uri": "/data/out"}},
+        "pods": {"volumes": [volume], "volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+    }
+    for pod in pods(values).values():
+        assert volume in pod["volumes"]
+
+
+@pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
+def test_the_defaults_are_valid(chart: str) -> None:
+    check.valid(render(chart))
+
+
+def test_it_is_quick() -> None:
+    start = time.monotonic()
+    render_text("rayjob", {"run": {"id": str(start)}})
+    print(f"\nhelm template of the defaults: {time.monotonic() - start:.2f} s")

@@ -1,0 +1,136 @@
+"""What the test cluster's tooling promises without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.cluster import Cluster, CommandError, cache, cluster, engines, programs
+from tests.e2e.cluster.process import run
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+
+
+def test_a_digest_changes_with_every_input(tmp_path: Path) -> None:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    file = folder / "a"
+    seen = {cache.digest("x", folder), cache.digest("y", folder)}
+    file.write_text("1")
+    seen.add(cache.digest("x", folder))
+    file.write_text("2")
+    seen.add(cache.digest("x", folder))
+    file.chmod(0o755)
+    seen.add(cache.digest("x", folder))
+    file.rename(folder / "b")
+    seen.add(cache.digest("x", folder))
+    assert len(seen) == 6
+    assert cache.digest("ab", "c") != cache.digest("a", "bc")
+
+
+def test_a_product_is_made_once() -> None:
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "file").write_text("whole")
+
+    first = cache.product("thing", "key", make)
+    assert cache.product("thing", "key", make) == first
+    assert (first / "file").read_text() == "whole"
+    assert len(made) == 1
+
+
+def test_what_an_interrupted_run_left_is_never_used() -> None:
+    def interrupted(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.product("thing", "key", interrupted)
+    folder = cache.product("thing", "key", lambda partial: partial.joinpath("whole").touch())
+    assert [file.name for file in folder.iterdir()] == ["whole"]
+
+
+def test_prune_keeps_what_was_wanted_lately() -> None:
+    folder = cache.product("thing", "key", lambda partial: None)
+    assert cache.prune() == []
+    assert cache.prune(days=-1) == [folder]
+    assert not folder.exists()
+
+
+def test_a_command_is_ended_in_time_and_its_last_words_are_told() -> None:
+    with pytest.raises(CommandError, match=r"no end after 1 s: bash .*\n.*started"):
+        run("bash", "-c", "echo started; sleep 60", timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("choice", "works", "answers", "expected"),
+    [
+        ("auto", ["docker", "podman"], True, ("docker", True)),
+        ("auto", ["podman"], True, ("podman", True)),
+        ("auto", ["docker"], False, ("podman", False)),
+        ("auto", [], True, ("podman", False)),
+        ("source", ["docker"], True, ("podman", False)),
+        ("upstream", ["docker"], True, ("docker", True)),
+        ("upstream", ["docker"], False, "no answer from"),
+        ("upstream", [], True, "neither docker nor podman runs"),
+        ("else", [], True, "auto, upstream or source"),
+    ],
+)
+def test_images_come_from_upstream_where_an_engine_and_the_registries_answer(
+    choice: str,
+    works: list[str],
+    answers: bool,
+    expected: tuple[str, bool] | str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLUSTER_IMAGES", choice)
+    monkeypatch.setattr(engines, "_works", works.__contains__)
+    monkeypatch.setattr(engines, "_answers", lambda url: answers)
+    monkeypatch.setattr(engines, "_podman", lambda: engines.Engine("podman", False))
+    choose = engines.engine.__wrapped__
+    if isinstance(expected, str):
+        with pytest.raises(CommandError, match=expected):
+            choose()
+    else:
+        found = choose()
+        assert (found.command, found.upstream) == expected
+
+
+def test_every_program_has_a_pinned_version() -> None:
+    for name, program in programs.PROGRAMS.items():
+        if program.pinned:
+            assert programs.version(name).startswith("v")
+    assert programs.version("kuberay-operator").startswith("v1.6.")
+
+
+def test_both_kinds_of_node_run_the_same_kubernetes_and_kind_release() -> None:
+    image = yaml.safe_load(cluster.CONFIG.read_text())["nodes"][0]["image"]
+    minor = ".".join(programs.version("kubelet").split(".")[:2])
+    assert image.startswith(f"kindest/node:{minor}.")
+    assert f"kind {programs.version('kind')}" in cluster.CONFIG.read_text()
+
+
+def test_configurations_merge() -> None:
+    base = {"kind": "Cluster", "nodes": [1], "networking": {"a": 1}}
+    extra = {"nodes": [2], "networking": {"b": 2}, "patches": ["x"]}
+    merged = {"kind": "Cluster", "nodes": [1, 2], "networking": {"a": 1, "b": 2}, "patches": ["x"]}
+    assert cluster._merged(base, extra) == merged
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", "a-", "a_b", "a" * 41, "../a"])
+def test_a_cluster_has_a_name_that_kubernetes_takes(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="cannot name a cluster"):
+        Cluster(name, tmp_path / "kubeconfig").up()
+
+
+@pytest.mark.parametrize("image", ["batch-inference", "batch-inference:dev", "team/batch-inference:dev"])
+def test_an_image_is_loaded_by_its_full_name(image: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="no registry"):
+        Cluster("any", tmp_path / "kubeconfig").load_image(image)
