@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -31,6 +32,7 @@ class Key:
     default: Any
 
 
+@functools.cache
 def program_schema() -> dict[str, Any]:
     """The schema of the job, printed by the program."""
     command = [sys.executable, "-m", "batch_inference", "schema"]

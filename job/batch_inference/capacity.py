@@ -1,18 +1,36 @@
 """The size of the Ray cluster that an actor pool needs, and what does not fit: the chart's arithmetic, word for word.
 
-`helm/common/templates/_capacity.tpl` and `_rules-capacity.tpl` say the same; tests/charts/test_capacity.py compares the two.
-All arithmetic is on whole numbers of small units: 1/10000 GPU or CPU, as in Ray, and MiB.
+`helm/common/templates/_capacity.tpl` and `_rules-capacity.tpl` say the same; tests/charts/test_capacity.py compares the two,
+and the defaults and bounds here with the chart's. All arithmetic is on whole numbers of small units: 1/10000 GPU or CPU, as in
+Ray, thousandths of a CPU, as in Kubernetes, and MiB.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
+
+from batch_inference.config import JobConfig
+from batch_inference.errors import UserError
 
 RAY_UNITS = 10_000
+MILLIS = 1_000
 MIB_OF_GIB = 1_024
 LEAST_MEMORY_MIB = 1_024
 LEAST_OBJECT_STORE_MIB = 80  # Ray refuses to start with less than 75 MiB.
+
+# The chart's values by the names here (gpusPerWorker is gpus_per_worker), with its types; it has keys that no size follows from.
+VALUES = ConfigDict(alias_generator=lambda name: to_camel(name).replace("Gib", "GiB"), extra="ignore")
+Count = Annotated[int, Field(ge=1, le=1_000, strict=True)]
+Gib = Annotated[float, Field(ge=1, le=100_000, strict=True)]
+PartGib = Annotated[float, Field(ge=0.1, le=10_000, strict=True)]
+Percent = Annotated[int, Field(ge=1, le=80, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -41,43 +59,74 @@ class Pool:
 class Workers:
     """The workers that hold the actors; `cpus` and `memory_gib` follow from the actors unless given."""
 
-    gpus_per_worker: int = 1
-    actors_per_worker: int = 1  # Where actors have no GPU.
-    tasks_per_worker: int = 4
-    cpus: int | None = None
-    memory_gib: float | None = None
-    actor_memory_gib: float = 6
-    task_memory_gib: float = 1
-    object_store_percent: int = 30
+    __pydantic_config__: ClassVar[ConfigDict] = VALUES
+
+    gpus_per_worker: Count = 1
+    actors_per_worker: Count = 1  # Where actors have no GPU.
+    tasks_per_worker: Annotated[int, Field(ge=0, le=1_000, strict=True)] = 4
+    cpus: Count | None = None
+    memory_gib: Gib | None = None
+    actor_memory_gib: PartGib = 6
+    task_memory_gib: PartGib = 1
+    object_store_percent: Percent = 30
 
 
 @dataclass(frozen=True)
 class CpuWorkers:
     """Workers without GPUs and actors."""
 
-    replicas: int = 0
-    tasks_per_worker: int = 8
-    cpus: int | None = None
-    memory_gib: float | None = None
-    task_memory_gib: float = 1
-    object_store_percent: int = 30
+    __pydantic_config__: ClassVar[ConfigDict] = VALUES
+
+    replicas: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 0
+    tasks_per_worker: Count = 8
+    cpus: Count | None = None
+    memory_gib: Gib | None = None
+    task_memory_gib: PartGib = 1
+    object_store_percent: Percent = 30
 
 
 @dataclass(frozen=True)
 class Head:
     """The head, which runs neither actors nor tasks."""
 
-    memory_gib: float = 8
-    object_store_percent: int = 30
+    __pydantic_config__: ClassVar[ConfigDict] = VALUES
+
+    memory_gib: Gib = 8
+    object_store_percent: Percent = 30
+    cpus: Annotated[float, Field(ge=0.1, le=1_000, strict=True)] = 2
+
+
+@dataclass(frozen=True)
+class Autoscaling:
+    """Whether workers come and go, between so many and as many as the actors need."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = VALUES
+
+    enabled: Annotated[bool, Field(strict=True)] = False
+    min_workers: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 0
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one pod of a group has, and how many pods there are."""
+    """What one pod of a group has, and how many pods there are.
+
+    Attributes:
+        replicas: Number of pods, the most there can be where they come and go.
+        memory_mib: Memory, the object store included.
+        object_store_mib: Memory of Ray's object store.
+        cpu_millis: Thousandths of a CPU that the pod asks Kubernetes for.
+        actors: Actors that it has room for.
+        gpus: GPUs.
+        cpus: CPUs that Ray counts with.
+        spare_cpu_units: Of these, 1/10000 CPUs beside the actors.
+        tasks: Fetch-and-decode tasks that run in those at the same time.
+        heap_mib: Memory that actors and tasks take.
+    """
 
     replicas: int
     memory_mib: int
     object_store_mib: int
+    cpu_millis: int = 0
     actors: int = 0
     gpus: int = 0
     cpus: int = 0
@@ -93,19 +142,52 @@ class Capacity:
     workers: Size
     cpu_workers: Size
     head: Size
+    min_workers: int
     problems: tuple[str, ...] = ()
+
+    def total(self, amount: str) -> int:
+        """The sum of an attribute of :class:`Size` over all pods."""
+        sizes = (self.head, self.workers, self.cpu_workers)
+        return sum(size.replicas * int(getattr(size, amount)) for size in sizes)
 
 
 @dataclass(frozen=True)
 class Cluster:
     """All values that the size of a cluster follows from."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = VALUES
+
     pool: Pool = field(default_factory=Pool)
     workers: Workers = field(default_factory=Workers)
     cpu_workers: CpuWorkers = field(default_factory=CpuWorkers)
     head: Head = field(default_factory=Head)
-    autoscaling: bool = False
-    min_workers: int = 0
+    autoscaling: Autoscaling = field(default_factory=Autoscaling)
+    cpu_overcommit: Annotated[float, Field(ge=1, le=100, strict=True)] = 1
+
+    @classmethod
+    def of(cls, config: JobConfig, values: Mapping[str, Any]) -> Cluster:
+        """The cluster of a job with values of the ``rayjob`` chart; what these do not say is at the chart's default.
+
+        Raises:
+            UserError: If a value is not of its type or out of its bounds, all of them at once.
+        """
+        inference = config.inference
+        pool = Pool(
+            inference.actors, inference.gpus_per_actor, inference.cpus_per_actor, config.preprocess.cpus_per_task
+        )
+        try:
+            return _CLUSTER.validate_python({**values, "pool": pool})
+        except ValidationError as exc:
+            lines = [
+                f"{'.'.join(map(str, error['loc']))}: {error['msg']}, not {error['input']!r}" for error in exc.errors()
+            ]
+            raise UserError(
+                f"{len(lines)} of the chart's values can't be used: " + "; ".join(lines),
+                "Mend them; helm/README.md has every value with its default.",
+            ) from None
+
+
+_CLUSTER = TypeAdapter(Cluster)
 
 
 def capacity(cluster: Cluster, keys: Keys = Keys()) -> Capacity:
@@ -121,10 +203,11 @@ def capacity(cluster: Cluster, keys: Keys = Keys()) -> Capacity:
     replicas = -(-pool.actors // max(1, fit))
     sizes = Capacity(
         workers=_pod(
-            workers, pool, replicas, fit, workers.gpus_per_worker if actor_gpus else 0, workers.actor_memory_gib
+            workers, cluster, replicas, fit, workers.gpus_per_worker if actor_gpus else 0, workers.actor_memory_gib
         ),
-        cpu_workers=_pod(cpu_workers, pool, cpu_workers.replicas, 0, 0, 0),
-        head=_head(cluster.head),
+        cpu_workers=_pod(cpu_workers, cluster, cpu_workers.replicas, 0, 0, 0),
+        head=_head(cluster),
+        min_workers=cluster.autoscaling.min_workers if cluster.autoscaling.enabled else replicas,
     )
     problems = (
         _step_problems(keys.gpus, pool.gpus_per_actor)
@@ -135,9 +218,9 @@ def capacity(cluster: Cluster, keys: Keys = Keys()) -> Capacity:
         + _memory_problems("workers", sizes.workers)
         + _memory_problems("cpuWorkers", sizes.cpu_workers)
         + _store_problems("head", sizes.head)
-        + _autoscaling_problems(cluster, replicas)
+        + _autoscaling_problems(cluster.autoscaling, replicas)
     )
-    return Capacity(sizes.workers, sizes.cpu_workers, sizes.head, tuple(problems))
+    return replace(sizes, problems=tuple(problems))
 
 
 def _units(number: float, units: int) -> int:
@@ -156,9 +239,14 @@ def _actors_per_worker(actor_gpus: int, workers: Workers) -> int:
     return workers.gpus_per_worker * RAY_UNITS // actor_gpus
 
 
+def _requested(cpus: float, cluster: Cluster) -> int:
+    return math.ceil(_units(cpus, MILLIS) / Decimal(repr(cluster.cpu_overcommit)))
+
+
 def _pod(
-    group: Workers | CpuWorkers, pool: Pool, replicas: int, actors: int, gpus: int, actor_memory_gib: float
+    group: Workers | CpuWorkers, cluster: Cluster, replicas: int, actors: int, gpus: int, actor_memory_gib: float
 ) -> Size:
+    pool = cluster.pool
     task_cpus = _units(pool.cpus_per_task, RAY_UNITS)
     actor_cpus = actors * _units(pool.cpus_per_actor, RAY_UNITS)
     cpus = group.cpus or -(-(actor_cpus + group.tasks_per_worker * task_cpus) // RAY_UNITS)
@@ -170,12 +258,14 @@ def _pod(
     if group.memory_gib:
         memory = _units(group.memory_gib, MIB_OF_GIB)
     memory = max(LEAST_MEMORY_MIB, memory)
-    return Size(replicas, memory, memory * percent // 100, actors, gpus, cpus, spare, tasks, heap)
+    store = memory * percent // 100
+    return Size(replicas, memory, store, _requested(cpus, cluster), actors, gpus, cpus, spare, tasks, heap)
 
 
-def _head(head: Head) -> Size:
-    memory = _units(head.memory_gib, MIB_OF_GIB)
-    return Size(1, memory, memory * head.object_store_percent // 100)
+def _head(cluster: Cluster) -> Size:
+    memory = _units(cluster.head.memory_gib, MIB_OF_GIB)
+    store = memory * cluster.head.object_store_percent // 100
+    return Size(1, memory, store, _requested(cluster.head.cpus, cluster))
 
 
 def _step_problems(key: str, given: float) -> list[str]:
@@ -245,10 +335,10 @@ def _store_problems(name: str, size: Size) -> list[str]:
     ]
 
 
-def _autoscaling_problems(cluster: Cluster, replicas: int) -> list[str]:
-    if not cluster.autoscaling or cluster.min_workers <= replicas:
+def _autoscaling_problems(autoscaling: Autoscaling, replicas: int) -> list[str]:
+    if not autoscaling.enabled or autoscaling.min_workers <= replicas:
         return []
     return [
-        f"autoscaling.minWorkers is {cluster.min_workers}, the actor pool needs {replicas} workers: "
+        f"autoscaling.minWorkers is {autoscaling.min_workers}, the actor pool needs {replicas} workers: "
         f"lower autoscaling.minWorkers to {replicas} or less"
     ]

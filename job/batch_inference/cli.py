@@ -16,6 +16,7 @@ from batch_inference.errors import (
     EXIT_COUNTS,
     EXIT_INTERRUPTED,
     EXIT_SYSTEM,
+    EXIT_USER,
     BatchInferenceError,
     Interrupted,
     UserError,
@@ -44,7 +45,10 @@ Weights = Annotated[
     str | None, typer.Option(metavar="W", help="Weights of the model, such as DEFAULT or IMAGENET1K_V2.")
 ]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file with the whole configuration.")
+    str | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="YAML file with the whole configuration; env:NAME reads that variable."
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -163,40 +167,37 @@ def plan(
     weights: Weights = None,
     config: ConfigFile = None,
     settings: Settings = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--values", "-f", metavar="FILE", help="Values of the rayjob chart, with the job in them; may be repeated."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the inputs, count, and show what would run and what does not fit; writes and runs nothing.
 
+    With --values it shows the pods that the chart would make, and exits 2 where the chart would refuse.
+
     Example: batch-inference plan photos/ --model resnet18
     """
-    from batch_inference.display import print_pairs
+    from batch_inference.display import print_plan
     from batch_inference.planner import plan as make_plan
+    from batch_inference.planner import read_values
 
-    found = make_plan(_config(inputs, output, manifest, model, weights, config, settings))
+    given = read_values(values) if values else None
+    if given is not None and config:
+        raise UserError(
+            f"both --config {config} and --values are given", "Keep --values: its `job` is the configuration."
+        )
+    job = _config(inputs, output, manifest, model, weights, config if given is None else given.get("job", {}), settings)
+    found = make_plan(job, given)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
-        return
-    notes = [("left out", f"{n:,} files ending with {e or 'nothing'}") for e, n in sorted(found.skipped.items())[:5]]
-    if found.duplicates:
-        notes.append(("duplicates", f"{found.duplicates:,} inputs listed more than once, done once"))
-    if found.repeated:
-        notes.append(("repeated", f"{found.repeated:,} manifest lines share their URI with another; each gets its row"))
-    print_pairs(
-        "plan",
-        [
-            ("inputs", f"{found.inputs:,} images in {found.shards:,} shards of {found.shard_size:,}"),
-            ("first", "\n".join(found.first)),
-            *notes,
-            *([("passthrough", ", ".join(found.passthrough))] if found.passthrough else []),
-            ("runs", ", ".join(f"{k} {v}" for k, v in found.engine.items() if k.startswith(("model.", "predictor.")))),
-            (
-                "actors",
-                f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task",
-            ),
-            ("this machine", f"{found.available['cpus']:g} CPUs, {found.available['gpus']:g} GPUs"),
-            *[("does not fit", problem) for problem in found.problems],
-        ],
-    )
+    else:
+        print_plan(found, for_chart=given is not None)
+    if given is not None and found.kubernetes and found.kubernetes.problems:
+        raise typer.Exit(EXIT_USER)
 
 
 @app.command()
@@ -272,6 +273,55 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
 
 
 @app.command()
+def submit(
+    config: Annotated[
+        str, typer.Option("--config", "-c", metavar="FILE", help="The configuration file, as the Ray head sees it.")
+    ],
+    inline: Annotated[
+        bool, typer.Option("--inline", help="Send the file's text along, for a cluster that does not have the file.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", envvar="RAY_DASHBOARD_ADDRESS", help="The Ray dashboard, host:port or its URL."),
+    ] = None,
+    submission_id: Annotated[
+        str | None,
+        typer.Option(metavar="ID", envvar="RAY_JOB_SUBMISSION_ID", help="The same ID is the same job: it is followed."),
+    ] = None,
+    start_s: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long the dashboard may take to take the job.")
+    ] = 300.0,
+    lost_s: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long it may be away afterwards.")
+    ] = 600.0,
+    silent_s: Annotated[
+        float,
+        typer.Option(
+            min=1, metavar="SECONDS", help="After how long without a line the log is read over a new connection."
+        ),
+    ] = 60.0,
+    log_format: LogFormat = "json",
+) -> None:
+    """Submit a job to a Ray cluster, once, and follow its log; exits 0 when the job has ended, well or not.
+
+    Example: batch-inference submit --config job.yaml --inline --address http://head:8265 --submission-id photos-1
+    """
+    import structlog
+
+    from batch_inference import jobserver, submitter
+
+    logs.configure(log_format)
+    patience = submitter.Patience(start_s=start_s, lost_s=lost_s, silent_s=silent_s)
+    try:
+        token = jobserver.token_from_environment()
+        submitter.submit(config, address, submission_id, inline=inline, token=token, patience=patience)
+    except BatchInferenceError as exc:
+        # As a log line like all others: this program's output is a pod's log.
+        structlog.get_logger().error(exc.message, remedy=exc.remedy)
+        raise typer.Exit(exc.exit_code) from None
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration.
 
@@ -311,7 +361,7 @@ def _config(
     manifest: str | None,
     model: str | None,
     weights: str | None,
-    config: str | None,
+    config: str | dict[str, Any] | None,
     settings: list[str] | None,
 ) -> JobConfig:
     from batch_inference.manifest import looks_like_manifest

@@ -13,10 +13,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from batch_inference.config import InferenceConfig, JobConfig
 from batch_inference.errors import SystemFault, UserError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 # Ray's own words go to its log files; the program says what matters itself.
 _QUIET = {
@@ -33,6 +38,13 @@ _QUIET = {
 _CONNECT_S = 10.0
 # Nodes of a fixed cluster join within seconds of each other.
 _NODES_S = 30.0
+# Set on clusters that grow on demand, to the longest time in seconds that a job waits for its workers.
+WAIT_VARIABLE = "BATCH_INFERENCE_WAIT_FOR_WORKERS_S"
+_SAY_EVERY_S = 60.0
+# How long workers that have joined may take until all of what was asked for is reserved.
+_RESERVED_S = 10.0
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -40,24 +52,38 @@ class Demand:
     """What a job asks Ray for at the same time.
 
     Attributes:
-        actor_cpus: CPUs of all actors.
-        actor_gpus: GPUs of all actors.
+        actors: Number of actors.
+        cpus_per_actor: CPUs of each.
+        gpus_per_actor: GPUs of each.
         task_cpus: CPUs of one preparation task, without which the actors would wait for ever.
     """
 
-    actor_cpus: float
-    actor_gpus: float
+    actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
     task_cpus: float
 
     @classmethod
     def of(cls, config: JobConfig) -> Demand:
         """The demand of a configuration."""
         section: InferenceConfig = config.inference
-        return cls(
-            section.actors * section.cpus_per_actor,
-            section.actors * section.gpus_per_actor,
-            config.preprocess.cpus_per_task,
-        )
+        return cls(section.actors, section.cpus_per_actor, section.gpus_per_actor, config.preprocess.cpus_per_task)
+
+    @property
+    def actor_cpus(self) -> float:
+        """CPUs of all actors."""
+        return self.actors * self.cpus_per_actor
+
+    @property
+    def actor_gpus(self) -> float:
+        """GPUs of all actors."""
+        return self.actors * self.gpus_per_actor
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """The same, piece by piece: what must lie on one node each."""
+        actor = {"CPU": self.cpus_per_actor} | ({"GPU": self.gpus_per_actor} if self.gpus_per_actor else {})
+        return [actor] * self.actors + [{"CPU": self.task_cpus}]
 
     @property
     def cpus(self) -> float:
@@ -202,24 +228,77 @@ def _join(address: str) -> Any:
 
 
 def _wait_until_it_fits(demand: Demand) -> None:
-    """Gives the nodes of a cluster that is still starting time to join.
+    """Gives the nodes of a cluster time to join, or asks for them where they come on demand.
 
     Raises:
         UserError: If the job does not fit; Ray itself would wait for ever.
+        SystemFault: If the workers that were asked for did not come.
     """
+    wait_s = _wait_for_workers_s()
+    if not wait_s:
+        problems = _missing(demand, _NODES_S)
+        if problems:
+            raise UserError(
+                "the job does not fit into the Ray cluster: " + "; ".join(problems),
+                f"Change these, or add nodes. On a cluster that grows on demand set {WAIT_VARIABLE} to the seconds to wait.",
+            )
+    elif _missing(demand, 0):
+        with _asked_for(demand) as reserved:
+            problems = _missing(demand, wait_s)
+            if not problems:
+                # Reserved, workers count as used until now, and are not taken for idle before the actors come.
+                reserved.wait(_RESERVED_S)
+        if problems:
+            raise SystemFault(
+                f"the workers did not come within {wait_s:g} s ({WAIT_VARIABLE}): " + "; ".join(problems),
+                "Look at pending pods or nodes: quota, capacity and the most workers that the cluster may have; then start the "
+                "same command again.",
+            )
+
+
+def _missing(demand: Demand, wait_s: float) -> list[str]:
+    """What of a job still does not fit into the cluster after so many seconds; nothing as soon as all does."""
     import ray
 
-    deadline = time.monotonic() + _NODES_S
+    begun = time.monotonic()
+    said = 0.0
     while True:
         there = ray.cluster_resources()  # type: ignore[no-untyped-call]
         problems = demand.problems(there.get("CPU", 0.0), there.get("GPU", 0.0))
-        if not problems:
-            return
-        if time.monotonic() > deadline:
-            raise UserError(
-                "the job does not fit into the Ray cluster: " + "; ".join(problems), "Change these, or add nodes."
-            )
+        waited = time.monotonic() - begun
+        if not problems or waited >= wait_s:
+            return problems
+        if wait_s > _NODES_S and waited >= said:
+            log.info("waiting for workers", waited_s=round(waited), at_most_s=wait_s, missing="; ".join(problems))
+            said += _SAY_EVERY_S
         time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _asked_for(demand: Demand) -> Iterator[PlacementGroup]:
+    """Makes Ray's autoscaler see what a job needs, before it has actors; afterwards the actors hold it.
+
+    A placement group, and not ``ray.autoscaler.sdk.request_resources``: that would be forgotten if another job asked, and would
+    keep GPUs for ever if this process was killed. A placement group goes with its driver, and keeps early workers from being
+    taken for idle while the last ones come.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group(demand.bundles)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _wait_for_workers_s() -> float:
+    text = os.environ.get(WAIT_VARIABLE, "0")
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        raise UserError(
+            f"{WAIT_VARIABLE} is {text!r}, not a number of seconds", "Set it to 1800, say, or unset it."
+        ) from None
 
 
 def _check_listening(address: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -157,6 +159,11 @@ class InferenceConfig(_Section):
     cpus_per_actor: float = Field(
         1, gt=0, description="CPUs of one actor; on the CPU also the number of threads of the network."
     )
+    device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="Where the network runs; `auto` is the GPU if actors have one, and the job is refused where there is none; "
+        "`cpu` leaves the actors' GPUs idle, to try a GPU job without any.",
+    )
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="Images in a forward pass; `auto` is 32.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Arithmetic of the network; `auto` is float32."
@@ -234,21 +241,22 @@ class JobConfig(_Section):
 
 
 def load_config(
-    path: str | None = None, overrides: dict[str, Any] | None = None, settings: tuple[str, ...] | list[str] = ()
+    source: str | dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    settings: tuple[str, ...] | list[str] = (),
 ) -> JobConfig:
     """Reads a YAML file and lays overrides over it.
 
     Args:
-        path: YAML file, or None to start from the defaults.
+        source: YAML file, or ``env:NAME`` for the text of an environment variable, or what was read from one, or None to start
+            from the defaults.
         overrides: Nested dictionary that wins over the file; None values are skipped.
         settings: ``a.b=c`` texts that win over both; the value is read as YAML.
 
     Raises:
         UserError: All problems at once, each with the key, the value and what is allowed.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        data = _read_yaml(path)
+    data = read_yaml(source) if isinstance(source, str) else copy.deepcopy(source or {})
     _merge(data, overrides or {})
     for setting in settings:
         _apply_setting(data, setting)
@@ -280,20 +288,41 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, option: str = "--config", first: str = "input:") -> dict[str, Any]:
+    """Reads a YAML file of keys and values.
+
+    Args:
+        path: The file, or ``env:NAME``.
+        option: How its name was given, for messages.
+        first: A key that such a file has, for messages.
+
+    Raises:
+        UserError: If it can't be read, or is something else.
+    """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.safe_load(_read_text(path))
     except FileNotFoundError:
-        raise UserError(f"no configuration file at {path}", "Check the path given with --config.") from None
+        raise UserError(f"no configuration file at {path}", f"Check the path given with {option}.") from None
     except (OSError, UnicodeDecodeError) as exc:
-        raise UserError(f"cannot read {path}: {exc}", "Give a readable UTF-8 text file with --config.") from None
+        raise UserError(f"cannot read {path}: {exc}", f"Give a readable UTF-8 text file with {option}.") from None
     except yaml.YAMLError as exc:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(exc).split())}", "Mend the line named.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, not keys and values", "Start it with `input:`.")
+        raise UserError(f"{path} holds a {type(data).__name__}, not keys and values", f"Start it with `{first}`.")
     return data
+
+
+def _read_text(path: str) -> str:
+    if not path.startswith("env:"):
+        return Path(path).read_text(encoding="utf-8")
+    name = path.removeprefix("env:")
+    if name not in os.environ:
+        raise UserError(
+            f"there is no environment variable {name}", "Set it to the YAML text, or give a file with --config."
+        )
+    return os.environ[name]
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:

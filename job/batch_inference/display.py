@@ -15,9 +15,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batch_inference.capacity import Capacity, Size
 from batch_inference.collection import describe_errors
 from batch_inference.driver import RunResult
 from batch_inference.errors import BatchInferenceError
+from batch_inference.planner import Plan
 from batch_inference.progress import Snapshot
 from batch_inference.storage import display
 
@@ -205,6 +207,74 @@ def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(escape(name), escape(value))
     console.print(table)
+
+
+def print_plan(found: Plan, *, for_chart: bool) -> None:
+    """Prints a plan on stdout; where values of the chart are given, its pods take the place of this machine."""
+    notes = [("left out", f"{n:,} files ending with {e or 'nothing'}") for e, n in sorted(found.skipped.items())[:5]]
+    if found.duplicates:
+        notes.append(("duplicates", f"{found.duplicates:,} inputs listed more than once, done once"))
+    if found.repeated:
+        notes.append(("repeated", f"{found.repeated:,} manifest lines share their URI with another; each gets its row"))
+    if found.passthrough:
+        notes.append(("passthrough", ", ".join(found.passthrough)))
+    if for_chart:
+        where = _pods(found.kubernetes)
+    else:
+        where = [
+            ("this machine", f"{found.available['cpus']:g} CPUs, {found.available['gpus']:g} GPUs"),
+            *[("does not fit", problem) for problem in found.problems],
+            ("on Kubernetes", _defaults(found.kubernetes)),
+        ]
+    print_pairs(
+        "plan",
+        [
+            ("inputs", f"{found.inputs:,} images in {found.shards:,} shards of {found.shard_size:,}"),
+            ("first", "\n".join(found.first)),
+            *notes,
+            ("runs", ", ".join(f"{k} {v}" for k, v in found.engine.items() if k.startswith(("model.", "predictor.")))),
+            (
+                "actors",
+                f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task",
+            ),
+            *where,
+        ],
+    )
+
+
+def _pods(found: Capacity | None) -> list[tuple[str, str]]:
+    if found is None:
+        return [("on Kubernetes", "joins a Ray cluster that is up; its own pod is the submitter")]
+    workers, cpu_workers = found.workers, found.cpu_workers
+    count = str(workers.replicas)
+    if found.min_workers != workers.replicas:
+        count = f"{found.min_workers} to {workers.replicas}, as Ray asks for them"
+    lines = [("head", f"1: {_size(found.head)}"), ("workers", f"{count}: {_size(workers)}, {_room(workers)}")]
+    if cpu_workers.replicas:
+        lines.append(("CPU workers", f"{cpu_workers.replicas}: {_size(cpu_workers)}, {_room(cpu_workers)}"))
+    total = (
+        f"{found.total('gpus')} GPUs, {found.total('cpu_millis') / 1000:g} CPUs, {found.total('memory_mib') / 1024:g} GiB of memory, "
+        "and the submitter"
+    )
+    return [*lines, ("in all", total), *[("refused", problem) for problem in found.problems]]
+
+
+def _size(size: Size) -> str:
+    gpus = f"{size.gpus} GPUs, " if size.gpus else ""
+    return (
+        f"{gpus}{size.cpu_millis / 1000:g} CPUs, {size.memory_mib / 1024:g} GiB of memory with "
+        f"{size.object_store_mib:,} MiB of object store"
+    )
+
+
+def _room(size: Size) -> str:
+    return f"room for {size.actors} actors and {size.tasks} tasks" if size.actors else f"room for {size.tasks} tasks"
+
+
+def _defaults(found: Capacity | None) -> str:
+    if found is None or found.problems:
+        return "; ".join(["needs values for the chart", *(found.problems if found else ())])
+    return f"{found.workers.replicas} workers, each with {_size(found.workers)}; --values FILE shows yours"
 
 
 def print_rows(output: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
 
+from batch_inference.capacity import Capacity, Cluster, capacity
 from batch_inference.cluster import Demand, local_gpus
-from batch_inference.config import JobConfig
+from batch_inference.config import JobConfig, read_yaml
+from batch_inference.errors import UserError
 from batch_inference.identity import check_columns, resolve_engine
 from batch_inference.manifest import find_inputs
 
@@ -33,6 +36,7 @@ class Plan:
         cpus: CPUs of all actors and one preparation task.
         available: ``{"cpus": ..., "gpus": ...}`` of this machine.
         problems: What does not fit into this machine, each with its numbers and the remedy.
+        kubernetes: Pods that the chart makes for the job, and what it refuses; None where the job joins a cluster that is up.
     """
 
     inputs: int
@@ -49,18 +53,64 @@ class Plan:
     cpus: float
     available: dict[str, float]
     problems: tuple[str, ...] = field(default_factory=tuple)
+    kubernetes: Capacity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``plan --json``."""
-        return dict(vars(self))
+        return asdict(self)
 
 
-def plan(config: JobConfig) -> Plan:
-    """Lists the inputs, counts, and compares what the job asks for with this machine. Writes nothing.
+def read_values(paths: Sequence[str]) -> dict[str, Any]:
+    """Reads files of values for the ``rayjob`` chart; a later one wins, key by key, as with ``helm --values``.
 
     Raises:
-        UserError: If the input or the model is not as configured.
+        UserError: If one can't be read, or is no values file.
     """
+    values: dict[str, Any] = {}
+    for path in paths:
+        values = _merged(values, read_yaml(path, "--values", "job:"))
+    if not isinstance(values.get("job", {}), dict):
+        raise UserError(
+            f"job is {values['job']!r} in the values, not keys and values", "Put the configuration under it."
+        )
+    return values
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in top.items()
+    }
+    return {**base, **both}
+
+
+def pods(config: JobConfig, values: Mapping[str, Any]) -> Capacity | None:
+    """The pods that the ``rayjob`` chart makes for a job, and what it refuses, in the chart's own words.
+
+    Args:
+        config: The job.
+        values: The chart's values; keys left out have the chart's defaults, keys that no size follows from are not looked at.
+
+    Returns:
+        None where the job joins a cluster that is up, which is not for it to size.
+
+    Raises:
+        UserError: If a value is not of its type or out of its bounds.
+    """
+    return None if values.get("clusterSelector") else capacity(Cluster.of(config, values))
+
+
+def plan(config: JobConfig, values: Mapping[str, Any] | None = None) -> Plan:
+    """Lists the inputs, counts, and compares what the job asks for with this machine and with Kubernetes. Writes nothing.
+
+    Args:
+        config: The job.
+        values: Values of the ``rayjob`` chart beside the job, None for its defaults.
+
+    Raises:
+        UserError: If the input, the model or the values are not as they must be.
+    """
+    kubernetes = pods(config, values or {})
     engine = resolve_engine(config)
     found = find_inputs(config)
     check_columns(config, found.table.column_names)
@@ -84,4 +134,5 @@ def plan(config: JobConfig) -> Plan:
         cpus=demand.cpus,
         available={"cpus": cpus, "gpus": gpus},
         problems=tuple(problems),
+        kubernetes=kubernetes,
     )

@@ -81,11 +81,12 @@ class TorchPredictor:
             SystemFault: If a download fails.
         """
         device = "cpu"
-        if inference.gpus_per_actor > 0:
+        if inference.gpus_per_actor > 0 and inference.device == "auto":
             if not torch.cuda.is_available():
                 raise UserError(
                     f"inference.gpus_per_actor is {inference.gpus_per_actor:g}, but torch finds no usable GPU here",
-                    "Check the driver and torch's CUDA version, or set inference.gpus_per_actor to 0.",
+                    "Check the driver and torch's CUDA version, set inference.gpus_per_actor to 0 to run without GPUs, "
+                    "or inference.device to cpu to try a GPU job's placement without any.",
                 )
             device = "cuda"
         # Without it every actor would start as many threads as the node has cores.

@@ -10,8 +10,12 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+from kubernetes_validate import utils
 
 from .render import Manifest
+
+# The package would read its two megabytes of schemas anew for every object.
+utils.schema_contents = functools.cache(utils.schema_contents)
 
 KUBERNETES = "1.34"
 SCHEMAS = Path(__file__).parent / "schemas"

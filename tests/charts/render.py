@@ -1,4 +1,4 @@
-"""Renders charts as users do, with `helm template`, and remembers what it has rendered."""
+"""Renders charts as `helm template` does, by default with the code behind it, and remembers what it has rendered."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from tests.e2e.cluster.programs import tool
+
+from . import renderer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELM = REPOSITORY / "helm"
@@ -44,14 +46,21 @@ def merged(base: Values, top: Values) -> Values:
     return result
 
 
-def render_text(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "helm") -> str:
-    """The manifests of a chart as text; a default input and output are filled in."""
+def render_text(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "library") -> str:
+    """The manifests of a chart as text; a default input and output are filled in.
+
+    Args:
+        chart: The chart.
+        values: Values on top of its own.
+        name: The release.
+        helm: `library` for Helm 3's own code in a process that stays, `helm` and `helm4` for the commands.
+    """
     return _render(
         chart, json.dumps(merged(GIVEN[chart], values or {}), sort_keys=True, ensure_ascii=False), name, helm
     )
 
 
-def render(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "helm") -> list[Manifest]:
+def render(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "library") -> list[Manifest]:
     """The manifests of a chart."""
     return [item for item in yaml.load_all(render_text(chart, values, name=name, helm=helm), _Loader) if item]
 
@@ -79,8 +88,13 @@ def _render(chart: str, values: str, name: str, helm: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(values)
         file.flush()
-        command = [tool(helm, from_path=False), "template", name, HELM / chart, "--values", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise HelmError(done.stderr)
-    return done.stdout
+        if helm == "library":
+            answer = renderer.service().ask({"chart": str(HELM / chart), "name": name, "values": file.name})
+            text, error = answer["text"], answer["error"]
+        else:
+            command = [tool(helm, from_path=False), "template", name, HELM / chart, "--values", file.name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            text, error = done.stdout, done.stderr if done.returncode else ""
+    if error:
+        raise HelmError(error)
+    return text

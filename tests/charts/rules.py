@@ -2,12 +2,15 @@
 
 The chart refuses each case when it renders: by one of its rules, or because its schema knows no such key, or no such value.
 Where the operator has the rule, the same mistake written by hand (`manifest`) is refused by the operator's own code.
+
+`python -m tests.charts.rules` writes RULES.md, the table of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Edit = Callable[[dict[str, Any]], None]
@@ -94,6 +97,37 @@ def strategy(*rules: Any) -> Edit:
         put("spec.shutdownAfterJobFinishes", False), put("spec.deletionStrategy", {"deletionRules": list(rules)})
     )
 
+
+RULES = {
+    1: "The name of a run fits, and is a DNS-1035 label",
+    2: "The submission mode is one that there is",
+    3: "A suspended job deletes its cluster, and has one of its own",
+    4: "A time to live is not negative, and something is deleted after it",
+    5: "Deletion rules are whole, agree with each other, and leave no cluster behind",
+    6: "There is a cluster, or the name of one",
+    7: "A shared or interactive cluster takes no retries and no sidecar",
+    8: "A sidecar has no submitter, and its head does not restart",
+    9: "Deadlines and retries are numbers that mean something, and the operator knows them",
+    10: "Tokens are Ray's, and its version has them",
+    11: "What belongs to others is not set",
+    12: "Every pod has a container",
+    13: "Resources and labels are said once, where Ray and the operator read them",
+    14: "Numbers of workers are in order",
+    15: "Settings of the autoscaler are its version's",
+    16: "The autoscaler is on in one place, and its pods do not restart",
+    17: "No fault tolerance by the back door",
+    18: "Nothing that the operator has behind a gate",
+    19: "The name of the ServiceAccount fits",
+    20: "The submitter has a container and does not restart",
+    21: "What Kueue wants of a job in a queue",
+    22: "The entrypoint is never free text",
+    23: "Actors fit on workers, and no GPU idles",
+    24: "Object store and heap fit into the memory",
+    25: "Nothing is named or mounted twice, or not at all",
+    26: "The deadline to start is before the one to end",
+    27: "No job deletes itself",
+    0: "Ours: what the job itself needs",
+}
 
 CASES = [
     Case(1, "name too long", {}, "has 39 characters, 38 are left", put("metadata.name", "a" * 48), "no more than 47", name="a" * 39),
@@ -261,3 +295,35 @@ CASES = [
     Case(0, "mistyped toleration", {"pods": {"tolerations": [{"keys": "gpu"}]}}, UNKNOWN),
     Case(0, "section set to nothing", {"job": {"inference": None}}, "missing propert"),
 ]  # fmt: skip
+
+
+def table() -> str:
+    """RULES.md: each rule with its cases."""
+    lines = [
+        "# What the charts refuse",
+        "",
+        "Each line is a case of `test_rules.py`: values that the chart refuses when it renders. Where the last column says so, the "
+        "same mistake,",
+        "written by hand into a manifest, was refused by KubeRay's own validation (the oracle), so that the rule is the operator's.",
+        "",
+        "Written by `python -m tests.charts.rules`; a test compares.",
+    ]
+    for number, rule in RULES.items():
+        lines += [
+            "",
+            f"## {number}. {rule}",
+            "",
+            "| case | the chart says | the operator says |",
+            "| --- | --- | --- |",
+        ]
+        for case in CASES:
+            if case.rule == number:
+                said = f"… {case.operator} …" if case.manifest else "nothing"
+                lines.append(f"| {case.title} | … {case.says} … | {said} |".replace("\n", " "))
+    return "\n".join(lines) + "\n"
+
+
+TABLE = Path(__file__).with_name("RULES.md")
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

@@ -1,16 +1,32 @@
-"""The chart's arithmetic and that of batch_inference.capacity are one: same sizes, same verdicts, same words."""
+"""The chart's arithmetic and that of `batch-inference plan` are one: same sizes, same verdicts, same words, same defaults."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from batch_inference.capacity import SHARED_CLUSTER, Capacity, Cluster, CpuWorkers, Head, Keys, Pool, Workers, capacity
+from batch_inference.capacity import (
+    SHARED_CLUSTER,
+    Autoscaling,
+    Capacity,
+    Cluster,
+    CpuWorkers,
+    Head,
+    Pool,
+    Workers,
+    capacity,
+)
+from batch_inference.config import parse_config
+from batch_inference.errors import UserError
+from batch_inference.planner import pods
 
-from .render import HelmError, Manifest, Values, find, render
+from .render import HELM, HelmError, Manifest, Values, find, merged, render
 
 EXAMPLES = 200
 
@@ -43,9 +59,9 @@ clusters = st.builds(
         gib,
         percent,
     ),
-    st.builds(Head, st.integers(1, 64), percent),
-    st.booleans(),
-    st.integers(0, 12),
+    st.builds(Head, st.integers(1, 64), percent, st.sampled_from([0.1, 0.5, 1, 2.5, 4])),
+    st.builds(Autoscaling, st.booleans(), st.integers(0, 12)),
+    st.sampled_from([1, 1.1, 1.5, 3, 7, 10]),
 )
 
 
@@ -71,8 +87,13 @@ def values_of(cluster: Cluster, chart: str) -> Values:
             "taskMemoryGiB": cpu_workers.task_memory_gib,
             "objectStorePercent": cpu_workers.object_store_percent,
         },
-        "head": {"memoryGiB": cluster.head.memory_gib, "objectStorePercent": cluster.head.object_store_percent},
-        "autoscaling": {"enabled": cluster.autoscaling, "minWorkers": cluster.min_workers},
+        "head": {
+            "memoryGiB": cluster.head.memory_gib,
+            "objectStorePercent": cluster.head.object_store_percent,
+            "cpus": cluster.head.cpus,
+        },
+        "autoscaling": {"enabled": cluster.autoscaling.enabled, "minWorkers": cluster.autoscaling.min_workers},
+        "cpuOvercommit": cluster.cpu_overcommit,
     }
     numbers = {"gpus": pool.gpus_per_actor, "cpus": pool.cpus_per_actor, "task": pool.cpus_per_task}
     if chart == "raycluster":
@@ -93,6 +114,7 @@ def _size(group: Manifest) -> dict[str, Any]:
     start = group["rayStartParams"]
     return {
         "replicas": group.get("maxReplicas", 1),
+        "cpu_millis": int(container["resources"]["requests"]["cpu"].removesuffix("m")),
         "memory_mib": int(container["resources"]["limits"]["memory"].removesuffix("Mi")),
         "object_store_mib": int(start["object-store-memory"]) // 2**20,
         "gpus": int(start["num-gpus"]),
@@ -103,12 +125,30 @@ def _size(group: Manifest) -> dict[str, Any]:
 def computed(found: Capacity) -> list[dict[str, Any]]:
     """The sizes that the module computes, in the manifest's order."""
     sizes = [found.head, found.workers] + ([found.cpu_workers] if found.cpu_workers.replicas else [])
-    names = ("replicas", "memory_mib", "object_store_mib", "gpus", "cpus")
+    names = ("replicas", "cpu_millis", "memory_mib", "object_store_mib", "gpus", "cpus")
     return [{name: getattr(size, name) for name in names} for size in sizes]
 
 
-@pytest.mark.parametrize(("chart", "keys"), [("rayjob", Keys()), ("raycluster", SHARED_CLUSTER)])
-def test_chart_and_program_agree(chart: str, keys: Keys) -> None:
+def planned(cluster: Cluster, chart: str) -> Capacity:
+    """What the program finds: for a job by the function behind `plan --values`, from the very values that the chart gets."""
+    if chart == "raycluster":
+        return capacity(cluster, SHARED_CLUSTER)
+    values = values_of(cluster, chart)
+    whole = capacity(cluster)
+    try:
+        config = parse_config(values["job"])
+    except UserError as error:  # The configuration itself refuses this one, before anything is planned.
+        refused = "neither a fraction of one GPU nor a whole number of GPUs; Ray schedules only those"
+        assert refused in error.message and any(refused in problem for problem in whole.problems)
+        return whole
+    found = pods(config, values)
+    assert found == whole
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
+def test_chart_and_program_agree(chart: str) -> None:
     verdicts = {"fits": 0, "refused": 0}
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -117,7 +157,7 @@ def test_chart_and_program_agree(chart: str, keys: Keys) -> None:
     @example(Cluster(Pool(gpus_per_actor=0)))
     @given(clusters)
     def agree(cluster: Cluster) -> None:
-        found = capacity(cluster, keys)
+        found = planned(cluster, chart)
         try:
             manifests = render(chart, values_of(cluster, chart))
         except HelmError as error:
@@ -126,7 +166,10 @@ def test_chart_and_program_agree(chart: str, keys: Keys) -> None:
             return
         verdicts["fits"] += 1
         assert found.problems == ()
-        assert rendered(find(manifests, "RayJob" if chart == "rayjob" else "RayCluster")) == computed(found)
+        manifest = find(manifests, "RayJob" if chart == "rayjob" else "RayCluster")
+        assert rendered(manifest) == computed(found)
+        group = manifest["spec"].get("rayClusterSpec", manifest["spec"])["workerGroupSpecs"][0]
+        assert group["replicas"] == group["minReplicas"] == found.min_workers
 
     agree()
     print(f"\n{chart}: {verdicts}")
@@ -162,3 +205,81 @@ def test_workers_follow_from_the_actor_pool(
         == limits.get("nvidia.com/gpu", "0")
         == str(gpus_per_worker if gpus_per_actor else 0)
     )
+
+
+def names(shape: Any, path: str = "") -> dict[str, dict[str, Any]]:
+    """The keys of a JSON Schema as pydantic writes it, with their type, bounds and default."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in shape["properties"].items():
+        if "$ref" in value:
+            found |= names(TYPES[value["$ref"].rpartition("/")[2]], f"{path}{key}.")
+            continue
+        options = value.get("anyOf", [value])
+        bounds = {bound: option[bound] for option in options for bound in ("minimum", "maximum") if bound in option}
+        kinds = [option["type"] for option in options]
+        found[f"{path}{key}"] = {"type": kinds if len(kinds) > 1 else kinds[0], **bounds, "default": value["default"]}
+    return found
+
+
+SHAPE = TypeAdapter(Cluster).json_schema()
+TYPES = SHAPE["$defs"]
+
+
+@pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
+def test_the_program_has_the_chart_s_defaults_and_bounds(chart: str) -> None:
+    shape = {**SHAPE, "properties": {key: value for key, value in SHAPE["properties"].items() if key != "pool"}}
+    found = names(shape)
+    assert len(found) == 20
+    schema = json.loads((HELM / chart / "values.schema.json").read_text())
+    values = yaml.safe_load((HELM / chart / "values.yaml").read_text())
+    for path, expected in found.items():
+        part, default = schema, values
+        for key in path.split("."):
+            part, default = part["properties"][key], default[key]
+        bounds = {bound: part[bound] for bound in ("minimum", "maximum") if bound in part}
+        assert expected == {"type": part["type"], **bounds, "default": default}, path
+
+
+def test_the_program_has_the_chart_s_defaults_of_the_actor_pool() -> None:
+    job = yaml.safe_load((HELM / "rayjob" / "values.yaml").read_text())["job"]
+    pool = yaml.safe_load((HELM / "raycluster" / "values.yaml").read_text())["actorPool"]
+    assert parse_config(job) == parse_config({})
+    assert Cluster.of(parse_config({}), {}) == Cluster()
+    given = Cluster().pool
+    assert pool == {
+        "actors": given.actors,
+        "gpusPerActor": given.gpus_per_actor,
+        "cpusPerActor": given.cpus_per_actor,
+        "cpusPerTask": given.cpus_per_task,
+    }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"workers": {"gpusPerWorker": "2"}},
+        {"workers": {"gpusPerWorker": 0}},
+        {"head": {"objectStorePercent": 81}},
+        {"autoscaling": {"enabled": "yes"}},
+        {"cpuWorkers": {"replicas": 1.5}},
+        {"cpuOvercommit": 0.5},
+        {"head": None},
+    ],
+    ids=str,
+)
+def test_a_value_that_the_chart_refuses_by_its_schema_is_refused_by_the_program(values: Values) -> None:
+    with pytest.raises(HelmError):
+        render("rayjob", values)
+    with pytest.raises(UserError, match=rf"{next(iter(values))}"):
+        pods(parse_config({}), values)
+
+
+def test_the_all_keys_file_is_planned() -> None:
+    values = yaml.safe_load((HELM.parent / "tests" / "charts" / "values" / "rayjob.yaml").read_text())
+    assert pods(parse_config({}), values) is None  # It joins a cluster.
+    job = merged(values["job"], {"input": {"manifest": None}})
+    run = {"suspend": False, "shutdownAfterJobFinishes": True, "deletionRules": []}
+    own = merged(values, {"clusterSelector": "", "job": {"input": {"manifest": None}}, "run": run})
+    found = pods(parse_config(job), own)
+    assert found
+    assert rendered(find(render("rayjob", own), "RayJob")) == computed(found)

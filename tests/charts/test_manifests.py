@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from batch_inference.cluster import WAIT_VARIABLE
+from batch_inference.config import StorageConfig, load_config
+from batch_inference.submitter import request_body
 
 from . import check
 from .render import Manifest, find, merged, rayjob, render, render_text
@@ -87,6 +97,16 @@ def test_the_submitter_is_ours_and_no_shell_reads_it() -> None:
     assert spec["submitterConfig"]["backoffLimit"] == 10
 
 
+@pytest.mark.parametrize("values", [{}, {"clusterSelector": "shared"}], ids=["own cluster", "shared cluster"])
+def test_the_entrypoint_is_what_the_submitter_submits(values: dict[str, Any], tmp_path: Path) -> None:
+    """With the chart's own arguments; but for the config's path nobody reads the file, which is in the pod."""
+    spec = rayjob(values)["spec"]
+    args = container(spec["submitterPodTemplate"]["spec"])["args"]
+    (tmp_path / "job.yaml").write_text("{}")
+    submitted = request_body(str(tmp_path / "job.yaml"), "id", inline="--inline" in args)["entrypoint"]
+    assert spec["entrypoint"] == submitted.replace(str(tmp_path), "/etc/batch-inference")
+
+
 def test_safe_defaults() -> None:
     spec = rayjob()["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
@@ -161,7 +181,7 @@ def test_cpu_workers_feed_the_gpu_workers() -> None:
     assert (gpu["groupName"], cpu["groupName"]) == ("gpu", "cpu")
     assert cpu["replicas"] == cpu["minReplicas"] == cpu["maxReplicas"] == 2
     assert cpu["rayStartParams"]["num-gpus"] == "0"
-    assert cpu["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "8"
+    assert cpu["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "8000m"
 
 
 def test_shared_memory_holds_the_object_store_within_the_memory() -> None:
@@ -184,6 +204,18 @@ def test_autoscaling_is_version_2_up_to_the_actor_pool() -> None:
     check.hardened(spec["autoscalerOptions"]["securityContext"])
 
 
+@pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
+def test_jobs_wait_for_workers_where_these_come_on_demand(chart: str) -> None:
+    def waits(values: dict[str, Any]) -> list[Any]:
+        kind = "RayJob" if chart == "rayjob" else "RayCluster"
+        roles = dict(check.pods(find(render(chart, values), kind)))
+        return [environment(pod["spec"]).get(WAIT_VARIABLE) for role, pod in roles.items() if role != "submitter"]
+
+    assert waits({}) == [None, None]
+    assert waits({"autoscaling": {"enabled": True}}) == ["1800", "1800"]
+    assert waits({"autoscaling": {"enabled": True, "waitSeconds": 60}}) == ["60", "60"]
+
+
 def test_tokens_of_ray() -> None:
     spec = cluster({"auth": {"enabled": True, "secretName": "token"}})
     assert spec["authOptions"] == {"mode": "token", "secretName": "token"}
@@ -202,6 +234,152 @@ def test_the_cluster_of_raycluster_is_that_of_rayjob() -> None:
             ray = template["spec"]["containers"][0]
             ray["volumeMounts"] = [item for item in ray["volumeMounts"] if item["name"] != "job"]
     assert own == shared["spec"]
+
+
+@pytest.mark.parametrize("resource", ["amd.com/gpu", "nvidia.com/mig-2g.20gb", "nvidia.com/gpu.shared"])
+def test_any_gpu_resource_is_told_to_ray_as_gpus(resource: str) -> None:
+    (group,) = cluster({"workers": {"gpuResource": resource}})["workerGroupSpecs"]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert (
+        resources["requests"][resource] == resources["limits"][resource] == group["rayStartParams"]["num-gpus"] == "1"
+    )
+
+
+def test_overcommitted_cpus_are_ray_s_and_not_kubernetes() -> None:
+    spec = cluster({"cpuOvercommit": 4})
+    (group,) = spec["workerGroupSpecs"]
+    assert group["rayStartParams"]["num-cpus"] == "5"
+    assert group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "1250m"
+    assert spec["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "500m"
+
+
+def test_more_parameters_of_ray_and_the_size_of_scratch() -> None:
+    spec = cluster({"workers": {"rayStartParams": {"node-name": "x"}}, "scratch": {"sizeGiB": 7}})
+    (group,) = spec["workerGroupSpecs"]
+    assert group["rayStartParams"]["node-name"] == "x"
+    assert {"name": "scratch", "emptyDir": {"sizeLimit": "7Gi"}} in group["template"]["spec"]["volumes"]
+
+
+def test_a_shared_cluster_has_its_queue_labels_and_suspension() -> None:
+    own = {"labels": {"team": "a"}, "annotations": {"example.com/b": "c"}, "suspend": True}
+    metadata = find(render("raycluster", {"cluster": own}), "RayCluster")["metadata"]
+    assert metadata["labels"]["team"] == "a"
+    assert metadata["annotations"] == own["annotations"]
+    assert find(render("raycluster", {"cluster": own}), "RayCluster")["spec"]["suspend"] is True
+    queued = {"queue": {"name": "gpus", "priorityClass": "nightly", "elastic": True}, "autoscaling": {"enabled": True}}
+    manifest = find(render("raycluster", queued), "RayCluster")
+    assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert manifest["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "nightly"
+    assert manifest["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
+    assert "suspend" not in manifest["spec"]
+
+
+def test_labels_and_annotations_of_the_run() -> None:
+    metadata = rayjob({"run": {"labels": {"team": "a"}, "annotations": {"example.com/b": "c"}}})["metadata"]
+    assert metadata["labels"]["team"] == "a"
+    assert metadata["annotations"] == {"example.com/b": "c"}
+
+
+# --- helm test ---
+
+
+def hook(chart: str, values: dict[str, Any] | None = None) -> Manifest:
+    pod = find(render(chart, values), "Pod")
+    assert pod["metadata"]["annotations"] == {
+        "helm.sh/hook": "test",
+        "helm.sh/hook-delete-policy": "before-hook-creation",
+    }
+    return pod
+
+
+@pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
+def test_the_test_s_pod_is_restricted_and_placed_as_the_head(chart: str) -> None:
+    claim = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
+    values = {
+        "pods": {"volumes": [claim], "volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+        "head": {**PLACEMENT, "envFrom": [{"secretRef": {"name": "s3"}}], "env": [{"name": "A", "value": "1"}]},
+        "image": {"pullSecrets": ["s"]},
+        "serviceAccount": {"name": "mine"},
+    }
+    spec = hook(chart, values)["spec"]
+    check.restricted(spec)
+    check.unique(spec)
+    assert {key: spec[key] for key in PLACEMENT} == PLACEMENT
+    assert spec["serviceAccountName"] == "mine"
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["imagePullSecrets"] == [{"name": "s"}]
+    assert claim in spec["volumes"]
+    assert container(spec)["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    assert environment(spec)["A"] == "1"
+
+
+def test_helm_test_of_a_job_recounts_its_output_with_the_job_s_storage() -> None:
+    storage = {"endpoint_url": "http://minio:9000", "anonymous": True, "timeout_s": 7.5, "region": "eu-1"}
+    command = container(hook("rayjob", {"job": {"storage": storage}})["spec"])["command"]
+    assert command[:3] == ["batch-inference", "verify", "s3://predictions/"]
+    settings = [word for word in command[3:] if word != "--set"]
+    assert len(command) == 3 + 2 * len(storage)
+    assert load_config(None, None, settings).storage == StorageConfig(**storage)
+    assert container(hook("rayjob")["spec"])["command"] == command[:3]
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, 4),
+        ({"cpuWorkers": {"replicas": 2}}, 6),
+        ({"cpuWorkers": {"replicas": 2}, "autoscaling": {"enabled": True, "minWorkers": 1}}, 3),
+    ],
+    ids=str,
+)
+def test_helm_test_of_a_cluster_counts_the_workers(values: dict[str, Any], wanted: int) -> None:
+    command = container(hook("raycluster", values)["spec"])["command"]
+    assert command[:2] == ["python", "-c"]
+    assert command[3:] == ["http://demo-head-svc:8265", str(wanted), "240"]
+
+
+def test_helm_test_of_a_cluster_has_its_token() -> None:
+    key = {"name": "demo", "key": "auth_token"}
+    own = environment(hook("raycluster", {"auth": {"enabled": True}})["spec"])
+    assert own["RAY_AUTH_TOKEN"] == {"secretKeyRef": key}
+    given = environment(hook("raycluster", {"auth": {"enabled": True, "secretName": "mine"}})["spec"])
+    assert given["RAY_AUTH_TOKEN"] == {"secretKeyRef": {**key, "name": "mine"}}
+    assert "RAY_AUTH_TOKEN" not in environment(hook("raycluster")["spec"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "code", "says"),
+    [(2, 0, "OK: 2 of 2 workers have joined"), (1, 1, "FAILED after 1 s: 1 of 2 workers"), (None, 1, "no answer from")],
+)
+def test_the_test_s_script_counts_what_the_dashboard_says(workers: int | None, code: int, says: str) -> None:
+    """The dashboard's answer is as Ray 2.60 gives it, cut to what is read."""
+    nodes = [{"state": "ALIVE", "is_head_node": True}, {"state": "DEAD", "is_head_node": False}]
+    nodes += [{"state": "ALIVE", "is_head_node": False}] * (workers or 0)
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            good = workers is not None and self.headers["Authorization"] == "Bearer token"
+            self.send_response(200 if good and self.path.startswith("/api/v0/nodes?") else 503)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": {"result": {"result": nodes}}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        script = container(hook("raycluster")["spec"])["command"][2]
+        done = subprocess.run(
+            [sys.executable, "-c", script, f"http://127.0.0.1:{server.server_port}", "2", "1"],
+            env={"RAY_AUTH_TOKEN": "token"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        server.shutdown()
+    assert done.returncode == code
+    assert says in done.stdout + done.stderr
 
 
 # --- pods ---
@@ -320,6 +498,22 @@ def test_the_defaults_are_valid(chart: str) -> None:
 
 
 def test_it_is_quick() -> None:
-    start = time.monotonic()
-    render_text("rayjob", {"run": {"id": str(start)}})
-    print(f"\nhelm template of the defaults: {time.monotonic() - start:.2f} s")
+    """The best of five, for what is measured is the chart, and not what else the machine does."""
+    took = []
+    for number in range(5):
+        start = time.monotonic()
+        render_text("rayjob", {"run": {"id": str(number)}}, helm="helm")
+        took.append(time.monotonic() - start)
+    print(f"\nhelm template of the defaults: {min(took):.2f} s")
+    assert min(took) < 1
+
+
+@pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
+def test_pods_keep_the_name_that_the_operator_gives_them(chart: str) -> None:
+    """The operator's head service of a job selects `app.kubernetes.io/name: kuberay`, and finds no pod with another name."""
+    for item in render(chart, {"cpuWorkers": {"replicas": 1}}):
+        spec = item.get("spec", {})
+        cluster = spec.get("rayClusterSpec", spec)
+        for group in [cluster.get("headGroupSpec"), *cluster.get("workerGroupSpecs", [])]:
+            if group:
+                assert "app.kubernetes.io/name" not in group["template"]["metadata"]["labels"]

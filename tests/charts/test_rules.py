@@ -9,7 +9,7 @@ import yaml
 
 from .oracle import ask
 from .render import HelmError, rayjob, render
-from .rules import CASES, Case
+from .rules import CASES, RULES, TABLE, Case, table
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule}-{case.title}")
 
@@ -46,5 +46,6 @@ def test_all_problems_come_at_once_with_numbers_and_remedies() -> None:
     assert all(": " in problem for problem in problems)
 
 
-def test_every_rule_of_the_list_has_a_case() -> None:
-    assert {case.rule for case in CASES} == set(range(28))
+def test_every_rule_of_the_list_has_a_case_and_is_in_the_table() -> None:
+    assert {case.rule for case in CASES} == RULES.keys() == set(range(28))
+    assert TABLE.read_text() == table(), "run python -m tests.charts.rules"

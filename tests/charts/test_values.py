@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.e2e.cluster.programs import tool
 
 from . import check
 from .oracle import ask
-from .render import GIVEN, HELM, REPOSITORY, Values, merged, render, render_text
+from .render import GIVEN, HELM, REPOSITORY, HelmError, Values, merged, render, render_text
 
 CHARTS = ("rayjob", "raycluster")
 charts = pytest.mark.parametrize("chart", CHARTS)
@@ -159,5 +160,33 @@ def test_lint_is_clean(chart: str, helm: str, tmp_path: Any) -> None:
 
 
 @charts
-def test_both_helms_render_the_same(chart: str) -> None:
-    assert render_text(chart, helm="helm") == render_text(chart, helm="helm4")
+@pytest.mark.parametrize("keys", ["defaults", "all keys"])
+def test_the_commands_and_the_library_render_the_same(chart: str, keys: str) -> None:
+    values = merged(all_keys(chart), TOGETHER[chart]) if keys == "all keys" else {}
+    text = render_text(chart, values)
+    assert text == render_text(chart, values, helm="helm")
+    assert text == render_text(chart, values, helm="helm4")
+
+
+@pytest.mark.parametrize("values", [{"nonsense": 1}, {"head": {"memoryGiB": 1, "objectStorePercent": 5}}], ids=str)
+def test_the_commands_and_the_library_refuse_the_same(values: Values) -> None:
+    refused = []
+    for helm in ("library", "helm", "helm4"):
+        with pytest.raises(HelmError) as error:
+            render("rayjob", values, helm=helm)
+        refused.append((error.value.problems, bool(error.value.schema)))
+    assert refused[0] == refused[1] == refused[2]
+    assert refused[0] != ([], False)
+
+
+@charts
+@pytest.mark.parametrize("helm", ["helm", "helm4"])
+def test_a_packaged_chart_renders_the_same_as_the_checkout(chart: str, helm: str, tmp_path: Path) -> None:
+    program = tool(helm, from_path=False)
+    subprocess.run([program, "package", HELM / chart, "--destination", tmp_path], capture_output=True, check=True)
+    (package,) = tmp_path.glob(f"{chart}-*.tgz")
+    given = tmp_path / "values.json"
+    given.write_text(json.dumps(GIVEN[chart]))
+    command = [program, "template", "demo", package, "--values", given]
+    packaged = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert packaged == render_text(chart, helm=helm)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -173,28 +176,115 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def ray_cluster(cpus: int, folder: Path) -> Iterator[dict[str, str]]:
-    """A Ray cluster in processes of its own; yields its ``address``, its ``client`` address and its folder."""
-    port, client, dashboard_agent = free_ports(3)
+def ray_cluster(
+    cpus: int, folder: Path, *, dashboard: bool = False, token: str | None = None
+) -> Iterator[dict[str, str]]:
+    """A Ray cluster in processes of its own; yields its ``address``, its ``client`` address and its ``dashboard``'s URL.
+
+    Without ``dashboard`` it starts faster, and there is no job server. With ``token`` it asks for that one.
+    """
+    port, client, dashboard_agent, web = free_ports(4)
     log = folder / "ray-head.log"
     folder.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [
-        str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
-        f"--ray-client-server-port={client}", "--include-dashboard=false", "--disable-usage-stats",
-        f"--dashboard-agent-listen-port={dashboard_agent}", "--node-ip-address=127.0.0.1", "--object-store-memory=1000000000",
-    ]  # fmt: skip
-    with log.open("wb") as out:
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+    # Jobs that are submitted to it find the program as they do in the image.
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    env = {**os.environ, **auth, "PYTHONPATH": str(Path(__file__).parent), "PATH": path}
+    with contextlib.ExitStack() as stack:
+        # Ray sends a submitted job to the cluster whose address is in its temporary folder; in a shared one that is the
+        # cluster of this machine that was started last. Short, since sockets live in it.
+        temporary = tempfile.mkdtemp(prefix="ray-")
+        stack.callback(_remove, temporary)
+        command = [
+            str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
+            f"--ray-client-server-port={client}", f"--include-dashboard={dashboard}".lower(), "--disable-usage-stats",
+            f"--dashboard-port={web}", f"--dashboard-agent-listen-port={dashboard_agent}", "--node-ip-address=127.0.0.1",
+            "--object-store-memory=1000000000", f"--temp-dir={temporary}",
+        ]  # fmt: skip
+        out = stack.enter_context(log.open("wb"))
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
-    try:
+        stack.callback(stop, process)
         deadline = time.monotonic() + RAY_READY_S
-        while not _listens(port) or not _listens(client):
+        while not all(_listens(p) for p in (port, client, *([web] if dashboard else []))):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray did not come up:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.3)
-        yield {"address": f"127.0.0.1:{port}", "client": f"ray://127.0.0.1:{client}"}
-    finally:
-        stop(process)
+        yield {
+            "address": f"127.0.0.1:{port}",
+            "client": f"ray://127.0.0.1:{client}",
+            "dashboard": f"http://127.0.0.1:{web}",
+        }
+
+
+def _remove(folder: str) -> None:
+    """Removes a folder that processes which are just ending may still write to."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not Path(folder).exists():
+            return
+        time.sleep(0.5)
+
+
+class TcpProxy:
+    """Forwards connections to ``host:port`` and breaks them on demand: a load balancer on a bad day."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.removeprefix("http://").rpartition(":")
+        self._target = (host, int(port))
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._frozen: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> int:
+        """Resets every connection; returns how many there were."""
+        pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.shutdown(socket.SHUT_RDWR)
+        return len(pairs)
+
+    def freeze(self) -> int:
+        """From now on the connections that there are stay open and carry nothing; returns how many there are."""
+        for pair in self._pairs:
+            self._frozen.update(pair)
+        return len(self._pairs)
+
+    def close(self) -> None:
+        """Stops listening and cuts everything."""
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(self._target, 5)
+            except OSError:
+                near.close()
+                continue
+            self._pairs.append((near, far))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._forward, args=(source, sink, (near, far)), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if source not in self._frozen:
+                    sink.sendall(data)
+        if source in self._frozen:
+            return  # the other side does not hear of it
+        for end in pair:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(ValueError):
+            self._pairs.remove(pair)
 
 
 def _listens(port: int) -> bool:

@@ -153,6 +153,71 @@ def test_plan_names_what_does_not_fit_with_its_numbers(folder: Path, program: Ca
     assert "does not fit the actors need 1000 GPUs" in program(*args).text
 
 
+VALUES = """
+job:
+  input: {{uris: ["{}"]}}
+  model: {{name: resnet18}}
+  inference: {{actors: 6, gpus_per_actor: 0.5}}
+workers: {{gpusPerWorker: 2, gpuResource: nvidia.com/gpu}}
+cpuWorkers: {{replicas: 1}}
+"""
+
+
+def test_plan_with_values_of_the_chart_shows_its_pods(
+    folder: Path, tmp_path: Path, program: Callable[..., Said]
+) -> None:
+    first, second = tmp_path / "values.yaml", tmp_path / "more.yaml"
+    first.write_text(VALUES.format(folder))
+    second.write_text("workers: {memoryGiB: 50}\nautoscaling: {enabled: true, minWorkers: 1}\n")
+    said = program("plan", "--values", first, "--set", "shard_size=2")
+    assert said.code == 0, said
+    assert "3 images in 2 shards of 2" in said.text
+    assert "head 1: 2 CPUs, 8 GiB of memory with 2,457 MiB of object store" in said.text
+    assert "workers 2: 2 GPUs, 8 CPUs, 40 GiB of memory" in said.text
+    assert "room for 4 actors and 4 tasks" in said.text
+    assert "CPU workers 1: 8 CPUs, 12 GiB of memory" in said.text
+    assert "in all 4 GPUs, 26 CPUs, 100 GiB of memory, and the submitter" in said.text
+    assert "this machine" not in said.text
+    said = program("plan", "--values", first, "-f", second, "--json")
+    found = json.loads(said.out)["kubernetes"]
+    assert (said.code, found["problems"], found["min_workers"]) == (0, [], 1)
+    assert (found["workers"]["replicas"], found["workers"]["memory_mib"]) == (2, 50 * 1024)
+    assert "workers 1 to 2, as Ray asks for them: 2 GPUs" in program("plan", "-f", first, "-f", second).text
+
+
+def test_plan_refuses_what_the_chart_refuses_in_its_words(
+    folder: Path, tmp_path: Path, program: Callable[..., Said]
+) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(VALUES.format(folder) + "head: {memoryGiB: 1, objectStorePercent: 5}\n")
+    args = ["plan", "--values", file, "--set", "inference.gpus_per_actor=4"]
+    said = program(*args)
+    assert said.code == 2
+    assert (
+        "refused job.inference.gpus_per_actor is 4, workers.gpusPerWorker is 2: no worker can hold an actor"
+        in said.text
+    )
+    assert "refused head has 51 MiB of object store" in said.text
+    said = program(*args, "--json")
+    assert (said.code, len(json.loads(said.out)["kubernetes"]["problems"])) == (2, 2)
+
+
+def test_plan_of_a_job_that_joins_a_cluster(folder: Path, tmp_path: Path, program: Callable[..., Said]) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(VALUES.format(folder) + "clusterSelector: shared\n")
+    said = program("plan", "--values", file)
+    assert said.code == 0
+    assert "joins a Ray cluster that is up" in said.text
+
+
+def test_plan_without_values_says_what_the_chart_would_make(folder: Path, program: Callable[..., Said]) -> None:
+    said = program("plan", folder, "--model", "resnet18")
+    assert "on Kubernetes 4 workers, each with 1 GPUs, 5 CPUs, 15 GiB of memory" in said.text
+    said = program("plan", folder, "--model", "resnet18", "--set", "inference.gpus_per_actor=2")
+    assert said.code == 0
+    assert "needs values for the chart; job.inference.gpus_per_actor is 2, workers.gpusPerWorker is 1" in said.text
+
+
 def test_a_configuration_file_and_the_command_line_together(
     folder: Path, tmp_path: Path, program: Callable[..., Said]
 ) -> None:
@@ -240,6 +305,19 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("plan {}/photos --config {}/none.yaml", "no configuration file at {}/none.yaml", "--config"),
     ("plan {}/photos --config {}/list.csv", "{}/list.csv", "input:"),
     ("plan {}/photos --config {}/broken.yaml", "{}/broken.yaml is not valid YAML", "Mend the line"),
+    ("plan --values {}/none.yaml", "no configuration file at {}/none.yaml", "--values"),
+    ("plan --values {}/broken.yaml", "{}/broken.yaml is not valid YAML", "Mend the line"),
+    (
+        "plan --values {}/wrong.yaml",
+        "workers.gpusPerWorker: Input should be a valid integer, not 'two'",
+        "helm/README.md",
+    ),
+    ("plan --values {}/nojob.yaml", "job is None in the values", "Put the configuration under it"),
+    (
+        "plan --config {}/a.yaml --values {}/wrong.yaml",
+        "both --config {}/a.yaml and --values are given",
+        "Keep --values",
+    ),
     ("plan {}/photos --set actors", "--set actors is not of the form key=value", "--set inference.actors=2"),
     (
         "plan {}/photos --set inference.actor=2",
@@ -271,6 +349,8 @@ def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         "list.csv": "uri,id\na.jpg,1\n",
         "clash.csv": "uri,label\na.jpg,cat\n",
         "broken.yaml": "input: [\n",
+        "wrong.yaml": "workers: {gpusPerWorker: two}\n",
+        "nojob.yaml": "job:\n",
         "foreign/_job.json": "{}",
         "mine.py": "class Mine:\n    pass\n",
         "needs.py": "import not_installed_anywhere\n",

@@ -58,6 +58,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "actors": 4,
             "gpus_per_actor": 1,
             "cpus_per_actor": 1,
+            "device": "auto",
             "batch_size": "auto",
             "precision": "auto",
             "compile": "auto",

@@ -94,7 +94,7 @@ template:
           - {name: metrics, containerPort: 8080, protocol: TCP}
         resources:
           requests:
-            cpu: {{ include "common.units" (list $values.head.cpus 1000) }}m
+            cpu: {{ include "common.requestedCpus" (dict "root" .root "cpus" $values.head.cpus) }}
             memory: {{ int64 .size.memoryMiB }}Mi
           limits:
             memory: {{ int64 .size.memoryMiB }}Mi
@@ -133,21 +133,26 @@ template:
           - {name: metrics, containerPort: 8080, protocol: TCP}
         resources:
           requests:
-            {{- include "common.workerResources" (dict "size" .size "group" $group "cpus" true) | nindent 12 }}
+            {{- include "common.workerResources" (dict "root" .root "size" .size "group" $group "cpus" true) | nindent 12 }}
           limits:
-            {{- include "common.workerResources" (dict "size" .size "group" $group "cpus" $group.limitCpus) | nindent 12 }}
+            {{- include "common.workerResources" (dict "root" .root "size" .size "group" $group "cpus" $group.limitCpus) | nindent 12 }}
         {{- include "common.mounts" . | nindent 8 }}
     {{- include "common.volumes" . | nindent 4 }}
 {{- end }}
 
 {{- define "common.workerResources" -}}
 {{- if .cpus -}}
-cpu: {{ int64 .size.cpus | toString | quote }}
+cpu: {{ include "common.requestedCpus" (dict "root" .root "cpus" .size.cpus) }}
 {{ end -}}
 memory: {{ int64 .size.memoryMiB }}Mi
 {{- if gt (int64 (default 0 .size.gpus)) (int64 0) }}
 {{ .group.gpuResource }}: {{ int64 .size.gpus | toString | quote }}
 {{- end }}
+{{- end }}
+
+{{- /* CPUs that a pod asks Kubernetes for; Ray counts with more of them where they are overcommitted. */}}
+{{- define "common.requestedCpus" -}}
+{{- divf (include "common.units" (list .cpus 1000)) .root.Values.cpuOvercommit | ceil | int64 }}m
 {{- end }}
 
 {{- define "common.rayStartParams" -}}
@@ -159,11 +164,16 @@ object-store-memory: {{ mul (int64 .size.objectStoreMiB) 1048576 | toString | qu
 
 {{- /* The root file system is read-only, so home and caches are elsewhere. */}}
 {{- define "common.rayEnv" -}}
-{{- list
+{{- $env := list
   (dict "name" "HOME" "value" "/tmp")
   (dict "name" "XDG_CACHE_HOME" "value" .Values.modelCache.mountPath)
   (dict "name" "RAY_USAGE_STATS_ENABLED" "value" "0")
-  | toJson -}}
+-}}
+{{- /* Jobs inherit it from the head: theirs is the cluster to say whether workers come on demand. */}}
+{{- if .Values.autoscaling.enabled -}}
+{{- $env = append $env (dict "name" "BATCH_INFERENCE_WAIT_FOR_WORKERS_S" "value" (int64 .Values.autoscaling.waitSeconds | toString)) -}}
+{{- end -}}
+{{- toJson $env -}}
 {{- end }}
 
 {{- define "common.mounts" -}}

@@ -17,13 +17,14 @@
 {{- end }}
 
 {{- /* What objects and pods are found by. The version of the chart is not among them: it must not change a run. */}}
+{{- /* Of pods. Their app.kubernetes.io/name is the operator's: a job's head service selects by it. */}}
 {{- define "common.selectorLabels" -}}
-app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/part-of: ray-batch-inference
 {{- end }}
 
 {{- define "common.labels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
 {{ include "common.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}

@@ -14,8 +14,8 @@ annotations:
 {{- end }}
 spec:
   submissionMode: K8sJobMode
-  {{- /* What Ray's dashboard shows. The submitter below is what submits it, as a list of words that no shell reads. */}}
-  entrypoint: batch-inference run --config /etc/batch-inference/job.yaml --address auto --log-format json
+  {{- /* For those who read the RayJob: the operator runs it nowhere. The submitter below says the same to Ray, of fixed words. */}}
+  entrypoint: batch-inference run --config {{ ternary "/etc/batch-inference/job.yaml" "env:BATCH_INFERENCE_CONFIG" (eq $values.clusterSelector "") }} --address auto --dashboard-host none --log-format json
   shutdownAfterJobFinishes: {{ $values.run.shutdownAfterJobFinishes }}
   ttlSecondsAfterFinished: {{ int64 $values.run.ttlSecondsAfterFinished }}
   backoffLimit: {{ include "rayjob.backoffLimit" .root }}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
+import functools
 from pathlib import Path
 
+from tests.charts.service import Service
 from tests.e2e.cluster.cache import digest, product
 from tests.e2e.cluster.process import run
 from tests.e2e.cluster.programs import COMPILE_SECONDS, go
@@ -25,8 +25,13 @@ def program() -> Path:
     return product("oracle", digest(target, *files), make) / "oracle"
 
 
+@functools.cache
+def service() -> Service:
+    """The oracle, started."""
+    return Service(program())
+
+
 def ask(manifests: str) -> tuple[list[str], list[str]]:
     """What the operator says of manifests: the objects that it has looked at, and its complaints."""
-    answer = subprocess.run([program()], input=manifests, capture_output=True, text=True, timeout=60, check=True)
-    (verdict,) = [json.loads(line) for line in answer.stdout.splitlines()]
+    verdict = service().ask(manifests)
     return verdict["checked"], verdict["errors"]

@@ -1,15 +1,14 @@
 // The oracle: KubeRay's own validation, asked about rendered manifests.
 //
-// It reads YAML documents on standard input and writes one line of JSON: the RayJobs and RayClusters among them, and what
-// the operator says of each. Fields that the operator's types do not have are errors, too: the API server would drop
-// them without a word.
+// It reads manifests on standard input, a JSON string with YAML documents a line, and answers each line with a line of JSON:
+// the RayJobs and RayClusters among them, and what the operator says of each. Fields that the operator's types do not have
+// are errors, too: the API server would drop them without a word.
 package main
 
 import (
 	"bufio"
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
@@ -25,32 +24,25 @@ type verdict struct {
 }
 
 func main() {
-	result := verdict{Checked: []string{}, Errors: []string{}}
-	for _, document := range documents(os.Stdin) {
-		result.check([]byte(document))
-	}
-	if err := json.NewEncoder(os.Stdout).Encode(result); err != nil {
-		panic(err)
-	}
-}
-
-func documents(input io.Reader) []string {
-	var found []string
-	var lines []string
-	scanner := bufio.NewScanner(input)
-	scanner.Buffer(nil, 64<<20)
-	for scanner.Scan() {
-		if scanner.Text() == "---" {
-			found = append(found, strings.Join(lines, "\n"))
-			lines = nil
-			continue
+	questions := bufio.NewScanner(os.Stdin)
+	questions.Buffer(nil, 64<<20)
+	answers := json.NewEncoder(os.Stdout)
+	for questions.Scan() {
+		var text string
+		if err := json.Unmarshal(questions.Bytes(), &text); err != nil {
+			panic(err)
 		}
-		lines = append(lines, scanner.Text())
+		result := verdict{Checked: []string{}, Errors: []string{}}
+		for _, document := range strings.Split("\n"+text, "\n---\n") {
+			result.check([]byte(document))
+		}
+		if err := answers.Encode(result); err != nil {
+			panic(err)
+		}
 	}
-	if err := scanner.Err(); err != nil {
+	if err := questions.Err(); err != nil {
 		panic(err)
 	}
-	return append(found, strings.Join(lines, "\n"))
 }
 
 func (v *verdict) check(document []byte) {

@@ -1,0 +1,114 @@
+"""Whether a job fits into a Ray cluster, and waiting for one that grows; the real one is in tests/job/test_autoscaling.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from batch_inference import cluster
+from batch_inference.cluster import WAIT_VARIABLE, Demand
+from batch_inference.config import parse_config
+from batch_inference.errors import SystemFault, UserError
+
+GPU_JOB = Demand.of(parse_config({"inference": {"actors": 2, "gpus_per_actor": 0.5, "cpus_per_actor": 1.5}}))
+
+
+class Group:
+    def __init__(self, bundles: list[dict[str, float]]) -> None:
+        self.bundles = bundles
+        self.events: list[str] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.events.append("reserved")
+        return True
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Group]]:
+    """The placement groups that were asked for; time is short."""
+    found: list[Group] = []
+    groups = sys.modules["ray.util.placement_group"]
+    monkeypatch.setattr(groups, "placement_group", lambda bundles: found.append(Group(bundles)) or found[-1])
+    monkeypatch.setattr(groups, "remove_placement_group", lambda group: group.events.append("removed"))
+    monkeypatch.setattr(cluster, "_NODES_S", 0.2)
+    monkeypatch.delenv(WAIT_VARIABLE, raising=False)
+    yield found
+
+
+def resources(monkeypatch: pytest.MonkeyPatch, *answers: dict[str, float]) -> None:
+    """What Ray says that the cluster has, one answer after the other, the last one for ever."""
+    left = list(answers)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: left.pop(0) if len(left) > 1 else left[0])
+
+
+def test_the_demand_in_all_and_piece_by_piece() -> None:
+    assert (GPU_JOB.actor_cpus, GPU_JOB.actor_gpus, GPU_JOB.cpus) == (3, 1, 4)
+    assert GPU_JOB.bundles == [{"CPU": 1.5, "GPU": 0.5}, {"CPU": 1.5, "GPU": 0.5}, {"CPU": 1}]
+    on_cpus = Demand.of(parse_config({"inference": {"actors": 1, "gpus_per_actor": 0}}))
+    assert on_cpus.bundles == [{"CPU": 1}, {"CPU": 1}]
+
+
+def test_a_job_that_fits_asks_nobody(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
+    resources(monkeypatch, {"CPU": 4, "GPU": 1})
+    cluster._wait_until_it_fits(GPU_JOB)
+    monkeypatch.setenv(WAIT_VARIABLE, "9")
+    cluster._wait_until_it_fits(GPU_JOB)
+    assert asked == []
+
+
+def test_a_fixed_cluster_that_is_too_small_is_refused_soon(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
+    resources(monkeypatch, {"CPU": 2})
+    with pytest.raises(UserError) as caught:
+        cluster._wait_until_it_fits(GPU_JOB)
+    assert "the actors need 1 GPUs (inference.actors x gpus_per_actor), there are 0" in caught.value.message
+    assert "4 CPUs are needed (3 for the actors and 1 for a preparation task), there are 2" in caught.value.message
+    assert WAIT_VARIABLE in caught.value.remedy
+    assert asked == []
+
+
+def test_a_cluster_that_grows_is_asked_and_waited_for(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
+    monkeypatch.setenv(WAIT_VARIABLE, "9")
+    resources(monkeypatch, {}, {"CPU": 2}, {"CPU": 4, "GPU": 1})
+    cluster._wait_until_it_fits(GPU_JOB)
+    (group,) = asked
+    assert group.bundles == GPU_JOB.bundles
+    assert group.events == ["reserved", "removed"]
+
+
+def test_workers_that_do_not_come_are_a_system_fault_and_no_longer_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: list[Group]
+) -> None:
+    monkeypatch.setenv(WAIT_VARIABLE, "0.3")
+    resources(monkeypatch, {})
+    with pytest.raises(SystemFault) as caught:
+        cluster._wait_until_it_fits(GPU_JOB)
+    assert f"the workers did not come within 0.3 s ({WAIT_VARIABLE}): the actors need 1 GPUs" in caught.value.message
+    assert "pending pods" in caught.value.remedy
+    assert asked[0].events == ["removed"]
+
+
+def test_an_interrupted_wait_leaves_nothing_asked_for(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
+    monkeypatch.setenv(WAIT_VARIABLE, "9")
+    answers: list[Any] = [{}, KeyboardInterrupt()]
+
+    def interrupted() -> dict[str, float]:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return dict(answer)
+
+    monkeypatch.setattr(ray, "cluster_resources", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._wait_until_it_fits(GPU_JOB)
+    assert asked[0].events == ["removed"]
+
+
+@pytest.mark.parametrize("text", ["soon", "", "10 s"])
+def test_a_time_that_is_none_is_the_user_s_to_mend(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WAIT_VARIABLE, text)
+    with pytest.raises(UserError, match=f"{WAIT_VARIABLE} is '{text}', not a number of seconds"):
+        cluster._wait_until_it_fits(GPU_JOB)
