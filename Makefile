@@ -9,7 +9,7 @@ UV := $(VENV)/.tools/bin/uv
 UV_VERSION := 0.13.9
 # Wheels are kept in uv's cache in the home directory, so that a second checkout is set up in seconds.
 export UV_LINK_MODE ?= hardlink
-SOURCES := job tests
+SOURCES := job tests helm docker
 
 ##@ Use
 .PHONY: help
@@ -23,9 +23,21 @@ setup: $(VENV)/.ready ## Make .venv with the locked dependencies and the program
 demo: $(VENV)/.ready ## Classify real photos, some broken on purpose, with a real network on the CPU
 	$(BIN)/batch-inference demo
 
+.PHONY: image
+image: $(VENV)/.ready ## Build the container image and print its name
+	$(BIN)/python -m tests.e2e.image
+
+.PHONY: kind
+kind: $(VENV)/.ready ## Make a kind cluster with KubeRay, the image, and a store with photos; prints what to do next
+	$(BIN)/python -m tests.e2e.world demo
+
+.PHONY: kind-down
+kind-down: $(VENV)/.ready ## Remove that cluster
+	$(BIN)/python -m tests.e2e.cluster down demo
+
 ##@ Test
 .PHONY: test
-test: lint test-unit test-job ## Everything, the fast parts first
+test: lint test-unit test-charts test-job ## All but test-e2e, the fast parts first
 
 .PHONY: lint
 lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
@@ -37,9 +49,19 @@ lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
 test-unit: $(VENV)/.ready ## Tests that need no cluster: a minute or two
 	$(BIN)/pytest tests/unit
 
+.PHONY: test-charts
+test-charts: $(VENV)/.ready ## The charts: rendered, refused, and accepted by the operator's own validation
+	$(BIN)/pytest tests/charts
+
 .PHONY: test-job
 test-job: $(VENV)/.ready ## Whole jobs on this machine: storage servers, kills, races, 100,000 images
 	$(BIN)/pytest tests/job
+
+.PHONY: test-e2e
+test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a first run builds what no registry gives
+	$(BIN)/python -m tests.e2e.cluster build
+	$(BIN)/python -m tests.e2e.image
+	$(BIN)/pytest tests/e2e
 
 ##@ Maintain
 .PHONY: format

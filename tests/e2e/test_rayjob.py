@@ -1,0 +1,209 @@
+"""The charts on a real cluster: what users start, and what is left when it has ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.runs import Kubernetes, Releases, Run
+from tests.e2e.world import NAMESPACE, World, until
+
+PHOTOS, BROKEN = 20, 5
+WITHOUT_GPUS = {"job": {"inference": {"actors": 1, "gpus_per_actor": 0, "device": "auto"}}}
+# A job with a class of the user's own, mounted from a ConfigMap; how long it takes does not depend on the machine.
+SLOW: dict[str, Any] = {
+    "job": {
+        "input": {"uris": [], "manifest": "s3://images/many.csv"},
+        "predictor": "slow:Slow",
+        "inference": {"batch_size": 4},
+        "errors": {"max_percent": None},
+    },
+    "pods": {
+        "env": [{"name": "PYTHONPATH", "value": "/opt/predictors"}],
+        "volumes": [{"name": "predictors", "configMap": {"name": "slow-predictor"}}],
+        "volumeMounts": [{"name": "predictors", "mountPath": "/opt/predictors"}],
+    },
+}
+
+
+@pytest.fixture
+def many(world: World, slow_predictor: Path) -> int:
+    """A manifest that names the photos again and again; how many rows it has."""
+    names = [item.path for item in world.store("s3://images/photos/").objects()]
+    rows = [f"s3://images/photos/{name},{i}" for i in range(10) for name in sorted(names)]
+    world.store("s3://images").put("many.csv", "\n".join(["uri,round", *rows]).encode())
+    return len(rows)
+
+
+def verified(world: World, output: str, rows: int, errors: int) -> None:
+    done = world.program("verify", output, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["ok"], found["finished"], found["rows"], found["errors"]) == (True, True, rows, errors)
+
+
+def verdict(log: str) -> str:
+    """The last lines, for a person."""
+    return "\n".join(log.strip().splitlines()[-8:])
+
+
+def test_two_actors_get_two_workers_with_a_gpu_each(world: World, kubernetes: Kubernetes, releases: Releases) -> None:
+    run = releases.rayjob("photos")
+    run.until_running()
+    workers = [pod for pod in run.pods if pod.metadata.labels["ray.io/node-type"] == "worker"]
+    assert [pod.spec.containers[0].resources.limits["nvidia.com/gpu"] for pod in workers] == ["1", "1"]
+    (head,) = [pod for pod in run.pods if pod.metadata.labels["ray.io/node-type"] == "head"]
+    assert "nvidia.com/gpu" not in head.spec.containers[0].resources.limits
+    nodes = kubernetes.dashboard(f"{run.name}-head-svc", "api/v0/nodes")["data"]["result"]["result"]
+    total = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
+    assert [sum(node.get(kind, 0) for node in total) for kind in ("GPU", "CPU")] == [2, 4]
+    run.succeeded()
+    print(f"the cluster was gone {run.until_cluster_is_gone():.0f} s after the end")
+    assert run.object["metadata"]["name"] == run.name
+    (submitter,) = run.submitters
+    assert submitter.status.phase == "Succeeded"
+    assert f"SUCCEEDED: {PHOTOS} of {PHOTOS} images accounted for" in verdict(run.log())
+    verified(world, "s3://images/out/photos/", PHOTOS, BROKEN)
+
+    # The same values again are the same run; another model is another, and the first one stays as it is.
+    before = run.object
+    assert releases.rayjob("photos").name == run.name
+    assert run.object["metadata"]["uid"] == before["metadata"]["uid"]
+    other = releases.rayjob("photos", {"job": {"inference": {"top_k": 2}}}, "s3://images/out/photos-2/")
+    assert other.name != run.name
+    other.succeeded()
+    verified(world, "s3://images/out/photos-2/", PHOTOS, BROKEN)
+    assert run.object["metadata"]["uid"] == before["metadata"]["uid"]
+    assert (run.object["spec"], run.object["status"]) == (before["spec"], before["status"])
+    assert run.log()
+    assert {item["metadata"]["name"] for item in kubernetes.ray("rayjobs")} == {run.name, other.name}
+
+    # Only the runs that are asked for are kept.
+    values = {"job": {"inference": {"top_k": 2}}, "run": {"history": 0}}
+    assert releases.rayjob("photos", values, "s3://images/out/photos-2/").name == other.name
+    until("the earlier run goes", lambda: len(kubernetes.ray("rayjobs")) == 1, 60)
+    notes_commands_work(world, releases.printed[-1])
+
+
+def notes_commands_work(world: World, notes: str) -> None:
+    """Runs those commands of the notes that come to an end by themselves."""
+    commands = [line.strip() for line in notes.splitlines() if line.strip().startswith("kubectl ")]
+    ending = [line for line in commands if not re.search(r"--watch|--follow|port-forward", line)]
+    assert len(ending) >= 4
+    for line in ending:
+        assert world.cluster.kubectl(*shlex.split(line)[1:])
+
+
+def test_a_finished_job_is_done_at_once_in_another_release_and_without_gpus(world: World, releases: Releases) -> None:
+    output = "s3://images/out/cpu/"
+    releases.rayjob("cpu", WITHOUT_GPUS, output).succeeded()
+    verified(world, output, PHOTOS, BROKEN)
+    commits = {item.path: item for item in world.store(output).objects("_commits")}
+    again = releases.rayjob("again", WITHOUT_GPUS, output)
+    again.succeeded()
+    assert "was done already" in verdict(again.log())
+    assert {item.path: item for item in world.store(output).objects("_commits")} == commits
+
+
+def test_a_wrong_input_fails_with_the_verdict_in_the_status(releases: Releases) -> None:
+    run = releases.rayjob("wrong", {"job": {"input": {"uris": ["s3://images/phots/"]}, **WITHOUT_GPUS["job"]}})
+    status = run.until_ended()
+    assert (status["jobStatus"], status["jobDeploymentStatus"], status["reason"]) == ("FAILED", "Failed", "AppFailed")
+    assert "s3://images/phots/" in status["message"]
+    assert "FAILED" in status["message"]
+    assert [pod.status.phase for pod in run.submitters] == ["Succeeded"]
+    assert "Traceback" not in run.log()
+
+
+def test_gpus_that_nobody_has_end_the_job_at_its_deadline(releases: Releases) -> None:
+    values = {"job": {"inference": {"actors": 8}}, "run": {"preRunningDeadlineSeconds": 20}}
+    run = releases.rayjob("too-many", values)
+    status = run.until_ended()
+    assert (status["jobDeploymentStatus"], status["reason"]) == ("Failed", "PreRunningDeadlineExceeded")
+    run.until_cluster_is_gone()
+
+
+def test_jobs_join_a_shared_cluster_one_after_the_other(
+    world: World, kubernetes: Kubernetes, releases: Releases
+) -> None:
+    releases.raycluster("shared", {"actorPool": {"actors": 1, "gpusPerActor": 1}})
+    joins = {"clusterSelector": "shared", "job": {"inference": {"actors": 1}}}
+    for name in ("first", "second"):
+        run = releases.rayjob(name, joins)
+        run.succeeded()
+        assert run.status["rayClusterName"] == "shared"
+        verified(world, f"s3://images/out/{name}/", PHOTOS, BROKEN)
+    assert [item["metadata"]["name"] for item in kubernetes.ray("rayclusters")] == ["shared"]
+
+
+def test_the_job_goes_on_when_its_submitter_is_cut_off_or_lost(
+    world: World, kubernetes: Kubernetes, releases: Releases, many: int
+) -> None:
+    # The cluster stays for a minute after the end, so that the driver's own log can be read.
+    run = releases.rayjob("cut", {**SLOW, "run": {"ttlSecondsAfterFinished": 60}})
+    run.until_running()
+    (submitter,) = run.submitters
+    until("the first lines of the log", lambda: "shard" in run.log(submitter), 120)
+    with cut_off(world):
+        # The operator fails a running job 30 s after its own kind of submitter has lost the log.
+        time.sleep(40)
+        assert run.status["jobStatus"] == "RUNNING"
+    until("the log goes on", lambda: "re-attached" in run.log(submitter), 60)
+    before = run.log(submitter).splitlines()
+    kubernetes.core.delete_namespaced_pod(submitter.metadata.name, NAMESPACE, grace_period_seconds=1)
+    run.succeeded()
+    verified(world, "s3://images/out/cut/", many, many // PHOTOS * BROKEN)
+    jobs = kubernetes.dashboard(f"{run.name}-head-svc", "api/jobs/")
+    assert [job["submission_id"] for job in jobs if job["type"] == "SUBMISSION"] == [run.status["jobId"]]
+    driver = kubernetes.dashboard(f"{run.name}-head-svc", f"api/jobs/{run.status['jobId']}/logs")["logs"]
+    lines = driver.strip().splitlines()
+    assert len(lines) > 10
+    # Each line once: by the one that was cut off as far as it came, by its successor all of them.
+    assert [line for line in run.log().splitlines() if line in lines] == lines
+    seen = [line for line in before if line in lines]
+    assert seen and seen == lines[: len(seen)]
+
+
+class cut_off:  # noqa: N801 - reads as what it does
+    """For a while, whatever the submitter sends to the dashboard is answered by a reset."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __enter__(self) -> None:
+        self._rule("--insert")
+
+    def __exit__(self, *_: object) -> None:
+        self._rule("--delete")
+
+    def _rule(self, verb: str) -> None:
+        rule = f"iptables {verb} OUTPUT --protocol tcp --dport 8265 --jump REJECT --reject-with tcp-reset"
+        process = self._world.cluster.in_node("pgrep", "--oldest", "--full", "batch-inference submit").strip()
+        self._world.cluster.in_node("nsenter", "--target", process, "--net", *rule.split())
+
+
+def test_uninstalling_a_running_job_leaves_nothing(world: World, releases: Releases, many: int) -> None:
+    run: Run = releases.rayjob("gone", SLOW)
+    run.until_running()
+    cluster = f"ray.io/cluster={run.status['rayClusterName']}"
+    start = time.monotonic()
+    releases.uninstall("gone")
+    until("everything goes", lambda: not releases.left("gone") and not run.kubernetes.pods(cluster), 120)
+    print(f"everything was gone after {time.monotonic() - start:.0f} s")
+    assert run.name not in [item["metadata"]["name"] for item in run.kubernetes.ray("rayjobs")]
+
+
+def test_admission_has_had_no_warnings(world: World, all_releases: Releases) -> None:
+    """Pod Security counts whatever it has looked at, by what it would have done."""
+    metrics = world.cluster.kubectl("get", "--raw", "/metrics")
+    seen = re.findall(r"^pod_security_evaluations_total\{(.*)\} (\d+)", metrics, re.MULTILINE)
+    restricted = [(labels, count) for labels, count in seen if 'policy_level="restricted"' in labels]
+    assert restricted
+    assert not [labels for labels, _ in restricted if 'decision="deny"' in labels]
+    assert not [text for text in all_releases.printed if "arning:" in text.split("NOTES:")[0]]
