@@ -37,7 +37,7 @@ kind-down: $(VENV)/.ready ## Remove that cluster
 
 ##@ Test
 .PHONY: test
-test: lint test-unit test-charts test-job ## All but test-e2e, the fast parts first
+test: lint test-unit test-charts test-job test-e2e ## All tests, the fast ones first
 
 .PHONY: lint
 lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock

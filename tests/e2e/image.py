@@ -87,7 +87,3 @@ def _remove_others(name: str) -> None:
 
 if __name__ == "__main__":
     print(job_image())
-
-
-if __name__ == "__main__":
-    print(job_image())

@@ -159,6 +159,12 @@ class Releases:
         self.names.discard(name)
         self._world.cluster.helm("uninstall", name, "--namespace", NAMESPACE)
 
+    def test(self, name: str) -> str:
+        """Runs the tests that a release brings and returns what they printed."""
+        return self._world.cluster.helm(
+            "test", name, "--namespace", NAMESPACE, "--logs", "--timeout", "5m", timeout=330
+        )
+
     def left(self, name: str) -> list[str]:
         """What is in the namespace of a release."""
         selector = f"app.kubernetes.io/instance={name}"

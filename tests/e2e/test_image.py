@@ -8,7 +8,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from packaging.requirements import Requirement
 
 from tests.e2e.cluster.cache import digest
@@ -151,10 +152,8 @@ def test_labels() -> None:
 
 
 def test_sbom_is_valid_and_complete() -> None:
-    schema = pytest.importorskip("cyclonedx.schema")
-    validation = pytest.importorskip("cyclonedx.validation.json")
     text = in_image("cat", SBOM)
-    assert validation.JsonStrictValidator(schema.SchemaVersion.V1_6).validate_str(text) is None
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     purls = [component.get("purl", "") for component in json.loads(text)["components"]]
     assert {f"pkg:pypi/{name}@{version}" for name, version in locked().items()} <= set(purls)
     packages = in_image("dpkg-query", "--show", "--showformat", "${Package}\n").split()
@@ -163,9 +162,7 @@ def test_sbom_is_valid_and_complete() -> None:
 
 
 def test_the_dockerfile_is_clean() -> None:
-    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
-    if hadolint is None:
-        pytest.skip("hadolint is not installed")
+    hadolint = Path(sys.executable).with_name("hadolint")
     assert run(hadolint, ROOT / "docker/Dockerfile", timeout=60) == ""
 
 
@@ -193,7 +190,9 @@ def test_extra_packages_are_added(trial: str) -> None:
 
 def test_extra_packages_cannot_change_what_is_locked(trial: str) -> None:
     job_image()
-    with pytest.raises(CommandError, match=rf"numpy=={re.escape(locked()['numpy'])}"):
+    # Where the lock has versions for several Pythons, the resolver names the one that it means behind the package's name.
+    pinned = rf"numpy(\{{[^}}]*\}})?=={re.escape(locked()['numpy'])}, .*unsatisfiable"
+    with pytest.raises(CommandError, match=pinned):
         build_image(trial, {"EXTRA_PACKAGES": "numpy<2"}, target="image")
 
 

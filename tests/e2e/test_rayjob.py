@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+import torchvision
 
 from tests.e2e.runs import Kubernetes, Releases, Run
 from tests.e2e.world import NAMESPACE, World, until
@@ -70,25 +73,40 @@ def test_two_actors_get_two_workers_with_a_gpu_each(world: World, kubernetes: Ku
     assert submitter.status.phase == "Succeeded"
     assert f"SUCCEEDED: {PHOTOS} of {PHOTOS} images accounted for" in verdict(run.log())
     verified(world, "s3://images/out/photos/", PHOTOS, BROKEN)
+    assert f"OK: all {PHOTOS} inputs are there exactly once" in releases.test("photos")
 
     # The same values again are the same run; another model is another, and the first one stays as it is.
     before = run.object
     assert releases.rayjob("photos").name == run.name
     assert run.object["metadata"]["uid"] == before["metadata"]["uid"]
-    other = releases.rayjob("photos", {"job": {"inference": {"top_k": 2}}}, "s3://images/out/photos-2/")
+    another_model = {"job": {"model": put_mobilenet(world)}}
+    other = releases.rayjob("photos", another_model, "s3://images/out/photos-2/")
     assert other.name != run.name
     other.succeeded()
     verified(world, "s3://images/out/photos-2/", PHOTOS, BROKEN)
+    described = [
+        json.loads(world.store(f"s3://images/out/{name}/").get("_job.json")) for name in ("photos", "photos-2")
+    ]
+    assert [job["config"]["model"]["source"] for job in described] == ["package", "file"]
     assert run.object["metadata"]["uid"] == before["metadata"]["uid"]
     assert (run.object["spec"], run.object["status"]) == (before["spec"], before["status"])
     assert run.log()
     assert {item["metadata"]["name"] for item in kubernetes.ray("rayjobs")} == {run.name, other.name}
 
     # Only the runs that are asked for are kept.
-    values = {"job": {"inference": {"top_k": 2}}, "run": {"history": 0}}
+    values = {**another_model, "run": {"history": 0}}
     assert releases.rayjob("photos", values, "s3://images/out/photos-2/").name == other.name
     until("the earlier run goes", lambda: len(kubernetes.ray("rayjobs")) == 1, 60)
     notes_commands_work(world, releases.printed[-1])
+
+
+def put_mobilenet(world: World) -> dict[str, Any]:
+    """Puts the weights of another network into the store, and returns the job's `model`; what it predicts means nothing."""
+    torch.manual_seed(0)
+    weights = safetensors.torch.save(torchvision.models.mobilenet_v3_small(weights=None).state_dict())
+    world.store("s3://images/models").put("mobilenet.safetensors", weights)
+    uri = "s3://images/models/mobilenet.safetensors"
+    return {"source": "file", "name": "mobilenet_v3_small", "weights": uri, "args": []}
 
 
 def notes_commands_work(world: World, notes: str) -> None:
@@ -133,6 +151,7 @@ def test_jobs_join_a_shared_cluster_one_after_the_other(
     world: World, kubernetes: Kubernetes, releases: Releases
 ) -> None:
     releases.raycluster("shared", {"actorPool": {"actors": 1, "gpusPerActor": 1}})
+    assert "OK: 1 of 1 workers have joined" in releases.test("shared")
     joins = {"clusterSelector": "shared", "job": {"inference": {"actors": 1}}}
     for name in ("first", "second"):
         run = releases.rayjob(name, joins)
