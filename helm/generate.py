@@ -73,14 +73,22 @@ def kubernetes() -> dict[str, Any]:
     toleration = types["tolerations"]["items"]["properties"]
     toleration["effect"]["enum"] = ["NoSchedule", "PreferNoSchedule", "NoExecute"]
     toleration["operator"]["enum"] = ["Exists", "Equal"]
-    types["topologySpreadConstraints"]["items"]["properties"]["whenUnsatisfiable"]["enum"] = [
-        "DoNotSchedule",
-        "ScheduleAnyway",
-    ]
+    exists = {"properties": {"operator": {"const": "Exists"}}, "required": ["operator"]}
+    types["tolerations"]["items"]["not"] = {"allOf": [exists, {"required": ["value"]}]}
+    spread = types["topologySpreadConstraints"]["items"]["properties"]
+    spread["whenUnsatisfiable"]["enum"] = ["DoNotSchedule", "ScheduleAnyway"]
+    spread["maxSkew"]["minimum"] = 1
+    spread["topologyKey"]["minLength"] = 1
     types["env"]["items"]["properties"]["name"]["pattern"] = "^[-._a-zA-Z][-._a-zA-Z0-9]*$"
+    types["env"]["items"]["not"] = {"required": ["value", "valueFrom"]}
+    types["envFrom"]["items"]["oneOf"] = [{"required": ["configMapRef"]}, {"required": ["secretRef"]}]
+    for source in ("configMapRef", "secretRef"):
+        types["envFrom"]["items"]["properties"][source]["required"] = ["name"]
     volume = types["volumes"]["items"]
     volume["properties"] = {name: volume["properties"][name] for name in ("name", *VOLUMES)}
     volume["properties"]["name"] |= {"pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+    volume["properties"]["configMap"]["required"] = ["name"]
+    volume["properties"]["secret"]["required"] = ["secretName"]
     volume["oneOf"] = [{"required": [name]} for name in VOLUMES]
     mount = types["volumeMounts"]["items"]["properties"]
     mount["mountPath"]["pattern"] = "^/[^:]*[^:/]$"

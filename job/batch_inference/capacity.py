@@ -304,6 +304,12 @@ def _cpu_problems(sizes: Capacity, task_cpus: int, keys: Keys) -> list[str]:
         found.append(
             f"workers.cpus is {workers.cpus}, its {workers.actors} actors need {need}: raise workers.cpus or lower {keys.cpus}"
         )
+    cpu_workers = sizes.cpu_workers
+    if cpu_workers.replicas and task_cpus > cpu_workers.spare_cpu_units:
+        found.append(
+            f"{keys.task_cpus} is {_shown(task_cpus, RAY_UNITS)}, cpuWorkers.cpus is {cpu_workers.cpus}: CPU workers would never "
+            f"run a task; raise cpuWorkers.cpus or lower {keys.task_cpus}"
+        )
     most = max(0, workers.spare_cpu_units, sizes.cpu_workers.spare_cpu_units if sizes.cpu_workers.replicas else 0)
     if task_cpus > most:
         found.append(

@@ -213,7 +213,8 @@ class Submitter:
         self._silent_s = patience.silent_s
         self._submitted_ms: int | None = None
         self._heard_at = 0.0
-        self._ended_at: float | None = None
+        self._ended: Job | None = None
+        self._ended_at = 0.0
 
     async def run(self) -> Job:
         """Submits and follows the job; returns it when it has ended, whether well or not.
@@ -278,7 +279,7 @@ class Submitter:
             except NoAnswer as exc:
                 reason = str(exc)
             job = await self._look()
-            if job is not None and self._ended_at is not None:
+            if job is not None and self._ended is not None:
                 # Only the server's own word is the log's end; but nothing shall wait for it for long once the job is over.
                 if not complete and time.monotonic() - self._ended_at > _LAST_LOG_S:
                     log.warning("the end of the log could not be read", reason=reason)
@@ -312,12 +313,12 @@ class Submitter:
                     self._silent_s = self._patience.silent_s
                 continue
             await self._look()
-            if time.monotonic() - spoke_at >= (self._silent_s if self._ended_at is None else _LAST_SILENT_S):
+            if time.monotonic() - spoke_at >= (self._silent_s if self._ended is None else _LAST_SILENT_S):
                 self._silent_s = min(_SILENT_MAX_S, 2 * self._silent_s)
                 raise _Silent
 
     async def _look(self) -> Job | None:
-        """The job's state, or None if the dashboard does not answer.
+        """The job's state, or None if the dashboard does not answer; once the job was seen to end, that end.
 
         Raises:
             SystemFault: If it has not for too long, or does not know the job any more.
@@ -325,6 +326,8 @@ class Submitter:
         try:
             job = await self._server.read()
         except NoAnswer as exc:
+            if self._ended is not None:
+                return self._ended
             if time.monotonic() - self._heard_at > self._patience.lost_s:
                 raise SystemFault(
                     f"the Ray dashboard at {self._server.url} has not answered for {self._patience.lost_s:g} s: {exc}",
@@ -334,12 +337,14 @@ class Submitter:
             return None
         self._heard_at = time.monotonic()
         if job is None or job.submitted_ms != self._submitted_ms:
+            if self._ended is not None:
+                return self._ended
             raise SystemFault(
                 f"the Ray cluster has forgotten job {self._server.job_id}: its head was lost, and the job with it",
                 "The same command submits it again, and finished shards are not done again.",
             )
-        if job.ended and self._ended_at is None:
-            self._ended_at = self._heard_at
+        if job.ended and self._ended is None:
+            self._ended, self._ended_at = job, self._heard_at
         return job
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 from hypothesis import strategies as st
 
 from .render import HELM, Values
@@ -111,6 +112,9 @@ def _typed(part: dict[str, Any], kind: str, types: dict[str, Any]) -> st.SearchS
 
 
 def _object(part: dict[str, Any], types: dict[str, Any]) -> st.SearchStrategy[Any]:
+    if "not" in part:
+        allowed = jsonschema.Draft7Validator({"not": part["not"]}).is_valid
+        return _object({key: value for key, value in part.items() if key != "not"}, types).filter(allowed)
     if "properties" not in part:
         extra = part.get("additionalProperties", False)
         names = _string(part.get("propertyNames", {}))

@@ -232,6 +232,7 @@ def test_the_cluster_of_raycluster_is_that_of_rayjob() -> None:
             template["spec"]["volumes"] = [item for item in template["spec"]["volumes"] if item["name"] != "job"]
             ray = template["spec"]["containers"][0]
             ray["volumeMounts"] = [item for item in ray["volumeMounts"] if item["name"] != "job"]
+    assert shared["spec"].pop("upgradeStrategy") == {"type": "None"}
     assert own == shared["spec"]
 
 
@@ -440,7 +441,22 @@ def test_placement_of_one_role(section: str, role: str) -> None:
     found = pods(merged({"cpuWorkers": {"replicas": 1}}, {section: PLACEMENT}))
     assert {key: found[role][key] for key in PLACEMENT} == PLACEMENT
     for other in found.keys() - {role}:
-        assert not PLACEMENT.keys() & found[other].keys()
+        # The submitter goes where the head goes, unless it says otherwise.
+        shared = (
+            {"nodeSelector", "tolerations", "affinity", "priorityClassName"}
+            if (role, other) == ("head", "submitter")
+            else set()
+        )
+        assert PLACEMENT.keys() & found[other].keys() == shared
+
+
+def test_head_and_submitter_ask_not_to_be_moved() -> None:
+    stay = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+    own = {"pods": {"annotations": {"karpenter.sh/do-not-disrupt": "false"}}}
+    for values, expected in (({}, stay), (own, stay | own["pods"]["annotations"])):
+        found = {role: template["metadata"].get("annotations", {}) for role, template in check.pods(rayjob(values))}
+        assert found["head"] == found["submitter"] == expected
+        assert "cluster-autoscaler.kubernetes.io/safe-to-evict" not in found["gpu"]
 
 
 def test_placement_of_all_pods_is_added_to_and_overridden() -> None:

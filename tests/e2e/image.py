@@ -8,6 +8,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .cluster import base_image
 from .cluster.cache import digest, locked
@@ -59,6 +60,8 @@ def build_image(name: str, arguments: Mapping[str, str] | None = None, target: s
     bundle = ssl.get_default_verify_paths().cafile
     if bundle:
         options += ["--secret", f"id=ca,src={bundle}"]
+    if (netrc := Path.home() / ".netrc").is_file():
+        options += ["--secret", f"id=netrc,src={netrc}"]
     if target:
         options += ["--target", target]
     command = ("build", "--network", "host", "--file", ROOT / "docker/Dockerfile", "--tag", name)
@@ -72,6 +75,10 @@ def build_image(name: str, arguments: Mapping[str, str] | None = None, target: s
 def _index() -> dict[str, str]:
     """The package index that this machine is set up for, if it is not PyPI itself."""
     url = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("PIP_INDEX_URL")
+    if url and urlsplit(url).password:
+        raise CommandError(
+            "the package index's URL has a password, which would stay in the image: put it into ~/.netrc"
+        )
     return {"INDEX_URL": url} if url else {}
 
 

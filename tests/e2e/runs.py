@@ -12,7 +12,8 @@ import yaml
 from kubernetes import client, config
 
 from tests.charts.render import merged
-from tests.e2e.cluster.programs import REPOSITORY
+from tests.e2e.cluster.process import run
+from tests.e2e.cluster.programs import REPOSITORY, tool
 from tests.e2e.world import NAMESPACE, World, kind_values, until
 
 # A node of two CPUs starts three Ray pods and torch in each of them; bounded, not expected.
@@ -141,11 +142,18 @@ class Releases:
         self.names: set[str] = set()
         self.printed: list[str] = []
 
-    def rayjob(self, name: str, values: Values | None = None, output: str | None = None) -> Run:
-        """Installs or upgrades a job, and returns the run that its notes name."""
+    def rayjob(self, name: str, values: Values | None = None, output: str | None = None, *, helm: str = "helm") -> Run:
+        """Installs or upgrades a job, and returns the run that its notes name.
+
+        Args:
+            name: The release.
+            values: On top of those for kind.
+            output: Where the rows go, by default a folder of the release's name.
+            helm: `helm` for Helm 3, `helm4`.
+        """
         base = {"job": {"output": {"uri": output or f"s3://images/out/{name}/"}}, "run": {"backoffLimit": 0}}
         all_values = merged(merged(kind_values(), base), values or {})
-        notes = self._upgrade("rayjob", name, all_values)
+        notes = self._upgrade("rayjob", name, all_values, helm)
         after = notes.split("### The run\n", 1)[1].strip()
         return Run(after.split(":", 1)[0], self._kubernetes)
 
@@ -172,7 +180,7 @@ class Releases:
         arguments = ("get", kinds, "--namespace", NAMESPACE, "--selector", selector, "--output=name")
         return self._world.cluster.kubectl(*arguments).split()
 
-    def _upgrade(self, chart: str, name: str, values: Values) -> str:
+    def _upgrade(self, chart: str, name: str, values: Values, helm: str = "helm") -> str:
         repository, _, tag = self._world.image.rpartition(":")
         values = merged(values, {"image": {"repository": repository, "tag": tag}})
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -180,6 +188,7 @@ class Releases:
         file.write_text(yaml.safe_dump(values))
         self.names.add(name)
         arguments = ("upgrade", "--install", name, REPOSITORY / "helm" / chart, "--namespace", NAMESPACE)
-        printed = self._world.cluster.helm(*arguments, "--values", file)
+        program = tool(helm, from_path=False)
+        printed = run(program, *arguments, "--values", file, env=self._world.cluster.env, timeout=300)
         self.printed.append(printed)
         return printed

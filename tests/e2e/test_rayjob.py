@@ -140,11 +140,39 @@ def test_a_wrong_input_fails_with_the_verdict_in_the_status(releases: Releases) 
 
 
 def test_gpus_that_nobody_has_end_the_job_at_its_deadline(releases: Releases) -> None:
-    values = {"job": {"inference": {"actors": 8}}, "run": {"preRunningDeadlineSeconds": 20}}
+    # With the chart's own number of retries.
+    values = {"job": {"inference": {"actors": 8}}, "run": {"preRunningDeadlineSeconds": 20, "backoffLimit": None}}
     run = releases.rayjob("too-many", values)
     status = run.until_ended()
     assert (status["jobDeploymentStatus"], status["reason"]) == ("Failed", "PreRunningDeadlineExceeded")
+    assert status["failed"] == 2
     run.until_cluster_is_gone()
+
+
+@pytest.mark.parametrize("helm", ["helm", "helm4"])
+def test_no_upgrade_edits_a_run(helm: str, kubernetes: Kubernetes, releases: Releases) -> None:
+    """What the operator has rewritten, what a user has changed by hand, and whether it is suspended stay as they are."""
+    name = f"held-{helm}"
+    values: dict[str, Any] = {**WITHOUT_GPUS, "run": {"suspend": True}}
+    first = releases.rayjob(name, values, helm=helm)
+    until("the operator has the run", lambda: first.status.get("jobDeploymentStatus") == "Suspended", 60)
+    before = first.object
+    assert releases.rayjob(name, values, helm=helm).name == first.name
+    values = {**WITHOUT_GPUS, "run": {"suspend": True, "id": "2"}, "serviceAccount": {"name": "another"}}
+    second = releases.rayjob(name, values, helm=helm)
+    assert second.name != first.name
+    assert first.object["spec"] == before["spec"]
+    assert first.object["metadata"]["uid"] == before["metadata"]["uid"]
+    accounts = {item.metadata.name for item in kubernetes.core.list_namespaced_service_account(NAMESPACE).items}
+    assert {name, "another"} <= accounts
+    releases.uninstall(name)
+    until(
+        "both runs go",
+        lambda: not {first.name, second.name} & {r["metadata"]["name"] for r in kubernetes.ray("rayjobs")},
+        60,
+    )
+    accounts = {item.metadata.name for item in kubernetes.core.list_namespaced_service_account(NAMESPACE).items}
+    assert not {name, "another"} & accounts
 
 
 def test_jobs_join_a_shared_cluster_one_after_the_other(

@@ -489,6 +489,34 @@ def test_a_job_that_the_cluster_has_forgotten(became: str, server: FakeServer) -
     assert len(server.posts) == 1
 
 
+@pytest.mark.parametrize("became", ["nothing", "another", "unreachable"])
+def test_an_end_that_was_seen_stands_whatever_the_cluster_says_later(
+    became: str, server: FakeServer, said: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a replacement would submit a job again that is done."""
+    monkeypatch.setattr(submitter, "_POLL_S", 0.05)
+    monkeypatch.setattr(submitter, "_LAST_LOG_S", 0.3)
+    away = False
+
+    async def serve(socket: web.WebSocketResponse, attempt: int) -> None:
+        nonlocal away
+        await socket.send_str(LOG[:30])
+        if attempt == 1:
+            server.set("FAILED", "Job entrypoint command failed with exit code 2")
+            await asyncio.sleep(0.5)
+            away = became == "unreachable"
+            server.job = None if became == "nothing" else server.job
+            if became == "another":
+                server.set("RUNNING", submitted_ms=8)
+        await cut(socket)
+
+    server.log = serve
+    server.before = lambda request: web.Response(status=502, text="bad gateway") if away else None
+    assert server.follow(Patience(lost_s=0.1)).status == "FAILED"
+    assert events(said)[-2:] == ["the end of the log could not be read", "job x is FAILED"]
+    assert len(server.posts) == 1
+
+
 def test_a_dashboard_that_is_gone_for_a_while_and_one_that_stays_away(
     server: FakeServer, said: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,16 +3,28 @@ One pod, whatever its role. Every pod passes Pod Security "restricted"; what wri
 Values come as dict root role, where role is the key of the values (head, workers, cpuWorkers, submitter).
 */}}
 
+{{- /*
+What a role says itself. The submitter goes where the head goes unless it says otherwise: both belong on CPU nodes that stay, and
+the operator waits for a submitter that finds no node as long as for a job.
+*/}}
+{{- define "common.own" -}}
+{{- $own := get (get .root.Values .role) .key -}}
+{{- if and (eq .role "submitter") (not $own) (has .key (list "nodeSelector" "tolerations" "affinity" "priorityClassName")) -}}
+{{- $own = get .root.Values.head .key -}}
+{{- end -}}
+{{- toJson (dict "it" $own) -}}
+{{- end }}
+
 {{- /* A setting of the role, or of all pods where the role has none. */}}
 {{- define "common.either" -}}
-{{- $own := get (get .root.Values .role) .key -}}
+{{- $own := (fromJson (include "common.own" .)).it -}}
 {{- $all := get .root.Values.pods .key -}}
 {{- toJson (dict "it" (default $all $own)) -}}
 {{- end }}
 
 {{- /* What all pods have and what the role adds: maps merged, the role's winning, and lists joined. */}}
 {{- define "common.both" -}}
-{{- $own := get (get .root.Values .role) .key -}}
+{{- $own := (fromJson (include "common.own" .)).it -}}
 {{- $all := get .root.Values.pods .key -}}
 {{- if kindIs "map" $all -}}
 {{- toJson (dict "it" (merge (deepCopy $own) $all)) -}}
@@ -35,6 +47,10 @@ Values come as dict root role, where role is the key of the values (head, worker
 
 {{- define "common.podMetadata" -}}
 {{- $annotations := (fromJson (include "common.both" (dict "root" .root "role" .role "key" "annotations"))).it -}}
+{{- /* A node that is taken away to save money takes the whole attempt with it; workers are replaced. */}}
+{{- if has .role (list "head" "submitter") -}}
+{{- $annotations = merge $annotations (dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true") -}}
+{{- end -}}
 {{- $labels := (fromJson (include "common.both" (dict "root" .root "role" .role "key" "labels"))).it -}}
 labels:
   {{- include "common.selectorLabels" .root | nindent 2 }}

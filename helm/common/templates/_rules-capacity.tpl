@@ -51,6 +51,9 @@ workers.cpus is {{ int64 $workers.cpus }}, its {{ int64 $workers.actors }} actor
 {{- end }}
 {{- $most := max 0 $spare -}}
 {{- if gt (int64 $cpuWorkers.replicas) (int64 0) }}{{ $most = max $most (int64 $cpuWorkers.spareCpus) }}{{ end -}}
+{{- if and (gt (int64 $cpuWorkers.replicas) (int64 0)) (gt $taskCpus (int64 $cpuWorkers.spareCpus)) }}
+{{ .keys.cpusPerTask }} is {{ include "common.shown" (list $taskCpus 10000) }}, cpuWorkers.cpus is {{ int64 $cpuWorkers.cpus }}: CPU workers would never run a task; raise cpuWorkers.cpus or lower {{ .keys.cpusPerTask }}
+{{- end }}
 {{- if gt $taskCpus $most }}
 {{ .keys.cpusPerTask }} is {{ include "common.shown" (list $taskCpus 10000) }}, no worker has more than {{ include "common.shown" (list $most 10000) }} CPUs beside its actors: no image would ever be prepared; raise workers.tasksPerWorker, workers.cpus or cpuWorkers.replicas
 {{- end }}

@@ -9,7 +9,7 @@
 {{ $.role }}.rayStartParams sets {{ $key }} to {{ $value }}, which the chart computes: use {{ get $owned $key }} instead
 {{- else if hasPrefix "redis-" $key }}
 {{ $.role }}.rayStartParams sets {{ $key }}, which the operator refuses: remove it; a job resumes from its output, without Redis
-{{- else if has $key (list "address" "block" "head" "no-monitor" "plasma-directory" "metrics-export-port" "dashboard-port" "port") }}
+{{- else if has $key (list "address" "block" "head" "no-monitor" "plasma-directory" "metrics-export-port" "dashboard-port" "dashboard-host" "include-dashboard" "port") }}
 {{ $.role }}.rayStartParams sets {{ $key }}, which is the operator's: remove it
 {{- end }}
 {{- end }}
@@ -54,9 +54,9 @@
 {{- define "common.rules.volumes" -}}
 {{- $all := .values.pods }}{{ $own := get .values .role -}}
 {{- $joined := eq .role "pods" | ternary (list) $all.volumes -}}
-{{- $taken := dict "scratch" true "shared-memory" true "model-cache" true "job" true -}}
+{{- $charts := list "scratch" "shared-memory" "model-cache" "job" }}{{ $taken := dict -}}
 {{- range concat $joined $own.volumes -}}
-{{- if hasKey $taken .name }}
+{{- if or (hasKey $taken .name) (has .name $charts) }}
 {{ $.role }}.volumes has a second volume {{ .name }}: choose another name (scratch, shared-memory, model-cache and job are the chart's)
 {{- end }}
 {{- $_ := set $taken .name true -}}
@@ -68,13 +68,18 @@
 {{ $.role }}.volumeMounts mounts {{ $path }} a second time: choose another path (/tmp, /dev/shm, /etc/batch-inference and modelCache.mountPath are the chart's)
 {{- end }}
 {{- $_ := set $paths $path true -}}
-{{- if not (hasKey $taken .name) }}
+{{- if has .name $charts }}
+{{ $.role }}.volumeMounts mounts {{ .name }} at {{ $path }}, a volume of the chart's that not every pod has: add one of your own to {{ $.role }}.volumes
+{{- else if not (hasKey $taken .name) }}
 {{ $.role }}.volumeMounts mounts {{ .name }} at {{ $path }}, but there is no such volume: add it to {{ $.role }}.volumes
 {{- end }}
 {{- end }}
 {{- end }}
 
 {{- define "common.rules.versions" -}}
+{{- if has .Values.modelCache.mountPath (list "/tmp" "/dev/shm" "/etc/batch-inference") }}
+modelCache.mountPath is {{ .Values.modelCache.mountPath }}, where the chart mounts another volume: choose another path, such as /cache
+{{- end }}
 {{- if semverCompare "<1.6.0-0" .Values.kuberayVersion }}
 kuberayVersion is {{ .Values.kuberayVersion }}, preRunningDeadlineSeconds needs 1.6.0: upgrade the operator
 {{- end }}
@@ -93,7 +98,7 @@ auth.enabled needs Ray 2.52.0, rayVersion is {{ .Values.rayVersion }}: use a new
 {{- range $key, $value := $labels -}}
 {{- if has $key (list "kueue.x-k8s.io/queue-name" "kueue.x-k8s.io/priority-class") }}
 {{ $at }}.labels sets {{ $key }}: use queue.name and queue.priorityClass, which are checked
-{{- else if has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance") }}
+{{- else if has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/part-of" "app.kubernetes.io/version" "app.kubernetes.io/managed-by" "helm.sh/chart") }}
 {{ $at }}.labels sets {{ $key }}, which the release is found by: choose another name
 {{- end }}
 {{- end }}

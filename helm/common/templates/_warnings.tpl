@@ -9,6 +9,14 @@ WARNING: {{ int64 $capacity.demand.actors }} actors leave room for {{ $idle }} m
 {{- if and (gt (int64 $size.gpus) (int64 0)) (not (concat .Values.pods.tolerations .Values.workers.tolerations)) }}
 WARNING: the workers tolerate no taints; GPU nodes that are tainted won't take them unless your cluster adds the toleration.
 {{- end }}
+{{- if .Values.run }}
+{{- if not .Values.run.activeDeadlineSeconds }}
+WARNING: run.activeDeadlineSeconds is not set: a run that neither ends nor fails, because its submitter finds no node, say, keeps its GPUs until you remove it.
+{{- end }}
+{{- if .Values.run.deletionRules }}
+WARNING: no deletion rule can match a job that someone stops (`ray job stop`): the cluster and its GPUs then stay until `helm uninstall`.
+{{- end }}
+{{- end }}
 {{- if not .Values.image.digest }}
 WARNING: the image is named by its tag; set image.digest, so that what ran is certain.
 {{- end }}

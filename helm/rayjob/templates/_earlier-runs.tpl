@@ -4,7 +4,7 @@
 {{- range (lookup "ray.io/v1" "RayJob" .Release.Namespace "").items -}}
 {{- $status := dig "status" "jobDeploymentStatus" "" . -}}
 {{- $mine := eq (dig "metadata" "labels" "app.kubernetes.io/instance" "" .) $.Release.Name -}}
-{{- if and $mine (ne .metadata.name $current) -}}
+{{- if and $mine (ne .metadata.name $current) (not .metadata.deletionTimestamp) -}}
 {{- if has $status (list "Complete" "Failed" "ValidationFailed") -}}
 {{- $ended = append $ended (printf "%s %s" .metadata.creationTimestamp .metadata.name) -}}
 {{- else }}
@@ -17,6 +17,40 @@
 {{ splitList " " $run | last }}
 {{- end -}}
 {{- end -}}
+{{- end }}
+
+{{- /* ServiceAccounts of the release that its earlier runs' pods have and this one's do not: a running job needs its own to replace a pod. */}}
+{{- define "rayjob.earlierAccounts" -}}
+{{- $current := list (include "common.serviceAccountName" .) (include "rayjob.submitterServiceAccountName" .) }}{{ $seen := dict -}}
+{{- range include "rayjob.earlierRuns" . | splitList "\n" -}}
+{{- with trim . -}}
+{{- $spec := (lookup "ray.io/v1" "RayJob" $.Release.Namespace .).spec -}}
+{{- range list (dig "submitterPodTemplate" "spec" "serviceAccountName" "" $spec) (dig "rayClusterSpec" "headGroupSpec" "template" "spec" "serviceAccountName" "" $spec) -}}
+{{- if and . (not (has . $current)) (not (hasKey $seen .)) -}}
+{{- $_ := set $seen . true -}}
+{{- $account := lookup "v1" "ServiceAccount" $.Release.Namespace . -}}
+{{- if eq (dig "metadata" "labels" "app.kubernetes.io/instance" "" $account) $.Release.Name }}
+{{ . }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- /*
+A run as it is in the cluster. The operator has filled in and rewritten some of it: whoever applied the first text again would edit
+the run, or, with server-side apply, be refused. Whether a queued run is suspended is Kueue's to say.
+*/}}
+{{- define "rayjob.asItIs" -}}
+apiVersion: ray.io/v1
+kind: RayJob
+metadata:
+  {{- include "rayjob.earlierMetadata" .metadata | nindent 2 }}
+{{- $spec := .spec }}
+{{- if hasKey .metadata.labels "kueue.x-k8s.io/queue-name" }}{{ $spec = omit $spec "suspend" }}{{ end }}
+spec:
+  {{- toYaml $spec | nindent 2 }}
 {{- end }}
 
 {{- /* Name, labels and annotations, without what Helm writes itself. */}}

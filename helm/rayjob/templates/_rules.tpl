@@ -1,6 +1,7 @@
 {{- /* What the operator would refuse of a RayJob only after it was created, where no edit can mend it; and Kueue's part. */}}
 {{- define "rayjob.rules" -}}
 {{- include "rayjob.rules.name" . -}}
+{{- include "rayjob.rules.going" . -}}
 {{- include "rayjob.rules.input" . -}}
 {{- include "rayjob.rules.run" . -}}
 {{- include "rayjob.rules.deletion" . -}}
@@ -19,6 +20,14 @@ the name {{ $name }} is not of a-z, 0-9 and -, starting with a letter: set nameO
 {{- end }}
 {{- end }}
 
+{{- /* Helm would take an object that is on its way out for one that is there, and start nothing. */}}
+{{- define "rayjob.rules.going" -}}
+{{- $there := lookup "ray.io/v1" "RayJob" .Release.Namespace (include "rayjob.name" .) -}}
+{{- if dig "metadata" "deletionTimestamp" "" $there }}
+the run {{ $there.metadata.name }} of an earlier release with the same values is being deleted since {{ $there.metadata.deletionTimestamp }}: wait for it (kubectl wait --for=delete rayjob/{{ $there.metadata.name }}), or set run.id
+{{- end }}
+{{- end }}
+
 {{- define "rayjob.rules.input" -}}
 {{- $job := .Values.job -}}
 {{- if not (or $job.input.uris $job.input.manifest) }}
@@ -30,15 +39,22 @@ job.input.uris and job.input.manifest are both given: keep the one that lists yo
 {{- $output := $job.output.uri -}}
 {{- if not $output }}
 job.output.uri is empty: set it to the folder for the output, such as s3://bucket/predictions/
-{{- else if not (contains "://" $output) -}}
+{{- else if and (eq (include "rayjob.outputPath" .) "true") (not .Values.clusterSelector) -}}
+{{- $lasting := dict -}}
+{{- range .Values.pods.volumes }}{{ if not (hasKey . "emptyDir") }}{{ $_ := set $lasting .name true }}{{ end }}{{ end -}}
 {{- $mounted := false -}}
 {{- range .Values.pods.volumeMounts -}}
-{{- if hasPrefix (printf "%s/" (trimSuffix "/" .mountPath)) (printf "%s/" $output) }}{{ $mounted = true }}{{ end -}}
+{{- if and (hasKey $lasting .name) (hasPrefix (printf "%s/" (trimSuffix "/" .mountPath)) (printf "%s/" (trimPrefix "file://" $output))) }}{{ $mounted = true }}{{ end -}}
 {{- end -}}
 {{- if not $mounted }}
-job.output.uri is {{ $output }}, a path that is gone with the pod: mount a volume there with pods.volumeMounts, or use s3://, gs:// or az://
+job.output.uri is {{ $output }}, a path that is gone with the pod: mount a volume that lasts there with pods.volumes and pods.volumeMounts, or use s3://, gs:// or az://
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* Whether the output is a path in the Ray pods. */}}
+{{- define "rayjob.outputPath" -}}
+{{- or (not (contains "://" .Values.job.output.uri)) (hasPrefix "file://" .Values.job.output.uri) -}}
 {{- end }}
 
 {{- define "rayjob.rules.run" -}}
@@ -100,6 +116,11 @@ run.deletionRules keeps workers for {{ $workers }} s and the cluster for {{ $clu
 {{- $limit := include "rayjob.backoffLimit" . | int64 -}}
 {{- if gt $limit (int64 0) }}
 run.backoffLimit is {{ $limit }} and clusterSelector is {{ $selector }}, where only 0 is possible: leave run.backoffLimit out
+{{- end }}
+{{- /* The submitter's own limit: it sends the job along as one environment variable. */}}
+{{- $bytes := len (toJson (include "rayjob.jobYaml" .)) -}}
+{{- if gt $bytes 32768 }}
+job takes {{ $bytes }} bytes and clusterSelector is {{ $selector }}, to whose pods 32768 bytes can be sent along: put long lists into files that job.input.manifest and job.model.labels name
 {{- end }}
 {{- if .Values.run.suspend }}
 run.suspend is true and clusterSelector is {{ $selector }}, a cluster that can't be suspended: set run.suspend=false
