@@ -110,7 +110,11 @@ def paired(runs: Sequence[Run], scene: str, name: str, ours: str, other: str) ->
         value = figure(run, name)
         if run.scene == scene and run.contender in (ours, other) and value is not None:
             by_round.setdefault(run.round, {})[run.contender] = value
-    return [found[ours] / found[other] for found in by_round.values() if len({ours, other} & found.keys()) == len({ours, other})]
+    return [
+        found[ours] / found[other]
+        for found in by_round.values()
+        if len({ours, other} & found.keys()) == len({ours, other})
+    ]
 
 
 def judged(runs: Sequence[Run], targets: Iterable[Target]) -> list[tuple[Target, Spread | None]]:
@@ -131,8 +135,8 @@ def _targets() -> tuple[Target, ...]:
             Target(scene, "steady", "ours-float32", "article", 2.5),
             Target(scene, "steady", "ours-bfloat16", "daft", 2.0 if scene == mobile else 3.0),
         ]
-        found += [Target(scene, "speed", "ours-float32", other, 1.0) for other in _OTHERS]
-    return (*found, Target(large, "speed", "ours-float32", "ray-benchmark", 5.0), Target(large, "steady", "ours-float32", "ray-benchmark", 5.0))
+        found += [Target(scene, "speed", "ours-auto", other, 1.0) for other in _OTHERS]
+    return (*found, Target(large, "steady", "ours-float32", "ray-benchmark", 5.0))
 
 
 _OTHERS = ("article", "article-2", "ray-benchmark", "dataloader", "daft")

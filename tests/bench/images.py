@@ -113,6 +113,8 @@ def _photo(path: str) -> Image.Image:
     # Found, not imported: the photos are files, and scikit-learn takes seconds to import.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"the benchmark needs the photos of {package}, which is not installed; `make setup` installs it")
+        raise SystemExit(
+            f"the benchmark needs the photos of {package}, which is not installed; `make setup` installs it"
+        )
     with Image.open(Path(spec.origin).parent / inside) as image:
         return image.convert("RGB")

@@ -69,10 +69,12 @@ def markdown(bench: Bench, runs: Sequence[Run], targets: Sequence[Target], round
         + ", ".join(f"{name} {facts[name]}" for name in _PACKAGES)
         + f"; commit {facts['commit']}.",
         "",
-        f"Rounds: {rounds}, interleaved. Medians, ranges in brackets. *Steady* is images a second after the first quarter of the rows, *start-up* "
-        "the seconds until the first rows are there, *end to end* the seconds from command to exit. Ratios are of steady rates in the same "
-        "round. *Top-1* is agreement with Pillow, `weights.transforms()` and float32, with random weights.",
+        f"Rounds: {rounds}, interleaved. Medians, ranges in brackets. *Steady* is images a second after the first quarter of the rows, "
+        "*start-up* the seconds until the first rows are there, *end to end* the seconds from command to exit. Ratios are of steady rates "
+        "in the same round. *Top-1* is agreement with Pillow, `weights.transforms()` and float32, with random weights.",
     ]
+    if bench.quick:
+        lines += ["", "**A quick look: so few images show that everything works. No figure here measures anything.**"]
     for scene in bench.scenes:
         mine = [run for run in runs if run.scene == scene.name]
         if not mine:
@@ -93,7 +95,9 @@ def markdown(bench: Bench, runs: Sequence[Run], targets: Sequence[Target], round
             lines.append(f"| {name} | {target.least:g} | | | not measured |")
             continue
         verdict = "reached" if reached.median >= target.least else "**missed**"
-        lines.append(f"| {name} | {target.least:g} | {reached.median:.2f} | {reached.low:.2f}–{reached.high:.2f} | {verdict} |")
+        lines.append(
+            f"| {name} | {target.least:g} | {reached.median:.2f} | {reached.low:.2f}-{reached.high:.2f} | {verdict} |"
+        )
     if bench.failures:
         lines += ["", "## Failures", "", *(f"- {failure}" for failure in bench.failures)]
     return "\n".join(lines) + "\n"
@@ -123,7 +127,7 @@ def _cell(value: Spread | None, digits: int) -> str:
     if value is None:
         return ""
     shown = f"{value.median:.{digits}f}"
-    return shown if value.n == 1 else f"{shown} ({value.low:.{digits}f}–{value.high:.{digits}f})"
+    return shown if value.n == 1 else f"{shown} ({value.low:.{digits}f}-{value.high:.{digits}f})"
 
 
 def draw(bench: Bench, runs: Sequence[Run], facts: dict[str, Any], file: Path) -> None:
@@ -146,7 +150,7 @@ def draw(bench: Bench, runs: Sequence[Run], facts: dict[str, Any], file: Path) -
             axis.set_title(f"{scene.name}, {scene.count:,} images: {title}", fontsize=10, loc="left")
             axis.set_xlabel(unit, fontsize=9)
             axis.set_yticks(range(len(contenders)), [c.name for c in contenders], fontsize=9)
-            axis.invert_yaxis()
+            axis.set_ylim(len(contenders) - 0.5, -0.5)
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(axis="y", length=0)
         for place, contender in enumerate(contenders):
@@ -159,7 +163,9 @@ def draw(bench: Bench, runs: Sequence[Run], facts: dict[str, Any], file: Path) -
                 right.barh(place, startup.median, height=0.7, color="white", alpha=0.55)
         for axis in (left, right):
             axis.margins(x=0.12)
-    canvas.suptitle(f"{facts['cores']} cores of {facts['cpu']}, no GPU; median and range", fontsize=9, x=0.01, ha="left")
+    canvas.suptitle(
+        f"{facts['cores']} cores of {facts['cpu']}, no GPU; median and range", fontsize=9, x=0.01, ha="left"
+    )
     canvas.savefig(file, dpi=120)
     pyplot.close(canvas)
 
@@ -170,4 +176,11 @@ def _bar(axis: Any, place: int, value: Spread | None, color: str, digits: int) -
     axis.barh(place, value.median, height=0.7, color=color)
     if value.n > 1:
         axis.plot([value.low, value.high], [place, place], color="black", linewidth=1)
-    axis.annotate(f"{value.median:.{digits}f}", (value.high, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.annotate(
+        f"{value.median:.{digits}f}",
+        (value.high, place),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )

@@ -17,7 +17,7 @@ from tests.bench import figures, weights
 from tests.bench.contenders.common import MARKS
 from tests.bench.figures import Run
 from tests.bench.images import versions
-from tests.bench.scenes import CONTENDERS, Contender, Scene
+from tests.bench.scenes import CONTENDERS, Contender, Scene, shortened
 
 ROOT = Path(__file__).parents[2]
 _PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -25,7 +25,7 @@ _TIMEOUT_S = 900
 _MOST_PROCESSES = len(os.sched_getaffinity(0))
 
 
-class Failed(Exception):
+class ContenderError(Exception):
     """A contender did not do its job; the message says what its log says."""
 
 
@@ -36,12 +36,14 @@ class Bench:
         folder: For everything that is made.
         scenes: What to measure.
         only: Names of contenders; empty: all.
+        quick: Whether to take a few images, which shows that everything works and measures nothing.
     """
 
-    def __init__(self, folder: Path, scenes: Sequence[Scene], only: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, scenes: Sequence[Scene], only: Sequence[str] = (), *, quick: bool = False) -> None:
         self.folder = folder
-        self.scenes = scenes
+        self.scenes = shortened(scenes) if quick else scenes
         self.only = only
+        self.quick = quick
         self.failures: list[str] = []
         self.digests: dict[str, str] = {}
         self._classes: dict[str, dict[str, int]] = {}
@@ -64,7 +66,7 @@ class Bench:
                 for contender in self.contenders(scene):
                     try:
                         yield self._run(number, scene, contender)
-                    except Failed as exc:
+                    except ContenderError as exc:
                         self.failures.append(f"round {number}, {scene.name}, {contender.name}: {exc}")
 
     def contenders(self, scene: Scene) -> list[Contender]:
@@ -81,7 +83,7 @@ class Bench:
             sys.executable if contender.own_python else str(_PYTHON),
             "-m", f"tests.bench.contenders.{contender.module}",
             str(self._images(scene)), str(work / "output"),
-            "--model", scene.model, "--weights", str(self._weights(scene)), *contender.options,
+            "--model", scene.model, "--weights", str(self._weights(scene)), *contender.options, *scene.options,
         ]  # fmt: skip
         # Usage statistics and telemetry would add calls to the network to some and not to others.
         environment = os.environ | {
@@ -95,7 +97,7 @@ class Bench:
             try:
                 code = process.wait(_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                raise Failed(f"not done after {_TIMEOUT_S} s, see {work / 'log.txt'}") from None
+                raise ContenderError(f"not done after {_TIMEOUT_S} s, see {work / 'log.txt'}") from None
             finally:
                 wall = time.monotonic() - started
                 # What a contender has left behind would take time from the next one.
@@ -104,12 +106,12 @@ class Bench:
                 process.wait()
         if code:
             last = (work / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-            raise Failed(f"exit code {code}: {' '.join(last)[:300]} (see {work / 'log.txt'})")
+            raise ContenderError(f"exit code {code}: {' '.join(last)[:300]} (see {work / 'log.txt'})")
         seen = figures.read_marks(marks)
-        classes = _classes(work / "output")
+        classes = classes_of(work / "output")
         expected = self._classes[scene.name]
         if classes.keys() != expected.keys():
-            raise Failed(f"{len(classes)} different images of {len(expected)} are in the output")
+            raise ContenderError(f"{len(classes)} different images of {len(expected)} are in the output")
         agreeing = sum(classes[image] == expected[image] for image in expected)
         return Run(
             number, scene.name, contender.name, wall, seen[0][0] - started if seen else wall,
@@ -124,11 +126,11 @@ class Bench:
         return self.folder / "weights" / f"{scene.model}-{self._images(scene).name}.safetensors"
 
 
-def _classes(output: Path) -> dict[str, int]:
+def classes_of(output: Path) -> dict[str, int]:
     """The class of each image by file name, from a contender's output.
 
     Raises:
-        Failed: If an image has two rows.
+        ContenderError: If an image has two rows.
     """
     import pyarrow.parquet as pq
 
@@ -141,5 +143,5 @@ def _classes(output: Path) -> dict[str, int]:
         found += zip(names, table["predicted_class_idx"].to_pylist(), strict=True)
     twice = [name for name, times in Counter(name for name, _ in found).items() if times > 1]
     if twice:
-        raise Failed(f"{len(twice)} images have more than one row, such as {twice[0]}")
+        raise ContenderError(f"{len(twice)} images have more than one row, such as {twice[0]}")
     return dict(found)

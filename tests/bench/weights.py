@@ -1,8 +1,8 @@
 """Weights and labels that every contender is given and measured by.
 
 No weights are downloaded: they are random, from a seed, with the statistics of the batch normalizations taken from the images, so that
-activations keep a sensible size and different images get different classes. Random weights cost the same time as trained ones. They exaggerate
-differences of pixels: many images lie near a border between two classes. Agreement with trained weights is not this benchmark's to show.
+activations keep a sensible size and different images get different classes. Random weights cost the same time as trained ones. They
+exaggerate differences of pixels: many images lie near a border between two classes.
 """
 
 from __future__ import annotations

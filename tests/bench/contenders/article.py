@@ -46,7 +46,7 @@ def main() -> None:
     ray.data.read_images(str(job.images), include_paths=True).map_batches(
         TorchPredictor,
         fn_constructor_args=(job.model, str(job.weights)),
-        batch_size=BATCH_SIZE,
+        batch_size=job.batch_size or BATCH_SIZE,
         num_gpus=0,
         compute=ActorPoolStrategy(size=job.actors),
     ).write_parquet(str(job.output))

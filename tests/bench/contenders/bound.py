@@ -70,8 +70,9 @@ def share(job: Task, first: int, step: int, answer: Connection) -> None:
     paths = job.paths[first::step]
     classes: list[int] = []
     confidences: list[float] = []
-    for start in range(0, len(paths), BATCH_SIZE):
-        index, confidence = network([pixels(path) for path in paths[start : start + BATCH_SIZE]])
+    size = job.batch_size or BATCH_SIZE
+    for start in range(0, len(paths), size):
+        index, confidence = network([pixels(path) for path in paths[start : start + size]])
         classes += index
         confidences += confidence
         mark(len(index))

@@ -22,7 +22,8 @@ class Task:
         model: torchvision's name.
         weights: State dict, ``.safetensors``.
         precision: ``float32``, ``bfloat16`` or ``auto``, where the contender has a choice.
-        actors: Actors or processes, where the contender has a choice.
+        actors: Actors, where the contender has a choice.
+        batch_size: Images in a forward pass; None: what the contender takes.
     """
 
     images: Path
@@ -31,6 +32,7 @@ class Task:
     weights: Path
     precision: str
     actors: int
+    batch_size: int | None
 
     @property
     def paths(self) -> list[str]:
@@ -47,6 +49,7 @@ def task() -> Task:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "auto"))
     parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--batch-size", type=int)
     return Task(**vars(parser.parse_args()))
 
 

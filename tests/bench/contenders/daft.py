@@ -24,8 +24,14 @@ def main() -> None:
     file, name = str(job.weights), job.model
     daft.set_runner_native()
     transform = transforms.Compose([transforms.ToTensor(), weights.transform_of(job.model)])
+    if mode in ("p", "u"):
+        pt = weights.transform_of(job.model)
+        from PIL import Image
 
-    @daft.cls(max_concurrency=job.actors)
+        def transform(a):
+            return pt(Image.fromarray(a)).numpy()
+
+    @daft.cls(max_concurrency=job.actors, use_process=True if os.environ.get("DAFT_PROC") else None)
     class Classifier:
         def __init__(self) -> None:
             if os.environ.get("DAFT_THREADS"):
@@ -36,7 +42,7 @@ def main() -> None:
             return_dtype=daft.DataType.struct(
                 {"predicted_class_idx": daft.DataType.int32(), "confidence": daft.DataType.float32()}
             ),
-            batch_size=BATCH_SIZE,
+            batch_size=job.batch_size or BATCH_SIZE,
         )
         def __call__(self, images: Any) -> Any:
             if len(images) == 0:
@@ -46,7 +52,8 @@ def main() -> None:
                 confidence, index = self.model(batch).softmax(dim=1).max(dim=1)
             mark(len(batch))
             return [
-                {"predicted_class_idx": i, "confidence": c} for i, c in zip(index.tolist(), confidence.tolist(), strict=True)
+                {"predicted_class_idx": i, "confidence": c}
+                for i, c in zip(index.tolist(), confidence.tolist(), strict=True)
             ]
 
     frame = daft.from_pydict({"uri": job.paths})

@@ -1,4 +1,4 @@
-"""(c) A plain PyTorch loop: a ``DataLoader`` with a worker a core, Pillow and ``weights.transforms()`` in it, the network in the main process."""
+"""(c) A plain PyTorch loop: a ``DataLoader`` with a worker a core, Pillow and the weights' transform in them; the network outside."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def main() -> None:
     job = task()
     network = weights.load(job.model, job.weights)
     loader = DataLoader(
-        Photos(job.paths, weights.transform_of(job.model)), batch_size=BATCH_SIZE, num_workers=os.cpu_count() or 1
+        Photos(job.paths, weights.transform_of(job.model)),
+        batch_size=job.batch_size or BATCH_SIZE,
+        num_workers=os.cpu_count() or 1,
     )
     uris: list[str] = []
     classes: list[int] = []

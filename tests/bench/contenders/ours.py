@@ -11,18 +11,19 @@ from typing import Any
 
 from batch_inference import cli, driver
 from batch_inference.progress import Snapshot
-
 from tests.bench.contenders.common import Task, mark, task
 
 
 def command(job: Task) -> list[str]:
     """The command line; ``inference.*`` is what the README advises on a machine without a GPU."""
+    batch = ["--set", f"inference.batch_size={job.batch_size}"] if job.batch_size else []
     return [
         "batch-inference", "run", str(job.images), "--output", str(job.output),
         "--set", "model.source=file", "--model", job.model, "--weights", str(job.weights),
         "--set", f"inference.precision={job.precision}",
         "--set", "inference.gpus_per_actor=0",
         "--set", f"inference.actors={job.actors}",
+        *batch,
     ]  # fmt: skip
 
 

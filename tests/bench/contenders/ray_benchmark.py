@@ -1,8 +1,8 @@
 """(b) Ray's image classification benchmark: the steps of its release test, in Ray's repository at
 ``release/nightly_tests/multimodal_inference_benchmarks/image_classification/ray_data_main.py``.
 
-A Parquet file of paths, ``download``, a row at a time Pillow's decoder and ``ToTensor`` before ``weights.transforms()`` (so that floats are resized),
-float32 images through the object store, batches of 100. Changed is what a CPU needs, ``compute=`` for the deprecated
+A Parquet file of paths, ``download``, a row at a time Pillow's decoder and ``ToTensor`` before ``weights.transforms()`` (so that floats
+are resized), float32 images through the object store, batches of 100. Changed is what a CPU needs, ``compute=`` for the deprecated
 ``concurrency=``, and the class's index beside a confidence for its label.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
     ).map_batches(
         ResNetActor,
         fn_constructor_args=(job.model, str(job.weights)),
-        batch_size=BATCH_SIZE,
+        batch_size=job.batch_size or BATCH_SIZE,
         num_gpus=0,
         compute=ActorPoolStrategy(size=job.actors),
     ).write_parquet(str(job.output))
