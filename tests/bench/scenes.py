@@ -57,7 +57,7 @@ CONTENDERS = (
     Contender("article-2", "article", _TWO, says="(a) with an actor a core"),
     Contender("ray-benchmark", "ray_benchmark", _TWO, says="(b) Ray's image classification benchmark, an actor a core"),
     Contender("dataloader", "dataloader", says="(c) a PyTorch DataLoader, a worker a core"),
-    Contender("daft", "daft", _TWO, own_python=True, says="(d) Daft on its native runner"),
+    Contender("daft", "daft", own_python=True, says="(d) Daft on its native runner"),
     Contender("ours-float32", "ours", ("--precision", "float32"), says="(e) this project, inference.precision=float32"),
     Contender("ours-auto", "ours", ("--precision", "auto"), says="(e) this project, inference.precision=auto"),
     Contender(

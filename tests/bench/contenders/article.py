@@ -42,7 +42,7 @@ class TorchPredictor:
 def main() -> None:
     job = task()
     # Actors that take every CPU leave none to read with, and Ray Data waits for ever.
-    ray.init(num_cpus=max(os.cpu_count() or 1, job.actors + 1))
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, job.actors + 1))
     ray.data.read_images(str(job.images), include_paths=True).map_batches(
         TorchPredictor,
         fn_constructor_args=(job.model, str(job.weights)),

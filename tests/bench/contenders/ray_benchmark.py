@@ -61,7 +61,7 @@ def main() -> None:
     listing = Path(f"{job.output}.parquet")
     pq.write_table(pa.table({"image_url": job.paths}), listing)
     # Beside the actors, which hold a CPU each, `download` plans in an actor of its own and works in tasks.
-    ray.init(num_cpus=max(os.cpu_count() or 1, job.actors + 2))
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, job.actors + 2))
     ray.data.read_parquet(str(listing)).with_column("bytes", download("image_url")).map(decode).map(
         normalize
     ).map_batches(
