@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := $(VENV)/.bench
 UV := $(VENV)/.tools/bin/uv
 UV_VERSION := 0.13.9
 # Wheels are kept in uv's cache in the home directory, so that a second checkout is set up in seconds.
@@ -63,6 +64,10 @@ test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a fi
 	$(BIN)/python -m tests.e2e.image
 	$(BIN)/pytest tests/e2e
 
+.PHONY: bench
+bench: $(BENCH)/.ready ## Measure speed against what else does this job, and against the bound; BENCH_ARGS=--quick for a look
+	$(BENCH)/bin/python -m tests.bench $(BENCH_ARGS)
+
 ##@ Maintain
 .PHONY: format
 format: $(VENV)/.ready ## Format the code
@@ -73,6 +78,10 @@ format: $(VENV)/.ready ## Format the code
 lock: $(UV) ## Bring the lock in line with pyproject.toml; LOCK_UPGRADE=--upgrade takes the newest versions too
 	$(UV) pip compile pyproject.toml --extra timm --extra demo $(LOCK_OPTIONS) -o requirements.lock
 	$(UV) pip compile pyproject.toml --extra timm --extra demo --group dev -c requirements.lock $(LOCK_OPTIONS) -o requirements-dev.lock
+	grep -vE '^ |^(pyarrow|tqdm)==' requirements-dev.lock | sed 's/ *\\$$//' > $(BENCH_CONSTRAINTS)
+	$(UV) pip compile tests/bench/requirements.in -c $(BENCH_CONSTRAINTS) $(LOCK_OPTIONS) \
+		$(addprefix --no-emit-package ,fsspec numpy packaging pillow python-dateutil six typing-extensions tzdata) -o tests/bench/requirements.lock
+BENCH_CONSTRAINTS := $(VENV)/.bench-constraints.txt
 LOCK_OPTIONS := --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url --no-annotate --quiet $(LOCK_UPGRADE)
 
 .PHONY: clean
@@ -89,4 +98,11 @@ $(VENV)/.ready: $(UV) requirements-dev.lock pyproject.toml
 	VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --require-hashes requirements-dev.lock
 	VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	@touch $@
+
+# What only the benchmark needs, in a venv that falls back on .venv for everything else: Daft wants older versions of two packages.
+$(BENCH)/.ready: $(VENV)/.ready tests/bench/requirements.lock
+	$(BIN)/python -m venv --without-pip $(BENCH)
+	VIRTUAL_ENV=$(BENCH) $(UV) pip sync --quiet --require-hashes tests/bench/requirements.lock
+	site() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; site $(BIN)/.. > "$$(site $(BENCH))/below.pth"
 	@touch $@
