@@ -19,10 +19,11 @@ from ray.data.block import BlockAccessor
 
 from batch_inference.config import InputConfig, JobConfig, PreprocessConfig, StorageConfig
 from batch_inference.errors import RowFailure, UserError
+from batch_inference.fetcher import Fetcher
 from batch_inference.images import open_image, to_rgb
 from batch_inference.manifest import find_inputs
 from batch_inference.predictor import TorchPredictor
-from batch_inference.storage import Fetcher, canonical_uri
+from batch_inference.storage import canonical_uri
 
 # Decoded photos take tens of megabytes; a few at a time keep a task's memory small.
 _IMAGES_AT_ONCE = 8

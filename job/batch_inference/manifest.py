@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import glob
 import hashlib
@@ -19,7 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
+import structlog
 
+from batch_inference import containers
 from batch_inference.config import InputConfig, JobConfig, StorageConfig
 from batch_inference.errors import UserError
 from batch_inference.storage import (
@@ -27,6 +30,7 @@ from batch_inference.storage import (
     canonical_uri,
     classify,
     display,
+    is_file,
     is_local,
     local_path,
     open_bucket,
@@ -34,8 +38,19 @@ from batch_inference.storage import (
     split_bucket,
 )
 
-# Columns that the output has of its own; a manifest's column of the same name could not pass through.
-RESERVED_COLUMNS = ("shard", "row", "stage", "error_type", "message", "retryable", "attempts")
+log = structlog.get_logger()
+
+# Columns that output or manifest have of their own; a user's column of the same name could not pass through.
+RESERVED_COLUMNS = (
+    "shard",
+    "row",
+    "stage",
+    "error_type",
+    "message",
+    "retryable",
+    "attempts",
+    *containers.PLACE_COLUMNS,
+)
 _WILDCARDS = re.compile(r"[*?\[]")
 _MANIFEST_ENDINGS = (".parquet", ".csv", ".jsonl", ".ndjson", ".txt")
 
@@ -45,7 +60,8 @@ class Inputs:
     """What listing found.
 
     Attributes:
-        table: One row an input: ``uri`` string, then the manifest's passthrough columns.
+        table: One row an input: ``uri`` string; where there are members of tar or Parquet files, the columns of
+            ``PLACE_SCHEMA``, which stay within the manifest; then the passthrough columns.
         skipped: Objects left out, by file name ending ("" for none).
         duplicates: Inputs that were listed more than once; each was kept once.
         repeated: URIs that several manifest lines share; those lines are all kept, since their other columns may differ.
@@ -57,6 +73,11 @@ class Inputs:
     duplicates: int = 0
     repeated: int = 0
     manifest_sha256: str = ""
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """Names of the columns that go to the output."""
+        return tuple(name for name in self.table.column_names[1:] if name not in containers.PLACE_COLUMNS)
 
 
 def shard_name(shard: int) -> str:
@@ -108,18 +129,19 @@ def source_digest(config: JobConfig) -> str:
 
 
 def looks_like_manifest(uri: str) -> bool:
-    """Whether a name ends like a manifest rather than like an image."""
-    return uri.lower().endswith(_MANIFEST_ENDINGS)
+    """Whether a name ends like a manifest rather than like an image. A glob of Parquet files means the images in them."""
+    low = uri.lower()
+    return low.endswith(_MANIFEST_ENDINGS) and not (low.endswith(".parquet") and _WILDCARDS.search(low))
 
 
 def cut(table: pa.Table, shard_size: int) -> Iterator[tuple[int, pa.Table]]:
     """Cuts inputs into shards of ``shard_size`` rows, the last one shorter.
 
     Yields:
-        Shard number and its table: ``uri``, ``shard`` int32, ``row`` int32, then the passthrough columns.
+        Shard number and its table: ``uri``, ``shard`` int32, ``row`` int32, then the other columns.
     """
     for shard, start in enumerate(range(0, table.num_rows, shard_size)):
-        part = table.slice(start, shard_size)
+        part = table.slice(start, shard_size).unify_dictionaries()
         place = pa.table(
             {
                 "uri": part["uri"],
@@ -141,8 +163,18 @@ def encode_shard(table: pa.Table) -> bytes:
 
 
 def read_shard(store: Store, shard: int) -> pa.Table:
-    """Reads a manifest shard back; raises FileNotFoundError if it is missing."""
-    return read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+    """A manifest shard as the output shows it: ``uri``, ``shard``, ``row``, passthrough; raises FileNotFoundError without it."""
+    table, _ = read_places(store, shard)
+    return table
+
+
+def read_places(store: Store, shard: int) -> tuple[pa.Table, pa.Table | None]:
+    """A manifest shard, and where those of its inputs lie that are members of files: columns of ``PLACE_SCHEMA``, or None."""
+    table = read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+    if containers.PLACE_COLUMNS[0] not in table.column_names:
+        return table, None
+    columns = list(containers.PLACE_COLUMNS)
+    return table.drop_columns(columns), table.select(columns)
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -165,11 +197,24 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     skipped: dict[str, int] = {}
     chunks: list[pa.Array] = []
     batch: list[str] = []
+    files: list[str] = []
+    members: list[str] = []
     empty: list[str] = []
     for given in section.uris:
-        before = len(batch) + 65536 * len(chunks) + sum(skipped.values())
-        for uri, explicit in _list_one(canonical_uri(given), section.recursive, storage):
+        place = canonical_uri(given)
+        containers.refuse_compressed(place)
+        if containers.split_member(place) and not is_file(place):
+            members.append(place)
+            continue
+        # Beside images, a Parquet file is rather a table of something else: it has to be asked for.
+        parquet = section.bytes_column is not None or place.lower().endswith(".parquet")
+        nothing = True
+        for uri, explicit in _list_one(place, section.recursive, storage):
+            nothing = False
             ending = PurePosixPath(uri).suffix.lower()
+            if ending == ".tar" or (ending == ".parquet" and parquet):
+                files.append(uri)
+                continue
             if not explicit and section.extensions and ending not in section.extensions:
                 skipped[ending] = skipped.get(ending, 0) + 1
                 continue
@@ -178,15 +223,41 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
             if len(batch) == 65536:
                 chunks.append(pa.array(batch, pa.string()))
                 batch = []
-        if before == len(batch) + 65536 * len(chunks) + sum(skipped.values()):
+        if nothing:
             empty.append(given)
     if empty and len(section.uris) > 1:
         raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
     chunks.append(pa.array(batch, pa.string()))
     every = pa.chunked_array(chunks, pa.string())
     distinct = pc.unique(every)
-    order = pc.sort_indices(distinct)
-    return Inputs(pa.table({"uri": distinct.take(order)}), skipped, len(every) - len(distinct))
+    objects = pa.table({"uri": distinct.take(pc.sort_indices(distinct))})
+    duplicates = len(every) - len(distinct)
+    if not files and not members:
+        return Inputs(objects, skipped, duplicates)
+    found = containers.listed(files, members, section, storage)
+    for note in found.notes:
+        log.warning(note)
+    return Inputs(
+        _interleaved(objects, found.tables), containers.merged([skipped, found.skipped]), duplicates + found.duplicates
+    )
+
+
+def _interleaved(objects: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
+    """Members of each file, in its order, where the file itself would stand among the sorted objects."""
+    column = objects["uri"].combine_chunks()
+    parts = []
+    start = 0
+    for uri in sorted(tables):
+        stop = bisect.bisect_left(range(len(column)), uri, key=lambda place: column[place].as_py())
+        parts += [objects.slice(start, stop - start), tables[uri]]
+        start = stop
+    return pa.concat_tables([*parts, objects.slice(start)], promote_options="default").select(
+        list(
+            dict.fromkeys(
+                ["uri", *containers.PLACE_COLUMNS, *(name for t in tables.values() for name in t.column_names)]
+            )
+        )
+    )
 
 
 def _list_one(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[tuple[str, bool]]:
@@ -326,8 +397,20 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
     if again and table.num_columns == 1:
-        return Inputs(pa.table({"uri": pc.unique(table["uri"])}), {}, again, 0, sha256.hexdigest())
-    return Inputs(table, {}, 0, again, sha256.hexdigest())
+        table = pa.table({"uri": pc.unique(table["uri"])})
+        return Inputs(_with_places(table, section, storage), {}, again, 0, sha256.hexdigest())
+    return Inputs(_with_places(table, section, storage), {}, 0, again, sha256.hexdigest())
+
+
+def _with_places(table: pa.Table, section: InputConfig, storage: StorageConfig) -> pa.Table:
+    places, notes = containers.places(table["uri"], section, storage)
+    for note in notes:
+        log.warning(note)
+    if places is None:
+        return table
+    columns = [table["uri"], *places.columns, *table.columns[1:]]
+    names = ["uri", *places.column_names, *table.column_names[1:]]
+    return pa.table(columns, names=names)
 
 
 def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
@@ -395,7 +478,8 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     if section.uri_column not in names:
         raise UserError(
             f"the manifest {given} has no column {section.uri_column!r}; it has: {', '.join(names)}",
-            "Set input.uri_column to the one that holds the images' URIs.",
+            "Set input.uri_column to the one that holds the images' URIs; if the file holds the images themselves, name it in "
+            "input.uris.",
         )
     double = sorted({name for name in names if names.count(name) > 1})
     if double:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from batch_inference import manifest
 from batch_inference.config import JobConfig, StorageConfig
 from batch_inference.errors import UserError
+from batch_inference.fetcher import Fetcher
 from batch_inference.manifest import (
     Inputs,
     cut,
@@ -24,7 +25,7 @@ from batch_inference.manifest import (
     read_shard,
     source_digest,
 )
-from batch_inference.storage import Fetcher, Store
+from batch_inference.storage import Store
 from tests.conftest import unprivileged
 
 ODD = [
