@@ -338,8 +338,8 @@ class _RowGroup:
         first, end = self.footer.chunk(self.group, column)
         start = int(self.footer.starts[self.group])
         count = int(self.footer.starts[self.group + 1]) - start
-        # Some megabytes at a time, however large the images are.
-        batch = max(1, min(256, 4 * _PAGE_BYTES * count // max(1, end - first)))
+        # About a megabyte at a time, however large the images are.
+        batch = max(1, min(256, _PAGE_BYTES * count // max(1, end - first)))
         file = pq.ParquetFile(stream, metadata=self.footer.metadata, buffer_size=_PAGE_BYTES, pre_buffer=False)
         row = start
         for part in file.iter_batches(batch, row_groups=[self.group], columns=[column], use_threads=False):

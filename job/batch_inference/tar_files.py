@@ -126,7 +126,7 @@ def _reaches_behind(header: bytes, size: int) -> bool:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    return 512 + member.size + 512 > size
+    return 512 + -(-member.size // 512) * 512 + 512 > size
 
 
 def _no_tar(uri: str, file: RangeFile, exc: Exception) -> tuple[str, str]:
