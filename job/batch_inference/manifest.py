@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import fnmatch
-import glob
 import hashlib
 import io
 import os
 import posixpath
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -25,17 +22,15 @@ import structlog
 from batch_inference import containers
 from batch_inference.config import InputConfig, JobConfig, StorageConfig
 from batch_inference.errors import UserError
+from batch_inference.listing import WILDCARDS, list_uris
 from batch_inference.storage import (
     Store,
     canonical_uri,
-    classify,
     display,
     is_file,
     is_local,
     local_path,
-    open_bucket,
     read_object,
-    split_bucket,
 )
 
 log = structlog.get_logger()
@@ -51,7 +46,6 @@ RESERVED_COLUMNS = (
     "attempts",
     *containers.PLACE_COLUMNS,
 )
-_WILDCARDS = re.compile(r"[*?\[]")
 _MANIFEST_ENDINGS = (".parquet", ".csv", ".jsonl", ".ndjson", ".txt")
 
 
@@ -131,7 +125,7 @@ def source_digest(config: JobConfig) -> str:
 def looks_like_manifest(uri: str) -> bool:
     """Whether a name ends like a manifest rather than like an image. A glob of Parquet files means the images in them."""
     low = uri.lower()
-    return low.endswith(_MANIFEST_ENDINGS) and not (low.endswith(".parquet") and _WILDCARDS.search(low))
+    return low.endswith(_MANIFEST_ENDINGS) and not (low.endswith(".parquet") and WILDCARDS.search(low))
 
 
 def cut(table: pa.Table, shard_size: int) -> Iterator[tuple[int, pa.Table]]:
@@ -209,7 +203,7 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
         # Beside images, a Parquet file is rather a table of something else: it has to be asked for.
         parquet = section.bytes_column is not None or place.lower().endswith(".parquet")
         nothing = True
-        for uri, explicit in _list_one(place, section.recursive, storage):
+        for uri, explicit in list_uris(place, section.recursive, storage):
             nothing = False
             ending = PurePosixPath(uri).suffix.lower()
             if ending == ".tar" or (ending == ".parquet" and parquet):
@@ -258,111 +252,6 @@ def _interleaved(objects: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
             )
         )
     )
-
-
-def _list_one(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[tuple[str, bool]]:
-    """URIs below one given location, each with whether it was named itself rather than found."""
-    if is_local(uri):
-        yield from _list_local(uri, recursive)
-    else:
-        yield from _list_bucket(uri, recursive, storage)
-
-
-def _list_local(uri: str, recursive: bool) -> Iterator[tuple[str, bool]]:
-    path = local_path(uri)
-    if os.path.isfile(path):
-        yield "file://" + path, True
-    elif os.path.isdir(path):
-        yield from (("file://" + p, False) for p in _walk(path, recursive))
-    elif _WILDCARDS.search(path):
-        folders = files = 0
-        for match in glob.iglob(path, recursive=True):  # noqa: PTH207 - a Path would collapse the `**` that the user wrote
-            if os.path.isfile(match):
-                files += 1
-                yield "file://" + match, False
-            else:
-                folders += 1
-        if folders and not files:
-            raise UserError(f"{path} matches {folders} folders and no file", f"Write {path}/** for what is in them.")
-    else:
-        raise UserError(
-            f"there is no file or folder {path}", "Check the path; relative ones start at the current directory."
-        )
-
-
-def _walk(folder: str, recursive: bool) -> Iterator[str]:
-    def refuse(exc: OSError) -> None:
-        raise UserError(f"cannot list the folder {exc.filename}: {exc.strerror}", "Make it readable, or leave it out.")
-
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        # Hidden files and folders are tools' own (.git, .DS_Store), as in every lister.
-        folders[:] = [f for f in folders if recursive and not f.startswith(".") and not _leads_back(root, f)]
-        for name in files:
-            if not name.startswith("."):
-                yield os.path.join(root, name)  # noqa: PTH118
-
-
-def _leads_back(root: str, folder: str) -> bool:
-    """Whether a link to a folder would send the walk round in circles."""
-    path = os.path.join(root, folder)  # noqa: PTH118
-    if not os.path.islink(path):  # noqa: PTH114
-        return False
-    return (os.path.realpath(root) + "/").startswith(os.path.realpath(path) + "/")
-
-
-def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[tuple[str, bool]]:
-    import obstore
-
-    root, key = split_bucket(uri)
-    bucket = open_bucket(root, storage)
-    wildcard = _WILDCARDS.search(key)
-    # Everything before the first wildcard, up to a slash, is a prefix that the store itself can list by.
-    prefix = key[: wildcard.start()].rpartition("/")[0] if wildcard else key.rstrip("/")
-    pattern = _glob_regex(key) if wildcard else None
-    try:
-        found = False
-        for chunk in obstore.list(bucket, prefix=prefix or None, chunk_size=1000):
-            for meta in chunk:
-                path = str(meta["path"])
-                if pattern is not None and not pattern.match(path):
-                    continue
-                below = path[len(prefix) :].lstrip("/")
-                if pattern is None and not recursive and "/" in below:
-                    continue
-                if any(part.startswith(".") for part in below.split("/")):
-                    continue
-                found = True
-                yield f"{root}/{path}", False
-        if not found and key and not wildcard:
-            obstore.head(bucket, key)
-            yield uri, True
-    except UserError:
-        raise
-    except Exception as exc:
-        failure = classify(exc)
-        if failure.error_type == "NOT_FOUND":
-            return
-        raise UserError(
-            f"cannot list {uri}: {failure.message}",
-            "Check bucket, endpoint and the credentials in the environment (list permission is needed).",
-        ) from None
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """A glob in which ``*`` stays within a folder and ``**`` does not, as in a shell."""
-    out = ""
-    for piece in re.split(r"(\*\*/?|\*|\?|\[[^\]]*\])", pattern):
-        if piece.startswith("**"):
-            out += "(?:.*/)?" if piece.endswith("/") else ".*"
-        elif piece == "*":
-            out += "[^/]*"
-        elif piece == "?":
-            out += "[^/]"
-        elif piece.startswith("["):
-            out += fnmatch.translate(piece).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z")
-        else:
-            out += re.escape(piece)
-    return re.compile(out + r"\Z")
 
 
 def _nothing_found(section: InputConfig, found: Inputs) -> str:
@@ -421,7 +310,7 @@ def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
             f"{display(uri)} has no ending that says what kind of manifest it is",
             "Name it .parquet, .csv, .jsonl, .ndjson or .txt.",
         )
-    parts = sorted(u for u, _ in _list_one(uri, True, storage) if u.lower().endswith(".parquet"))
+    parts = sorted(u for u, _ in list_uris(uri, True, storage) if u.lower().endswith(".parquet"))
     if not parts:
         raise UserError(
             f"there is no manifest at {display(uri)}",

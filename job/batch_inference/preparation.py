@@ -20,7 +20,8 @@ from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
 from batch_inference.fetcher import Fetcher
 from batch_inference.images import open_image
-from batch_inference.members import Failed, Fetched, Run, fetched, runs
+from batch_inference.members import runs
+from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
 
 # What travels from the CPU tasks to the actors. Pixels are plain bytes rather than a tensor column: rows that failed

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from batch_inference.errors import UserError
-from batch_inference.fetcher import Fetcher
+from batch_inference.errors import RowFailure, UserError
+from batch_inference.fetcher import Answer, Fetcher, Request, check_size
 from batch_inference.ranges import RangeFile
+from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
 
+# What lies between two members (headers, texts) is read along where it is less than this.
+_GAP_BYTES = 128 * 1024
 # Written in units of 10 KiB, or of what `tar -b` was told; more behind the end mark is another archive or rubbish.
 _PADDING_BYTES = 1024 * 1024
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
@@ -155,3 +158,67 @@ def _hidden(name: str) -> bool:
 
 def _count(counts: dict[str, int], key: str) -> None:
     counts[key] = counts.get(key, 0) + 1
+
+
+# --- reading ---
+
+
+def spans(uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int) -> Iterator[Run]:
+    """Members in the order of the archive, cut into ranges.
+
+    Args:
+        uri: The tar file.
+        members: Those that are wanted, by their place.
+        fetcher: Reads them.
+        max_bytes: Larger ones are not read.
+    """
+    span: list[Member] = []
+    for member in members:
+        size = member.size or 0
+        try:
+            check_size(size, max_bytes)
+        except RowFailure as exc:
+            yield Failed([member.row], exc.error)
+            continue
+        if span:
+            end = span[-1].offset + (span[-1].size or 0)
+            if member.offset - end > _GAP_BYTES or member.offset + size - span[0].offset > RANGE_BYTES:
+                yield _Span(uri, span, fetcher)
+                span = []
+        span.append(member)
+    if span:
+        yield _Span(uri, span, fetcher)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Members of a tar file that one range covers."""
+
+    uri: str
+    members: list[Member]
+    fetcher: Fetcher
+
+    @property
+    def rows(self) -> list[int]:
+        return [member.row for member in self.members]
+
+    def requests(self) -> Iterator[Request]:
+        start = self.members[0].offset
+        end = max(member.offset + (member.size or 0) for member in self.members)
+        if end > start:
+            yield Request(lambda: read_range(self.fetcher, self.uri, start, end, self.members[0].etag), end - start)
+
+    def inputs(self, take: Callable[[], Answer]) -> Iterator[Fetched]:
+        first = self.members[0].offset
+        anything = any(member.size for member in self.members)
+        answer = take() if anything else Answer(b"", None, 0.0)
+        seconds = answer.seconds / len(self.members)
+        for row, offset, size, _, _ in self.members:
+            start, end = offset - first, offset - first + (size or 0)
+            error = answer.error
+            if error is None and end > len(answer.data):
+                there = max(0, len(answer.data) - start)
+                error = RowFailure(
+                    "fetch", "TRUNCATED", f"{self.uri} ends behind {there:,} of the member's {size:,} bytes"
+                ).error
+            yield Fetched(row, b"" if error else bytes(answer.data[start:end]), error, seconds)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_inference import members
+from batch_inference import parquet_files, tar_files
 from batch_inference.config import InputConfig, StorageConfig
 from batch_inference.containers import places, split_member
 from batch_inference.errors import RowError
-from batch_inference.members import Fetched, fetched, runs
+from batch_inference.members import runs
+from batch_inference.runs import Fetched, fetched
 from tests.unit.containers import MemoryFetcher, parquet, tar
 
 TAR, PARQUET = "s3://b/a.tar", "s3://b/a.parquet"
@@ -47,8 +48,10 @@ def test_any_members_in_any_order_have_the_bytes_that_they_have_in_their_file(da
     fetcher = MemoryFetcher({})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("batch_inference.containers.Fetcher", lambda storage: fetcher)
-        patch.setattr(members, "_RANGE_BYTES", data.draw(st.sampled_from([100, 5000, 1 << 23])))
-        patch.setattr(members, "_GAP_BYTES", data.draw(st.sampled_from([0, 1500, 1 << 17])))
+        most = data.draw(st.sampled_from([100, 5000, 1 << 23]))
+        for module in (tar_files, parquet_files):
+            patch.setattr(module, "RANGE_BYTES", most)
+        patch.setattr(tar_files, "_GAP_BYTES", data.draw(st.sampled_from([0, 1500, 1 << 17])))
         content: dict[str, bytes | None] = {}
         for number in range(data.draw(st.integers(1, 3))):
             images = data.draw(st.lists(st.binary(max_size=900), min_size=1, max_size=25))
@@ -107,7 +110,7 @@ def test_only_the_images_of_a_parquet_file_are_read_and_only_of_the_row_groups_t
 def test_a_large_row_group_is_read_in_pieces_and_no_further_than_needed(
     store: MemoryFetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members, "_RANGE_BYTES", 100_000)
+    monkeypatch.setattr(parquet_files, "RANGE_BYTES", 100_000)
     images = [bytes([n]) * 50_000 for n in range(200)]
     store.objects[PARQUET] = parquet(
         images,  # type: ignore[arg-type]
