@@ -20,6 +20,8 @@ from batch_inference.throttle import Throttle, backoff_s
 
 # Encoded bytes that one task holds ahead of the decoder, beside the one that it waits for.
 _AHEAD_BYTES = 64 * 1024 * 1024
+# A process that has a single request under way hardly burdens a store; it should not sleep long after that is well again.
+_SLOW_DOWN_S = 5.0
 _OUT_OF_RANGE = "416 range not satisfiable"
 
 Buffer: TypeAlias = bytes | memoryview
@@ -144,7 +146,7 @@ class Fetcher:
                     return result
                 with self._lock:
                     self._retries += 1
-                time.sleep(backoff_s(tries))
+                time.sleep(backoff_s(tries, most_s=_SLOW_DOWN_S if slow_down else 10.0))
 
     def _bucket(self, root: str) -> tuple[Any, Throttle]:
         with self._lock:

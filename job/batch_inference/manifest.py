@@ -287,11 +287,16 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
     again = table.num_rows - distinct
     if again and table.num_columns == 1:
         table = pa.table({"uri": pc.unique(table["uri"])})
-        return Inputs(_with_places(table, section, storage), {}, again, 0, sha256.hexdigest())
-    return Inputs(_with_places(table, section, storage), {}, 0, again, sha256.hexdigest())
+        return Inputs(with_places(table, section, storage), {}, again, 0, sha256.hexdigest())
+    return Inputs(with_places(table, section, storage), {}, 0, again, sha256.hexdigest())
 
 
-def _with_places(table: pa.Table, section: InputConfig, storage: StorageConfig) -> pa.Table:
+def with_places(table: pa.Table, section: InputConfig, storage: StorageConfig) -> pa.Table:
+    """Adds the columns of ``PLACE_SCHEMA`` behind ``uri``, if any of the inputs is a member of a tar or Parquet file.
+
+    Raises:
+        UserError: If such a file is not what its name says, or can't be read. One that is missing is its members' failure.
+    """
     places, notes = containers.places(table["uri"], section, storage)
     for note in notes:
         log.warning(note)
