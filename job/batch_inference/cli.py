@@ -368,7 +368,10 @@ def _config(
 
     for given in inputs or []:
         if looks_like_manifest(given):
-            raise UserError(f"{given} looks like a manifest, not like an image", f"Write --manifest {given}.")
+            images = f" If it holds the images themselves: --set 'input.uris=[{given}]'." * given.lower().endswith(
+                ".parquet"
+            )
+            raise UserError(f"{given} looks like a manifest, not like an image", f"Write --manifest {given}.{images}")
     if inputs and manifest:
         raise UserError(f"both INPUT and --manifest {manifest} are given", "Keep the one that lists your images.")
     overrides: dict[str, Any] = {"output": {"uri": output}, "model": {"name": model, "weights": weights}}

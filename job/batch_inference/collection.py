@@ -34,6 +34,7 @@ class Tally:
         errors_by: ``{stage: {error_type: count}}``.
         seen: Rows that came back in this attempt.
         bytes: Bytes fetched in this attempt.
+        retries: Requests for inputs that were sent again in this attempt, since they failed or the store asked to slow down.
         fetch_s: Seconds of fetching in this attempt, added up over parallel work; likewise decode_s, infer_s.
     """
 
@@ -42,6 +43,7 @@ class Tally:
     errors_by: dict[str, dict[str, int]] = field(default_factory=dict)
     seen: int = 0
     bytes: int = 0
+    retries: int = 0
     fetch_s: float = 0.0
     decode_s: float = 0.0
     infer_s: float = 0.0
@@ -170,7 +172,7 @@ class Collector:
         tally = self.tally
         tally.rows += table.num_rows
         tally.seen += table.num_rows
-        for name in ("bytes", "fetch_s", "decode_s", "infer_s"):
+        for name in ("bytes", "retries", "fetch_s", "decode_s", "infer_s"):
             setattr(tally, name, getattr(tally, name) + (pc.sum(table[name]).as_py() or 0))
         if pc.any(failed).as_py():
             bad = table.filter(failed)

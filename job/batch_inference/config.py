@@ -28,7 +28,9 @@ class InputConfig(_Section):
     """Which images: folders, globs and single objects, or a manifest that lists them."""
 
     uris: tuple[str, ...] = Field(
-        (), description="Folders, globs (`*`, `**`, `?`) or single images; local paths, `s3://`, `gs://`, `az://`."
+        (),
+        description="Folders, globs (`*`, `**`, `?`), single images, tar files of images (`.tar`, also in folders) or Parquet files "
+        "of images (where named, or with `bytes_column`); local paths, `s3://`, `gs://`, `az://`.",
     )
     manifest: str | None = Field(
         None,
@@ -39,9 +41,19 @@ class InputConfig(_Section):
         min_length=1,
         description="The manifest's column that holds the URI; its other columns pass through to the output.",
     )
+    bytes_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Column of Parquet files in `uris` that holds encoded images: bytes, or a struct with `bytes`. "
+        "Null: the only one there is, and Parquet files in folders are left out.",
+    )
+    passthrough_columns: tuple[str, ...] = Field(
+        (),
+        description="Columns of Parquet files in `uris` that pass through to the output; they are read when the job is planned.",
+    )
     extensions: tuple[str, ...] = Field(
         DEFAULT_EXTENSIONS,
-        description="File name endings that count as images in folders; case does not matter. Empty: every file.",
+        description="File name endings that count as images in folders and tar files; case does not matter. Empty: every file.",
     )
     recursive: bool = Field(True, description="Descend into sub-folders.")
     limit: PositiveInt | None = Field(None, description="Use only the first N inputs; null: all.")
@@ -79,12 +91,20 @@ class StorageConfig(_Section):
         5,
         ge=0,
         le=100,
-        description="Retries of a request that failed in transit or with 5xx, with exponential backoff.",
+        description="Retries of a request that failed in transit or with 5xx, with exponential backoff and jitter.",
     )
     retry_timeout_s: float = Field(
-        120.0, gt=0, description="Longest time for a request with all of its retries, in seconds."
+        120.0,
+        gt=0,
+        description="Longest time for a request with all of its retries, in seconds; an input that the store asks to slow down for "
+        "(503, 429) is tried until then.",
     )
-    fetch_concurrency: int = Field(16, ge=1, le=1024, description="Objects that one task fetches at the same time.")
+    fetch_concurrency: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Requests that one task has under way at the most; fewer while the store asks to slow down.",
+    )
 
 
 class TransformConfig(_Section):

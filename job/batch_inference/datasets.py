@@ -18,11 +18,15 @@ from PIL import Image
 from ray.data.block import BlockAccessor
 
 from batch_inference.config import InputConfig, JobConfig, PreprocessConfig, StorageConfig
+from batch_inference.containers import PLACE_SCHEMA
 from batch_inference.errors import RowFailure, UserError
+from batch_inference.fetcher import Fetcher
 from batch_inference.images import open_image, to_rgb
-from batch_inference.manifest import find_inputs
+from batch_inference.manifest import find_inputs, with_places
+from batch_inference.members import runs
 from batch_inference.predictor import TorchPredictor
-from batch_inference.storage import Fetcher, canonical_uri
+from batch_inference.runs import fetched
+from batch_inference.storage import canonical_uri
 
 # Decoded photos take tens of megabytes; a few at a time keep a task's memory small.
 _IMAGES_AT_ONCE = 8
@@ -52,7 +56,7 @@ def from_paths(
     """A dataset of image files, which are read in tasks and only when their rows are needed.
 
     Args:
-        paths: Local paths, ``s3://``, ``gs://``, ``az://``, in any mixture.
+        paths: Local paths, ``s3://``, ``gs://``, ``az://``, in any mixture; also members of tar and Parquet files, ``a.tar#x.jpg``.
         storage: Endpoint, retries, timeouts; None: the defaults.
         preprocess: Limits and EXIF; None: the defaults.
 
@@ -67,11 +71,8 @@ def from_paths(
     uris = [canonical_uri(str(path)) for path in paths]
     if not uris:
         raise UserError("no paths are given", "Give at least one.")
-    config = (storage or StorageConfig(), preprocess or PreprocessConfig())
-    load: Any = _load
-    return ray.data.from_items([{"uri": uri} for uri in uris]).map_batches(
-        load, fn_args=config, batch_size=_IMAGES_AT_ONCE, batch_format="pyarrow"
-    )
+    table = with_places(pa.table({"uri": pa.array(uris, pa.string())}), InputConfig(), storage or StorageConfig())
+    return _images(table, storage, preprocess)
 
 
 def read_images(
@@ -85,7 +86,7 @@ def read_images(
     Folders are listed at once and with their sub-folders; files are read lazily, as in :func:`from_paths`.
 
     Args:
-        source: Folder, glob or image, or a list of them; local, ``s3://``, ``gs://``, ``az://``.
+        source: Folder, glob, image, tar or Parquet file of images, or a list of them; local, ``s3://``, ``gs://``, ``az://``.
         storage: Endpoint, retries, timeouts; None: the defaults.
         preprocess: Limits and EXIF; None: the defaults.
 
@@ -98,7 +99,15 @@ def read_images(
     several = [source] if isinstance(source, (str, PathLike)) else list(source)
     section = InputConfig(uris=tuple(str(one) for one in several))
     found = find_inputs(JobConfig(input=section, storage=storage or StorageConfig()))
-    return from_paths(found.table.column("uri").to_pylist(), storage=storage, preprocess=preprocess)
+    return _images(found.table, storage, preprocess)
+
+
+def _images(table: pa.Table, storage: StorageConfig | None, preprocess: PreprocessConfig | None) -> ray.data.Dataset:
+    config = (storage or StorageConfig(), preprocess or PreprocessConfig())
+    load: Any = _load
+    return ray.data.from_items(table.to_pylist()).map_batches(
+        load, fn_args=config, batch_size=_IMAGES_AT_ONCE, batch_format="pyarrow"
+    )
 
 
 def predict(
@@ -178,13 +187,19 @@ class _Predict:
 
 def _load(table: pa.Table, storage: StorageConfig, preprocess: PreprocessConfig) -> Iterator[pa.Table]:
     """Reads and decodes the images of some URIs, one table an image."""
-    fetcher = Fetcher(storage)
-    for uri in table.column("uri").to_pylist():
-        image, error = np.zeros((0, 0, 3), np.uint8), None
-        try:
-            image = np.asarray(open_image(fetcher.fetch(uri, preprocess.max_bytes), preprocess))
-        except RowFailure as exc:
-            error = f"{exc.error.stage} {exc.error.error_type}: {exc.error.message}"
+    uris = table.column("uri").to_pylist()
+    places = None
+    if PLACE_SCHEMA.names[0] in table.column_names:
+        places = pa.table([table[f.name].cast(f.type) for f in PLACE_SCHEMA], schema=PLACE_SCHEMA)
+    fetcher = Fetcher.of_process(storage)
+    for one in fetched(runs(uris, places, fetcher, preprocess.max_bytes), _IMAGES_AT_ONCE):
+        image, failure, uri = np.zeros((0, 0, 3), np.uint8), one.error, uris[one.row]
+        if failure is None:
+            try:
+                image = np.asarray(open_image(one.data, preprocess))
+            except RowFailure as exc:
+                failure = exc.error
+        error = failure and f"{failure.stage} {failure.error_type}: {failure.message}"
         block = BlockAccessor.batch_to_arrow_block({"image": image[None]})
         # Typed, since a block without errors would have a column of type null, and differ from one with errors.
         yield block.add_column(0, "uri", pa.array([uri], pa.string())).append_column(

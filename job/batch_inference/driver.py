@@ -191,7 +191,7 @@ class Attempt:
             skipped=found.skipped,
             duplicates=found.duplicates,
             repeated=found.repeated,
-            passthrough=tuple(found.table.column_names[1:]),
+            passthrough=found.passthrough,
         )
         job = ledger.create_job(found.table, job, self.attempt)
         check_same_job(self.config, engine, job, ledger.store)
@@ -358,6 +358,7 @@ class Attempt:
             "this_attempt": {
                 "rows": tally.seen,
                 "bytes": tally.bytes,
+                "retries": tally.retries,
                 "working_s": round(self.snapshot.working_s, 3),
                 "stage_s": {n: round(getattr(tally, f"{n}_s"), 3) for n in ("fetch", "decode", "infer")},
             },

@@ -103,6 +103,7 @@ SYSTEMIC_ERROR_TYPES = frozenset(
         "UNAUTHENTICATED",
         "STORE_UNREACHABLE",
         "TIMEOUT",
+        "THROTTLED",
         "PREDICTOR_ERROR",
         "OUTPUT_MISMATCH",
     }

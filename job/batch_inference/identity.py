@@ -92,6 +92,10 @@ def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dic
         identity["input.uris"] = ", ".join(sorted(canonical_uri(u) for u in section.uris))
         identity["input.extensions"] = " ".join(sorted(section.extensions))
         identity["input.recursive"] = str(section.recursive)
+        if section.passthrough_columns:
+            identity["input.passthrough_columns"] = ", ".join(section.passthrough_columns)
+    if section.bytes_column:
+        identity["input.bytes_column"] = section.bytes_column
     return {**identity, **engine.identity}
 
 

@@ -30,6 +30,7 @@ RESULT_SCHEMA = pa.schema(
         ("fetch_s", pa.float32()),
         ("decode_s", pa.float32()),
         ("infer_s", pa.float32()),
+        ("retries", pa.int32()),
     ]
 )
 END_OF_JOB = "END_OF_JOB"
@@ -155,7 +156,7 @@ class InferenceActor:
         arrays = [
             table["shard"], table["row"],
             *(pa.array(columns[n], RESULT_SCHEMA.field(n).type) for n in columns),
-            table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer),
+            table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer), table["retries"],
         ]  # fmt: skip
         result = pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)
         good_places = np.array([places[i] for i in good], np.int64)

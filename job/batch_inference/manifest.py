@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
+import bisect
 import hashlib
 import io
 import os
 import posixpath
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -19,24 +17,35 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
+import structlog
 
+from batch_inference import containers
 from batch_inference.config import InputConfig, JobConfig, StorageConfig
 from batch_inference.errors import UserError
+from batch_inference.listing import WILDCARDS, list_uris
 from batch_inference.storage import (
     Store,
     canonical_uri,
-    classify,
     display,
+    is_file,
     is_local,
     local_path,
-    open_bucket,
     read_object,
-    split_bucket,
 )
 
-# Columns that the output has of its own; a manifest's column of the same name could not pass through.
-RESERVED_COLUMNS = ("shard", "row", "stage", "error_type", "message", "retryable", "attempts")
-_WILDCARDS = re.compile(r"[*?\[]")
+log = structlog.get_logger()
+
+# Columns that output or manifest have of their own; a user's column of the same name could not pass through.
+RESERVED_COLUMNS = (
+    "shard",
+    "row",
+    "stage",
+    "error_type",
+    "message",
+    "retryable",
+    "attempts",
+    *containers.PLACE_COLUMNS,
+)
 _MANIFEST_ENDINGS = (".parquet", ".csv", ".jsonl", ".ndjson", ".txt")
 
 
@@ -45,7 +54,8 @@ class Inputs:
     """What listing found.
 
     Attributes:
-        table: One row an input: ``uri`` string, then the manifest's passthrough columns.
+        table: One row an input: ``uri`` string; where there are members of tar or Parquet files, the columns of
+            ``PLACE_SCHEMA``, which stay within the manifest; then the passthrough columns.
         skipped: Objects left out, by file name ending ("" for none).
         duplicates: Inputs that were listed more than once; each was kept once.
         repeated: URIs that several manifest lines share; those lines are all kept, since their other columns may differ.
@@ -57,6 +67,11 @@ class Inputs:
     duplicates: int = 0
     repeated: int = 0
     manifest_sha256: str = ""
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """Names of the columns that go to the output."""
+        return tuple(name for name in self.table.column_names[1:] if name not in containers.PLACE_COLUMNS)
 
 
 def shard_name(shard: int) -> str:
@@ -108,18 +123,19 @@ def source_digest(config: JobConfig) -> str:
 
 
 def looks_like_manifest(uri: str) -> bool:
-    """Whether a name ends like a manifest rather than like an image."""
-    return uri.lower().endswith(_MANIFEST_ENDINGS)
+    """Whether a name ends like a manifest rather than like an image. A glob of Parquet files means the images in them."""
+    low = uri.lower()
+    return low.endswith(_MANIFEST_ENDINGS) and not (low.endswith(".parquet") and WILDCARDS.search(low))
 
 
 def cut(table: pa.Table, shard_size: int) -> Iterator[tuple[int, pa.Table]]:
     """Cuts inputs into shards of ``shard_size`` rows, the last one shorter.
 
     Yields:
-        Shard number and its table: ``uri``, ``shard`` int32, ``row`` int32, then the passthrough columns.
+        Shard number and its table: ``uri``, ``shard`` int32, ``row`` int32, then the other columns.
     """
     for shard, start in enumerate(range(0, table.num_rows, shard_size)):
-        part = table.slice(start, shard_size)
+        part = table.slice(start, shard_size).unify_dictionaries()
         place = pa.table(
             {
                 "uri": part["uri"],
@@ -141,8 +157,18 @@ def encode_shard(table: pa.Table) -> bytes:
 
 
 def read_shard(store: Store, shard: int) -> pa.Table:
-    """Reads a manifest shard back; raises FileNotFoundError if it is missing."""
-    return read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+    """A manifest shard as the output shows it: ``uri``, ``shard``, ``row``, passthrough; raises FileNotFoundError without it."""
+    table, _ = read_places(store, shard)
+    return table
+
+
+def read_places(store: Store, shard: int) -> tuple[pa.Table, pa.Table | None]:
+    """A manifest shard, and where those of its inputs lie that are members of files: columns of ``PLACE_SCHEMA``, or None."""
+    table = read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+    if containers.PLACE_COLUMNS[0] not in table.column_names:
+        return table, None
+    columns = list(containers.PLACE_COLUMNS)
+    return table.drop_columns(columns), table.select(columns)
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -165,11 +191,24 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     skipped: dict[str, int] = {}
     chunks: list[pa.Array] = []
     batch: list[str] = []
+    files: list[str] = []
+    members: list[str] = []
     empty: list[str] = []
     for given in section.uris:
-        before = len(batch) + 65536 * len(chunks) + sum(skipped.values())
-        for uri, explicit in _list_one(canonical_uri(given), section.recursive, storage):
+        place = canonical_uri(given)
+        containers.refuse_compressed(place)
+        if containers.split_member(place) and not is_file(place):
+            members.append(place)
+            continue
+        # Beside images, a Parquet file is rather a table of something else: it has to be asked for.
+        parquet = section.bytes_column is not None or place.lower().endswith(".parquet")
+        nothing = True
+        for uri, explicit in list_uris(place, section.recursive, storage):
+            nothing = False
             ending = PurePosixPath(uri).suffix.lower()
+            if ending == ".tar" or (ending == ".parquet" and parquet):
+                files.append(uri)
+                continue
             if not explicit and section.extensions and ending not in section.extensions:
                 skipped[ending] = skipped.get(ending, 0) + 1
                 continue
@@ -178,120 +217,41 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
             if len(batch) == 65536:
                 chunks.append(pa.array(batch, pa.string()))
                 batch = []
-        if before == len(batch) + 65536 * len(chunks) + sum(skipped.values()):
+        if nothing:
             empty.append(given)
     if empty and len(section.uris) > 1:
         raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
     chunks.append(pa.array(batch, pa.string()))
     every = pa.chunked_array(chunks, pa.string())
     distinct = pc.unique(every)
-    order = pc.sort_indices(distinct)
-    return Inputs(pa.table({"uri": distinct.take(order)}), skipped, len(every) - len(distinct))
+    objects = pa.table({"uri": distinct.take(pc.sort_indices(distinct))})
+    duplicates = len(every) - len(distinct)
+    if not files and not members:
+        return Inputs(objects, skipped, duplicates)
+    found = containers.listed(files, members, section, storage)
+    for note in found.notes:
+        log.warning(note)
+    return Inputs(
+        _interleaved(objects, found.tables), containers.merged([skipped, found.skipped]), duplicates + found.duplicates
+    )
 
 
-def _list_one(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[tuple[str, bool]]:
-    """URIs below one given location, each with whether it was named itself rather than found."""
-    if is_local(uri):
-        yield from _list_local(uri, recursive)
-    else:
-        yield from _list_bucket(uri, recursive, storage)
-
-
-def _list_local(uri: str, recursive: bool) -> Iterator[tuple[str, bool]]:
-    path = local_path(uri)
-    if os.path.isfile(path):
-        yield "file://" + path, True
-    elif os.path.isdir(path):
-        yield from (("file://" + p, False) for p in _walk(path, recursive))
-    elif _WILDCARDS.search(path):
-        folders = files = 0
-        for match in glob.iglob(path, recursive=True):  # noqa: PTH207 - a Path would collapse the `**` that the user wrote
-            if os.path.isfile(match):
-                files += 1
-                yield "file://" + match, False
-            else:
-                folders += 1
-        if folders and not files:
-            raise UserError(f"{path} matches {folders} folders and no file", f"Write {path}/** for what is in them.")
-    else:
-        raise UserError(
-            f"there is no file or folder {path}", "Check the path; relative ones start at the current directory."
+def _interleaved(objects: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
+    """Members of each file, in its order, where the file itself would stand among the sorted objects."""
+    column = objects["uri"].combine_chunks()
+    parts = []
+    start = 0
+    for uri in sorted(tables):
+        stop = bisect.bisect_left(range(len(column)), uri, key=lambda place: column[place].as_py())
+        parts += [objects.slice(start, stop - start), tables[uri]]
+        start = stop
+    return pa.concat_tables([*parts, objects.slice(start)], promote_options="default").select(
+        list(
+            dict.fromkeys(
+                ["uri", *containers.PLACE_COLUMNS, *(name for t in tables.values() for name in t.column_names)]
+            )
         )
-
-
-def _walk(folder: str, recursive: bool) -> Iterator[str]:
-    def refuse(exc: OSError) -> None:
-        raise UserError(f"cannot list the folder {exc.filename}: {exc.strerror}", "Make it readable, or leave it out.")
-
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        # Hidden files and folders are tools' own (.git, .DS_Store), as in every lister.
-        folders[:] = [f for f in folders if recursive and not f.startswith(".") and not _leads_back(root, f)]
-        for name in files:
-            if not name.startswith("."):
-                yield os.path.join(root, name)  # noqa: PTH118
-
-
-def _leads_back(root: str, folder: str) -> bool:
-    """Whether a link to a folder would send the walk round in circles."""
-    path = os.path.join(root, folder)  # noqa: PTH118
-    if not os.path.islink(path):  # noqa: PTH114
-        return False
-    return (os.path.realpath(root) + "/").startswith(os.path.realpath(path) + "/")
-
-
-def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[tuple[str, bool]]:
-    import obstore
-
-    root, key = split_bucket(uri)
-    bucket = open_bucket(root, storage)
-    wildcard = _WILDCARDS.search(key)
-    # Everything before the first wildcard, up to a slash, is a prefix that the store itself can list by.
-    prefix = key[: wildcard.start()].rpartition("/")[0] if wildcard else key.rstrip("/")
-    pattern = _glob_regex(key) if wildcard else None
-    try:
-        found = False
-        for chunk in obstore.list(bucket, prefix=prefix or None, chunk_size=1000):
-            for meta in chunk:
-                path = str(meta["path"])
-                if pattern is not None and not pattern.match(path):
-                    continue
-                below = path[len(prefix) :].lstrip("/")
-                if pattern is None and not recursive and "/" in below:
-                    continue
-                if any(part.startswith(".") for part in below.split("/")):
-                    continue
-                found = True
-                yield f"{root}/{path}", False
-        if not found and key and not wildcard:
-            obstore.head(bucket, key)
-            yield uri, True
-    except UserError:
-        raise
-    except Exception as exc:
-        failure = classify(exc)
-        if failure.error_type == "NOT_FOUND":
-            return
-        raise UserError(
-            f"cannot list {uri}: {failure.message}",
-            "Check bucket, endpoint and the credentials in the environment (list permission is needed).",
-        ) from None
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """A glob in which ``*`` stays within a folder and ``**`` does not, as in a shell."""
-    out = ""
-    for piece in re.split(r"(\*\*/?|\*|\?|\[[^\]]*\])", pattern):
-        if piece.startswith("**"):
-            out += "(?:.*/)?" if piece.endswith("/") else ".*"
-        elif piece == "*":
-            out += "[^/]*"
-        elif piece == "?":
-            out += "[^/]"
-        elif piece.startswith("["):
-            out += fnmatch.translate(piece).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z")
-        else:
-            out += re.escape(piece)
-    return re.compile(out + r"\Z")
+    )
 
 
 def _nothing_found(section: InputConfig, found: Inputs) -> str:
@@ -326,8 +286,25 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
     if again and table.num_columns == 1:
-        return Inputs(pa.table({"uri": pc.unique(table["uri"])}), {}, again, 0, sha256.hexdigest())
-    return Inputs(table, {}, 0, again, sha256.hexdigest())
+        table = pa.table({"uri": pc.unique(table["uri"])})
+        return Inputs(with_places(table, section, storage), {}, again, 0, sha256.hexdigest())
+    return Inputs(with_places(table, section, storage), {}, 0, again, sha256.hexdigest())
+
+
+def with_places(table: pa.Table, section: InputConfig, storage: StorageConfig) -> pa.Table:
+    """Adds the columns of ``PLACE_SCHEMA`` behind ``uri``, if any of the inputs is a member of a tar or Parquet file.
+
+    Raises:
+        UserError: If such a file is not what its name says, or can't be read. One that is missing is its members' failure.
+    """
+    places, notes = containers.places(table["uri"], section, storage)
+    for note in notes:
+        log.warning(note)
+    if places is None:
+        return table
+    columns = [table["uri"], *places.columns, *table.columns[1:]]
+    names = ["uri", *places.column_names, *table.column_names[1:]]
+    return pa.table(columns, names=names)
 
 
 def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
@@ -338,7 +315,7 @@ def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
             f"{display(uri)} has no ending that says what kind of manifest it is",
             "Name it .parquet, .csv, .jsonl, .ndjson or .txt.",
         )
-    parts = sorted(u for u, _ in _list_one(uri, True, storage) if u.lower().endswith(".parquet"))
+    parts = sorted(u for u, _ in list_uris(uri, True, storage) if u.lower().endswith(".parquet"))
     if not parts:
         raise UserError(
             f"there is no manifest at {display(uri)}",
@@ -395,7 +372,8 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     if section.uri_column not in names:
         raise UserError(
             f"the manifest {given} has no column {section.uri_column!r}; it has: {', '.join(names)}",
-            "Set input.uri_column to the one that holds the images' URIs.",
+            "Set input.uri_column to the one that holds the images' URIs; if the file holds the images themselves, name it in "
+            "input.uris.",
         )
     double = sorted({name for name in names if names.count(name) > 1})
     if double:

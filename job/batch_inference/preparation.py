@@ -5,11 +5,11 @@ Nothing here raises for the sake of an image: what fails becomes a value that tr
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
+from batch_inference.fetcher import Fetcher
 from batch_inference.images import open_image
-from batch_inference.storage import Fetcher, canonical_uri
+from batch_inference.members import runs
+from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
 
 # What travels from the CPU tasks to the actors. Pixels are plain bytes rather than a tensor column: rows that failed
@@ -39,6 +41,7 @@ PREPARED_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("fetch_s", pa.float32()),
         ("decode_s", pa.float32()),
+        ("retries", pa.int32()),
     ]
 )
 # Blocks of about this size let the actors start while the rest of the shard is still being decoded.
@@ -46,8 +49,6 @@ BLOCK_BYTES = 4 * 1024 * 1024
 _BLOCK_ROWS = 256
 # After so many systemic failures and nothing else, a task reports, and stops asking the store for the rest of its shard.
 _FAILED_ROWS = 64
-# Decoded images of one task that wait for their turn: a few large ones, or as many small ones as are fetched ahead.
-_BACKLOG_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,75 +65,76 @@ class Preparation:
     preprocess: PreprocessConfig
     transform: Transform | None
 
-    def rows(self, shard: int, uris: list[str]) -> Iterator[pa.Table]:
+    def rows(self, shard: int, uris: list[str], places: pa.Table | None = None) -> Iterator[pa.Table]:
         """Prepares one shard.
 
         Args:
             shard: Its number.
             uris: Its inputs, in order of their rows.
+            places: Where those lie that are members of files: columns of ``PLACE_SCHEMA``; None if there are none.
 
         Yields:
-            Tables of :data:`PREPARED_SCHEMA`, rows in order; ``pixels`` is RGB uint8, height x width x 3, row by row.
+            Tables of :data:`PREPARED_SCHEMA`; ``pixels`` is RGB uint8, height x width x 3, row by row. Rows come in their
+            order, members of a file in that of the file.
         """
-        fetcher = Fetcher(self.storage)
-        threads = self.storage.fetch_concurrency
-        # Threads wait for the store; no more than the task's CPUs decode at the same time.
-        backlog = _Backlog(max(1, int(self.preprocess.cpus_per_task)), _BACKLOG_BYTES)
+        fetcher = Fetcher.of_process(self.storage)
+        fetcher.take_retries()  # another task's
         streak = _Streak()
         block = _Block(shard)
-        with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
-            waiting: deque[Future[_Prepared]] = deque()
-            inputs = enumerate(uris)
-            try:
-                while True:
-                    for row, uri in itertools.islice(inputs, 2 * threads - len(waiting)):
-                        waiting.append(pool.submit(self._one, row, uri, fetcher, backlog, streak))
-                    if not waiting:
-                        break
-                    item = waiting.popleft().result()
-                    backlog.release(item.size)
-                    block.add(item)
-                    if block.full:
-                        yield block.table()
-                        block = _Block(shard)
-            finally:
-                # A task that is stopped in the middle must not wait for threads that wait for their turn.
-                backlog.open()
-                pool.shutdown(wait=False, cancel_futures=True)
+        inputs = fetched(self._runs(uris, places, fetcher, streak), self.storage.fetch_concurrency)
+        with contextlib.closing(inputs), contextlib.closing(self._decoded(inputs, streak)) as items:
+            for item in items:
+                block.add(item, uris[item.row])
+                if block.full:
+                    yield block.table(fetcher.take_retries())
+                    block = _Block(shard)
         if block.items:
-            yield block.table()
+            yield block.table(fetcher.take_retries())
 
-    def _one(self, row: int, uri: str, fetcher: Fetcher, backlog: _Backlog, streak: _Streak) -> _Prepared:
-        out = _Prepared(row, uri)
-        if streak.hopeless and streak.last is not None:
-            # Not a fate of its own: a shard with such a row is never committed.
-            out.error = replace(streak.last, error_type=NOT_TRIED)
-            return out
-        start = time.perf_counter()
+    def _runs(self, uris: list[str], places: pa.Table | None, fetcher: Fetcher, streak: _Streak) -> Iterator[Run]:
+        """What to fetch, up to where asking the store for more only costs time."""
+        for run in runs(uris, places, fetcher, self.preprocess.max_bytes):
+            if streak.hopeless and streak.last is not None:
+                # Not a fate of its own: a shard with such a row is never committed.
+                yield Failed(run.rows, replace(streak.last, error_type=NOT_TRIED))
+            else:
+                yield run
+
+    def _decoded(self, inputs: Iterator[Fetched], streak: _Streak) -> Generator[_Prepared, None, None]:
+        """Decodes here where a task has one CPU; else on as many threads as it has CPUs, in the same order."""
+        threads = max(1, int(self.preprocess.cpus_per_task))
+        if threads == 1:
+            for one in inputs:
+                item = self._decode(one)
+                streak.add(item.error)
+                yield item
+            return
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        waiting: deque[Future[_Prepared]] = deque()
         try:
+            while True:
+                # Decoded images can be large: no more wait for their turn than keep the threads busy.
+                for one in itertools.islice(inputs, 2 * threads - len(waiting)):
+                    waiting.append(pool.submit(self._decode, one))
+                if not waiting:
+                    return
+                item = waiting.popleft().result()
+                streak.add(item.error)
+                yield item
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode(self, one: Fetched) -> _Prepared:
+        out = _Prepared(one.row, None, one.error, len(one.data), one.seconds, 0.0)
+        if one.error is None:
+            start = time.perf_counter()
             try:
-                canonical_uri(uri)
-                if not uri:
-                    raise RowFailure("list", "INVALID_URI", "the manifest has no URI in this line")
-            except RowFailure:
-                raise
-            except Exception as exc:
-                raise RowFailure("list", "INVALID_URI", str(exc)) from exc
-            data = fetcher.fetch(uri, self.preprocess.max_bytes)
-            out.bytes = len(data)
-            out.fetch_s = time.perf_counter() - start
-            backlog.enter(row)
-            try:
-                start = time.perf_counter()
-                out.pixels = self._pixels(data)
-                out.decode_s = time.perf_counter() - start
-            finally:
-                backlog.leave(out.size)
-        except RowFailure as exc:
-            out.error = exc.error
-        except Exception as exc:  # a bug here must cost one row, not a job
-            out.error = RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
-        streak.add(out.error)
+                out.pixels = self._pixels(one.data)
+            except RowFailure as exc:
+                out.error = exc.error
+            except Exception as exc:  # a bug here must cost one row, not a job
+                out.error = RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
+            out.decode_s = time.perf_counter() - start
         return out
 
     def _pixels(self, data: bytes) -> np.ndarray:
@@ -166,63 +168,14 @@ class _Streak:
         return not self._well and self._count >= _FAILED_ROWS
 
 
-class _Backlog:
-    """Lets so many threads decode at a time, and keeps what waits for its turn within a number of bytes.
-
-    The row whose turn it is never waits, so there is always one that moves on.
-    """
-
-    def __init__(self, slots: int, limit: int) -> None:
-        self._slots = slots
-        self._limit = limit
-        self._decoding = 0
-        self._bytes = 0
-        self._turn = 0
-        self._changed = threading.Condition()
-
-    def enter(self, row: int) -> None:
-        """Returns when ``row`` may be decoded."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: (self._bytes < self._limit and self._decoding < self._slots) or row == self._turn
-            )
-            self._decoding += 1
-
-    def leave(self, size: int) -> None:
-        """Counts a decoded image of so many bytes."""
-        with self._changed:
-            self._decoding -= 1
-            self._bytes += size
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        """Lets everybody pass; nobody takes what is decoded any more."""
-        with self._changed:
-            self._limit = 1 << 62
-            self._changed.notify_all()
-
-    def release(self, size: int) -> None:
-        """The next row's turn; the one before is on its way to the actors."""
-        with self._changed:
-            self._bytes -= size
-            self._turn += 1
-            self._changed.notify_all()
-
-
-@dataclass
+@dataclass(slots=True)
 class _Prepared:
     row: int
-    uri: str
-    pixels: np.ndarray | None = None
-    error: RowError | None = None
-    bytes: int = 0
-    fetch_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """Bytes of its pixels."""
-        return 0 if self.pixels is None else self.pixels.nbytes
+    pixels: np.ndarray | None
+    error: RowError | None
+    bytes: int
+    fetch_s: float
+    decode_s: float
 
 
 class _Block:
@@ -231,11 +184,14 @@ class _Block:
     def __init__(self, shard: int) -> None:
         self.shard = shard
         self.items: list[_Prepared] = []
+        self._uris: list[str] = []
         self._size = 0
 
-    def add(self, item: _Prepared) -> None:
+    def add(self, item: _Prepared, uri: str) -> None:
         self.items.append(item)
-        self._size += item.size
+        self._uris.append(uri)
+        if item.pixels is not None:
+            self._size += item.pixels.nbytes
 
     @property
     def full(self) -> bool:
@@ -243,14 +199,15 @@ class _Block:
         rows = _BLOCK_ROWS if self._size else _FAILED_ROWS
         return self._size >= BLOCK_BYTES or len(self.items) >= rows
 
-    def table(self) -> pa.Table:
+    def table(self, retries: int) -> pa.Table:
+        """The rows so far; the first one carries the retries, which belong to no row in particular."""
         items = self.items
         errors = [i.error for i in items]
         columns = [
             [self.shard] * len(items),
             [i.row for i in items],
-            [i.uri for i in items],
-            [None if i.pixels is None else i.pixels.tobytes() for i in items],
+            self._uris,
+            self._pixels(),
             [0 if i.pixels is None else i.pixels.shape[0] for i in items],
             [0 if i.pixels is None else i.pixels.shape[1] for i in items],
             [e and e.stage for e in errors],
@@ -260,6 +217,24 @@ class _Block:
             [i.bytes for i in items],
             [i.fetch_s for i in items],
             [i.decode_s for i in items],
+            [retries] + [0] * (len(items) - 1),
         ]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, PREPARED_SCHEMA, strict=True)]
+        arrays = [
+            c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, PREPARED_SCHEMA, strict=True)
+        ]
         return pa.Table.from_arrays(arrays, schema=PREPARED_SCHEMA)
+
+    def _pixels(self) -> pa.Array:
+        """All pixels in one buffer, to which each image is copied once."""
+        values = np.empty(self._size, np.uint8)
+        ends = [0]
+        for item in self.items:
+            start = ends[-1]
+            if item.pixels is not None:
+                values[start : start + item.pixels.nbytes] = item.pixels.reshape(-1)
+                start += item.pixels.nbytes
+            ends.append(start)
+        failed = [item.pixels is None for item in self.items]
+        valid = pa.py_buffer(np.packbits(~np.array(failed), bitorder="little").tobytes()) if any(failed) else None
+        buffers = [valid, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(values)]
+        return pa.Array.from_buffers(pa.large_binary(), len(failed), buffers)

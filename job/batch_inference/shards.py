@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ class ShardDatasource(Datasource):
 
     Args:
         store: The output folder, which holds the manifest.
-        shards: Numbers of the shards to do, in order.
+        shards: Numbers of the shards to do; handed out as :func:`spread` says.
         rows: Number of inputs of each.
         preparation: What to do with each image.
     """
@@ -46,17 +46,31 @@ class ShardDatasource(Datasource):
         """One task a shard, whatever parallelism Ray Data has in mind."""
         return [
             ReadTask(
-                _reader(self._context, shard),
-                BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None),
+                _reader(self._context, self._shards[place]),
+                BlockMetadata(num_rows=self._rows[place], size_bytes=None, input_files=None, exec_stats=None),
             )
-            for shard, rows in zip(self._shards, self._rows, strict=True)
+            for place in spread(range(len(self._shards)))
         ]
 
 
 def _reader(context: Any, shard: int) -> Callable[[], Iterable[pa.Table]]:
     def read() -> Iterable[pa.Table]:
         store, preparation = ray.get(context)
-        table = manifest.read_shard(store, shard)
-        yield from preparation.rows(shard, table["uri"].to_pylist())
+        table, places = manifest.read_places(store, shard)
+        yield from preparation.rows(shard, table["uri"].to_pylist(), places)
 
     return read
+
+
+def spread(shards: Sequence[int]) -> list[int]:
+    """Shards in an order in which any few that follow one another lie far apart in the list.
+
+    URIs are listed in their order, so that neighbouring shards share a prefix or an archive; stores serve so many requests a
+    second for each prefix. The van der Corput sequence (bits of the place, reversed) is spread evenly however many are under
+    way.
+
+    >>> spread([0, 1, 2, 3, 4, 5, 6, 7])
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    bits = max(1, (len(shards) - 1).bit_length())
+    return [shards[place] for place in sorted(range(len(shards)), key=lambda place: f"{place:0{bits}b}"[::-1])]

@@ -1,7 +1,7 @@
 """Object stores and local folders behind one small interface.
 
-Everything goes through obstore, which has conditional puts on every store, with one exception: input images on local
-disks are opened directly, since obstore refuses some file names that Linux allows.
+Everything goes through obstore, which has conditional puts on every store, with one exception: inputs on local disks are
+opened directly, since obstore refuses some file names that Linux allows. How inputs are read is in :mod:`fetcher`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +21,7 @@ from obstore import exceptions as obx
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from batch_inference.config import StorageConfig
-from batch_inference.errors import RowFailure, SystemFault, UserError
+from batch_inference.errors import SystemFault, UserError
 
 SCHEMES = ("file", "s3", "gs", "az")
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az"}
@@ -71,6 +70,11 @@ def is_local(uri: str) -> bool:
 def local_path(uri: str) -> str:
     """The path of a canonical ``file://`` URI."""
     return uri[len("file://") :]
+
+
+def is_file(uri: str) -> bool:
+    """Whether a canonical URI is a file on the local disk."""
+    return is_local(uri) and Path(local_path(uri)).is_file()
 
 
 def display(uri: str) -> str:
@@ -166,10 +170,13 @@ def classify(exc: Exception) -> Failure:
         return Failure("ACCESS_DENIED", f"access denied: {text}", False)
     if isinstance(exc, obx.UnauthenticatedError) or "401 unauthorized" in low:
         return Failure("UNAUTHENTICATED", f"not authenticated: {text}", False)
+    if "429 too many requests" in low or "503 service unavailable" in low:
+        return Failure("THROTTLED", f"the store asked to slow down: {text}", True)
     too_long = isinstance(exc, OSError) and exc.errno in (errno.ENAMETOOLONG, errno.ELOOP)
     if too_long or isinstance(exc, (obx.InvalidPathError, ValueError)):
         return Failure("INVALID_URI", text, False)
-    if isinstance(exc, TimeoutError) or "timed out" in low or "timeout" in low:
+    # The dump that follows an error of obstore's always speaks of a timeout, the one that it allows for retries.
+    if isinstance(exc, TimeoutError) or any(sign in low for sign in ("timed out", "timedout", "408 request timeout")):
         return Failure("TIMEOUT", text, True)
     return Failure("STORE_UNREACHABLE", text, True)
 
@@ -331,60 +338,6 @@ def exc_line(exc: BaseException) -> str:
     return " ".join(str(exc).partition("\n\nDebug source")[0].split())[:500] or type(exc).__name__
 
 
-class Fetcher:
-    """Reads whole objects by URI, from any number of buckets; safe to use from several threads."""
-
-    def __init__(self, storage: StorageConfig) -> None:
-        self._storage = storage
-        self._buckets: dict[str, Any] = {}
-        self._lock = threading.Lock()
-
-    def fetch(self, uri: str, max_bytes: int) -> bytes:
-        """The content of an object.
-
-        Raises:
-            RowFailure: Stage ``fetch``: NOT_FOUND, ACCESS_DENIED, UNAUTHENTICATED, INVALID_URI, TOO_LARGE, TIMEOUT,
-                STORE_UNREACHABLE.
-        """
-        try:
-            canonical = canonical_uri(uri)
-            if is_local(canonical):
-                return self._read_file(local_path(canonical), max_bytes)
-            root, key = split_bucket(canonical)
-            try:
-                bucket = self._bucket(root)
-            except UserError as exc:
-                raise RowFailure("fetch", "UNAUTHENTICATED", exc.message) from exc
-            result = obstore.get(bucket, key)
-            self._check_size(int(result.meta["size"]), max_bytes)
-            return bytes(result.bytes())
-        except RowFailure:
-            raise
-        except UserError as exc:
-            raise RowFailure("fetch", "INVALID_URI", exc.message) from exc
-        except Exception as exc:
-            failure = classify(exc)
-            raise RowFailure("fetch", failure.error_type, failure.message, failure.retryable) from exc
-
-    def _read_file(self, path: str, max_bytes: int) -> bytes:
-        with open(path, "rb") as file:  # noqa: PTH123 - a path of a million inputs is not worth an object each
-            self._check_size(os.fstat(file.fileno()).st_size, max_bytes)
-            return file.read()
-
-    @staticmethod
-    def _check_size(size: int, max_bytes: int) -> None:
-        if size > max_bytes:
-            raise RowFailure(
-                "fetch", "TOO_LARGE", f"the file has {size:,} bytes, more than preprocess.max_bytes = {max_bytes:,}"
-            )
-
-    def _bucket(self, root: str) -> Any:
-        with self._lock:
-            if root not in self._buckets:
-                self._buckets[root] = open_bucket(root, self._storage)
-            return self._buckets[root]
-
-
 def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:
     """Reads one object that the job needs as a whole, such as a manifest or weights.
 
@@ -397,11 +350,17 @@ def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:
         UserError: If it is missing or access is denied.
         SystemFault: If the store fails.
     """
+    canonical = canonical_uri(uri)
     try:
-        return Fetcher(storage).fetch(uri, max_bytes=1 << 62)
-    except RowFailure as exc:
-        error = exc.error
-        message = f"cannot read {what} {uri}: {error.message}"
-        if error.retryable:
+        if is_local(canonical):
+            return Path(local_path(canonical)).read_bytes()
+        root, key = split_bucket(canonical)
+        return bytes(obstore.get(open_bucket(root, storage), key).bytes())
+    except UserError:
+        raise
+    except Exception as exc:
+        failure = classify(exc)
+        message = f"cannot read {what} {uri}: {failure.message}"
+        if failure.retryable:
             raise SystemFault(message, "Check the store and the network, then start the same command again.") from None
         raise UserError(message, "Check the location and the credentials.") from None

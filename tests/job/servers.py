@@ -66,7 +66,7 @@ def s3_server(folder: Path) -> Iterator[str]:
         str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", "-s3.iam=false",
         f"-master.port={master}", f"-master.port.grpc={master_grpc}", f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}",
         f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}",
-        "-s3.port.iceberg=0", "-master.telemetry=false", "-volume.max=50", "-master.volumeSizeLimitMB=64",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-volume.max=50", "-master.volumeSizeLimitMB=64",
     ]  # fmt: skip
     log = folder / "server.log"
     with log.open("wb") as out:
@@ -115,6 +115,8 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Else the kernel holds a small answer back until its head is acknowledged, 40 ms later.
+            disable_nagle_algorithm = True
 
             def _forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -38,6 +38,7 @@ def results(rows: list[Row]) -> pa.Table:
         [0.5] * len(rows),
         [0.25] * len(rows),
         [0.125] * len(rows),
+        [3] * len(rows),
     ]
     return pa.table(
         [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)], schema=RESULT_SCHEMA
@@ -92,6 +93,7 @@ def test_a_shard_closes_with_its_last_row_whatever_the_order(
     assert tally.errors_by == ({"decode": {"TRUNCATED": len(bad)}} if bad else {})
     assert (tally.bytes, tally.fetch_s, tally.decode_s) == (10 * tally.rows, 0.5 * tally.rows, 0.25 * tally.rows)
     assert tally.infer_s == pytest.approx(0.125 * tally.rows)
+    assert tally.retries == 3 * tally.rows
 
 
 @given(arrivals(), st.randoms(use_true_random=False))

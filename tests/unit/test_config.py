@@ -30,6 +30,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "uris": [],
             "manifest": None,
             "uri_column": "uri",
+            "bytes_column": None,
+            "passthrough_columns": [],
             "extensions": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
             "recursive": True,
             "limit": None,

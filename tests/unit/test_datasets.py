@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torchvision.models import SqueezeNet1_1_Weights
 from batch_inference import TorchPredictor, from_images, from_paths, predict, read_images
 from batch_inference.config import PreprocessConfig
 from batch_inference.errors import UserError
+from tests.conftest import jpeg
+from tests.unit.containers import parquet, tar
 
 ONE_ACTOR = ray.data.ActorPoolStrategy(size=1)
 
@@ -105,6 +108,22 @@ def test_read_images_keeps_every_row(folder: Path) -> None:
         else:
             assert row["error"] is None
             assert row["image"].shape == (20 + index % 3, 30, 3) and row["image"].mean() == index * 10
+
+
+def test_images_in_tar_and_parquet_files_are_images(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"1.jpg": jpeg(1), "2.jpg": b"", "3.txt": b"no"}))
+    (tmp_path / "b.parquet").write_bytes(parquet([jpeg(4), jpeg(5)]))
+    (tmp_path / "c.jpg").write_bytes(jpeg(6))
+    rows = read_images([tmp_path, tmp_path / "b.parquet"]).take_all()
+    rows += from_paths([f"{tmp_path}/a.tar#1.jpg", f"{tmp_path}/a.tar#none.jpg", f"{tmp_path}/c.jpg"]).take_all()
+    found = {row["uri"].rpartition("/")[2]: row for row in rows}
+    assert sorted(found) == ["a.tar#1.jpg", "a.tar#2.jpg", "a.tar#none.jpg", "b.parquet#0", "b.parquet#1", "c.jpg"]
+    errors = {name: (row["error"] or "").partition(":")[0] for name, row in found.items()}
+    assert {name: error for name, error in errors.items() if error} == {
+        "a.tar#2.jpg": "decode EMPTY_FILE",
+        "a.tar#none.jpg": "fetch NOT_FOUND",
+    }
+    assert np.array_equal(found["b.parquet#1"]["image"], np.asarray(Image.open(io.BytesIO(jpeg(5)))))
 
 
 def test_read_images_takes_lists_and_globs(folder: Path) -> None:

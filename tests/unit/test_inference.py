@@ -50,6 +50,7 @@ def prepared(items: list[np.ndarray | tuple[str, str]], chunks: int = 1) -> pa.T
                 "bytes": 100 + row,
                 "fetch_s": 1.0,
                 "decode_s": 2.0,
+                "retries": row,
             }
         )
     size = -(-len(rows) // chunks) or 1
@@ -125,6 +126,7 @@ def test_rows_that_failed_before_pass_through_untouched(chunks: int) -> None:
     assert [t > 0 for t in table["infer_s"].to_pylist()] == [False, True, False, False, True, False]
     assert set(table["fetch_s"].to_pylist()) == {1.0}
     assert set(table["decode_s"].to_pylist()) == {2.0}
+    assert table["retries"].to_pylist() == list(range(table.num_rows))
 
 
 def test_without_a_single_image_the_predictor_is_not_called() -> None:

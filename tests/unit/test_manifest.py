@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_inference import manifest
+from batch_inference import listing, manifest
 from batch_inference.config import JobConfig, StorageConfig
 from batch_inference.errors import UserError
+from batch_inference.fetcher import Fetcher
 from batch_inference.manifest import (
     Inputs,
     cut,
@@ -24,7 +25,7 @@ from batch_inference.manifest import (
     read_shard,
     source_digest,
 )
-from batch_inference.storage import Fetcher, Store
+from batch_inference.storage import Store
 from tests.conftest import unprivileged
 
 ODD = [
@@ -150,7 +151,7 @@ def test_globs(pattern: str, expected: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_globs_in_buckets_mean_the_same_as_in_a_shell(pattern: str, yes: list[str], no: list[str]) -> None:
-    regex = manifest._glob_regex(pattern)
+    regex = listing.glob_regex(pattern)
     assert all(regex.match(path) for path in yes)
     assert not any(regex.match(path) for path in no)
 

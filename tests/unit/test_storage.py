@@ -18,8 +18,8 @@ from obstore import exceptions as obx
 
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
+from batch_inference.fetcher import Fetcher
 from batch_inference.storage import (
-    Fetcher,
     Store,
     canonical_uri,
     classify,
@@ -306,6 +306,10 @@ FAILURES = [
     (TimeoutError("x"), "TIMEOUT", True),
     (obx.GenericError("error sending request: operation timed out"), "TIMEOUT", True),
     (obx.GenericError("Server returned non-2xx status code: 503"), "STORE_UNREACHABLE", True),
+    (obx.GenericError("status code: 503 Service Unavailable: SlowDown"), "THROTTLED", True),
+    (obx.GenericError("status code: 429 Too Many Requests"), "THROTTLED", True),
+    (obx.GenericError("status code: 500\n\nDebug source:\n retry_timeout: 120s"), "STORE_UNREACHABLE", True),
+    (obx.GenericError("error sending request\n\nDebug source:\n source: TimedOut"), "TIMEOUT", True),
     (ConnectionRefusedError("x"), "STORE_UNREACHABLE", True),
     (OSError(errno.EIO, "Input/output error"), "STORE_UNREACHABLE", True),
 ]
@@ -374,7 +378,7 @@ def test_a_failed_precondition_means_that_another_was_first(
 
 def failed(uri: str, max_bytes: int = 1000) -> RowError:
     with pytest.raises(RowFailure) as caught:
-        Fetcher(CONFIG).fetch(uri, max_bytes)
+        Fetcher(StorageConfig(max_retries=0)).fetch(uri, max_bytes)
     return caught.value.error
 
 

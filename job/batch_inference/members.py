@@ -1,0 +1,85 @@
+"""A shard's inputs as few large requests: members of one file that follow one another are read together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from batch_inference import parquet_files, tar_files
+from batch_inference.containers import NO_SUCH_MEMBER, split_member
+from batch_inference.errors import RowFailure, UserError
+from batch_inference.fetcher import Answer, Fetcher, Request
+from batch_inference.runs import Failed, Fetched, Member, Run
+from batch_inference.storage import canonical_uri
+
+
+def runs(uris: list[str], places: pa.Table | None, fetcher: Fetcher, max_bytes: int) -> Iterator[Run]:
+    """Cuts a shard's inputs into runs.
+
+    Objects by themselves keep their order; members of a file are taken together where its first one stands, in the order of
+    the file.
+
+    Args:
+        uris: The shard's inputs.
+        places: Where members lie: columns of ``PLACE_SCHEMA``; None if there are none.
+        fetcher: Reads them.
+        max_bytes: Larger inputs are not read.
+    """
+    if places is None:
+        for row, uri in enumerate(uris):
+            yield _Object(row, uri, fetcher, max_bytes)
+        return
+    files: dict[str, list[Member]] = {}
+    order: list[int | str] = []
+    columns = [places[name].to_pylist() for name in ("_offset", "_size", "_etag", "_column")]
+    for row, (uri, offset, size, etag, column) in enumerate(zip(uris, *columns, strict=True)):
+        split = None if offset is None else split_member(uri)
+        if split is None:
+            order.append(row)
+            continue
+        if split[0] not in files:
+            order.append(split[0])
+        files.setdefault(split[0], []).append(Member(row, offset, size, etag or "", column or ""))
+    for item in order:
+        if isinstance(item, int):
+            yield _Object(item, uris[item], fetcher, max_bytes)
+            continue
+        members = sorted(files[item], key=lambda member: member.offset)
+        missing = [member.row for member in members if member.offset == NO_SUCH_MEMBER]
+        if missing:
+            yield Failed(missing, RowFailure("fetch", "NOT_FOUND", f"there is no such member in {item}").error)
+        present = members[len(missing) :]
+        if present and item.lower().endswith(".tar"):
+            yield from tar_files.spans(item, present, fetcher, max_bytes)
+        elif present:
+            yield from parquet_files.row_groups(item, present, fetcher, max_bytes)
+
+
+@dataclass(frozen=True)
+class _Object:
+    row: int
+    uri: str
+    fetcher: Fetcher
+    max_bytes: int
+
+    @property
+    def rows(self) -> list[int]:
+        return [self.row]
+
+    def requests(self) -> Iterator[Request]:
+        yield Request(self._read)
+
+    def _read(self) -> bytes:
+        try:
+            canonical_uri(self.uri)
+        except UserError as exc:
+            raise RowFailure("list", "INVALID_URI", exc.message) from exc
+        if not self.uri:
+            raise RowFailure("list", "INVALID_URI", "the manifest has no URI in this line")
+        return self.fetcher.fetch(self.uri, self.max_bytes)
+
+    def inputs(self, take: Callable[[], Answer]) -> Iterator[Fetched]:
+        answer = take()
+        yield Fetched(self.row, answer.data, answer.error, answer.seconds)  # type: ignore[arg-type]

@@ -1,0 +1,305 @@
+"""Parquet files that hold encoded images as inputs: what is in one, and its rows by row group."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_inference.errors import RowError, RowFailure, UserError
+from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
+from batch_inference.ranges import RangeFile
+from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, changed, read_range
+from batch_inference.storage import display
+
+# Footers grow with the number of row groups and columns; this is most of them.
+_TAIL_BYTES = 64 * 1024
+_PAGE_BYTES = 1024 * 1024
+# A task reads a row group from its start to the rows that it wants.
+LARGE_ROW_GROUP_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Footer:
+    """The table of contents of a Parquet file.
+
+    Attributes:
+        metadata: What pyarrow makes of it.
+        etag: The version of the file.
+        starts: Number of the first row of each row group, and of the row behind the last, int64.
+    """
+
+    metadata: pq.FileMetaData
+    etag: str
+    starts: np.ndarray
+
+    def chunk(self, group: int, column: str) -> tuple[int, int]:
+        """First byte of a column in a row group, and the one behind its last."""
+        found: Any = self.metadata.row_group(group)
+        for number in range(found.num_columns):
+            chunk = found.column(number)
+            if chunk.path_in_schema == column:
+                start = chunk.data_page_offset
+                if chunk.has_dictionary_page:
+                    start = min(start, chunk.dictionary_page_offset)
+                return start, start + chunk.total_compressed_size
+        raise KeyError(column)
+
+    @property
+    def largest_rows(self) -> int:
+        """Rows of the largest row group."""
+        return int(np.diff(self.starts).max(initial=0))
+
+
+@functools.lru_cache(maxsize=32)
+def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
+    """Reads the footer of a Parquet file, usually by one request; remembered.
+
+    Args:
+        fetcher: Reads it.
+        uri: Canonical URI.
+        etag: The version that is meant, so that none of another one is remembered.
+
+    Raises:
+        UserError: If it is not a Parquet file.
+        RowFailure: If it can't be read.
+    """
+    file = RangeFile(fetcher, uri, tail=_TAIL_BYTES)
+    try:
+        metadata = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as exc:
+        raise UserError(
+            f"{display(uri)} is not a readable Parquet file: {' '.join(str(exc).split())[:200]}",
+            "Make it anew, or leave it out.",
+        ) from None
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return Footer(metadata, file.etag, np.cumsum([0, *rows]))
+
+
+def bytes_column(found: Footer, uri: str, wanted: str | None) -> str:
+    """Path of the column that holds the images: binary, or ``bytes`` of a struct as Hugging Face's datasets write it.
+
+    Args:
+        found: The file's footer.
+        uri: Its URI, for messages.
+        wanted: Name of the column, None for the only one there is.
+
+    Raises:
+        UserError: If there is none, or more than one and none is named.
+    """
+    schema = found.metadata.schema.to_arrow_schema()
+    paths = {field.name: path for field in schema if (path := _bytes_path(field))}
+    if wanted is None and len(paths) == 1:
+        return next(iter(paths.values()))
+    if wanted in paths:
+        return paths[wanted]
+    kinds = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if wanted is None and not paths:
+        raise UserError(
+            f"{display(uri)} has no column of encoded images; it has: {kinds}"[:500],
+            "If it lists images, name it as input.manifest instead of input.uris.",
+        )
+    what = "several columns of bytes" if wanted is None else f"no column of bytes {wanted!r}"
+    raise UserError(
+        f"{display(uri)} has {what}; it has: {kinds}"[:500],
+        "Set input.bytes_column to the one that holds the encoded images.",
+    )
+
+
+def read_columns(uri: str, fetcher: Fetcher, names: tuple[str, ...]) -> pa.Table:
+    """Columns of a Parquet file, read by themselves.
+
+    Raises:
+        UserError: If there is none of that name.
+        RowFailure: If the file can't be read.
+    """
+    file = pq.ParquetFile(RangeFile(fetcher, uri, tail=_TAIL_BYTES))
+    missing = [name for name in names if name not in file.schema_arrow.names]
+    if missing:
+        raise UserError(
+            f"{display(uri)} has no column {', '.join(missing)}; it has: {', '.join(file.schema_arrow.names)}",
+            "Correct input.passthrough_columns.",
+        )
+    return file.read(columns=list(names), use_threads=False)
+
+
+def _bytes_path(field: pa.Field) -> str:
+    if _is_bytes(field.type):
+        return str(field.name)
+    if pa.types.is_struct(field.type):
+        inner = field.type.get_field_index("bytes")
+        if inner >= 0 and _is_bytes(field.type.field(inner).type):
+            return f"{field.name}.bytes"
+    return ""
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+# --- reading ---
+
+
+def row_groups(uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int) -> Iterator[Run]:
+    """Rows in the order of the file, by row group.
+
+    Args:
+        uri: The Parquet file.
+        members: Those that are wanted, by their number.
+        fetcher: Reads them.
+        max_bytes: Larger images are not used.
+    """
+    rows = [member.row for member in members]
+    try:
+        found = footer(fetcher, uri, members[0].etag)
+        if members[0].etag and found.etag != members[0].etag:
+            raise changed(uri)
+    except RowFailure as exc:
+        yield Failed(rows, exc.error)
+        return
+    except Exception as exc:
+        yield Failed(rows, RowFailure("fetch", "CORRUPT", str(exc)).error)
+        return
+    groups = np.searchsorted(found.starts, [member.offset for member in members], side="right") - 1
+    for group in np.unique(groups).tolist():
+        wanted = [member for member, mine in zip(members, groups, strict=True) if mine == group]
+        yield _RowGroup(uri, group, wanted, found, fetcher, max_bytes)
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """Rows of one row group; its column of images is read from the start to the last of them."""
+
+    uri: str
+    group: int
+    members: list[Member]
+    footer: Footer
+    fetcher: Fetcher
+    max_bytes: int
+
+    @property
+    def rows(self) -> list[int]:
+        return [member.row for member in self.members]
+
+    def requests(self) -> Iterator[Request]:
+        first, end = self.footer.chunk(self.group, self.members[0].column)
+        for start in range(first, end, RANGE_BYTES):
+            stop = min(end, start + RANGE_BYTES)
+            yield Request(self._reader(start, stop), stop - start)
+
+    def _reader(self, start: int, stop: int) -> Callable[[], Buffer]:
+        def read() -> Buffer:
+            data = read_range(self.fetcher, self.uri, start, stop, self.footer.etag)
+            if len(data) < stop - start:
+                raise RowFailure("fetch", "TRUNCATED", f"{self.uri} ends within row group {self.group}")
+            return data
+
+        return read
+
+    def inputs(self, take: Callable[[], Answer]) -> Iterator[Fetched]:
+        stream = _Stream(take, self.footer.chunk(self.group, self.members[0].column))
+        left = deque(self.members)
+        error: RowError | None = None
+        try:
+            for row, value in self._rows(stream):
+                while left and left[0].offset == row:
+                    member = left.popleft()
+                    yield self._input(member.row, value, stream.seconds / len(self.members))
+                if not left:
+                    return
+            error = RowFailure("fetch", "TRUNCATED", f"row group {self.group} of {self.uri} ends before this row").error
+        except RowFailure as exc:
+            error = exc.error
+        except Exception as exc:
+            error = stream.error or RowFailure("fetch", "CORRUPT", f"row group {self.group}: {exc}").error
+        for member in left:
+            yield Fetched(member.row, b"", error, 0.0)
+
+    def _rows(self, stream: _Stream) -> Iterator[tuple[int, pa.Scalar]]:
+        column = self.members[0].column
+        first, end = self.footer.chunk(self.group, column)
+        start = int(self.footer.starts[self.group])
+        count = int(self.footer.starts[self.group + 1]) - start
+        # About a megabyte at a time, however large the images are.
+        batch = max(1, min(256, _PAGE_BYTES * count // max(1, end - first)))
+        file = pq.ParquetFile(stream, metadata=self.footer.metadata, buffer_size=_PAGE_BYTES, pre_buffer=False)
+        row = start
+        for part in file.iter_batches(batch, row_groups=[self.group], columns=[column], use_threads=False):
+            values = part.column(0)
+            if pa.types.is_struct(values.type):
+                (values,) = values.flatten()
+            if row + len(values) <= self.members[0].offset:
+                row += len(values)
+                continue
+            for value in values:
+                yield row, value
+                row += 1
+
+    def _input(self, row: int, value: pa.Scalar, seconds: float) -> Fetched:
+        try:
+            if not value.is_valid:
+                raise RowFailure("fetch", "NOT_FOUND", "this row has no image: its bytes are null")
+            data = value.as_py()
+            check_size(len(data), self.max_bytes)
+        except RowFailure as exc:
+            return Fetched(row, b"", exc.error, seconds)
+        return Fetched(row, data, None, seconds)
+
+
+class _Stream(io.RawIOBase):
+    """The answers to a row group's requests as the part of a file that they are."""
+
+    def __init__(self, take: Callable[[], Answer], chunk: tuple[int, int]) -> None:
+        super().__init__()
+        self._take = take
+        self._end = chunk[1]
+        self._place = self._start = chunk[0]
+        self._data: Buffer = b""
+        self.seconds = 0.0
+        self.error: RowError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = (
+            offset if whence == io.SEEK_SET else (self._place if whence == io.SEEK_CUR else self._end) + offset
+        )
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        parts = []
+        left = self._end - self._place if size < 0 else min(size, self._end - self._place)
+        while left > 0:
+            while self._place >= self._start + len(self._data):
+                self._next()
+            inside = self._place - self._start
+            if inside < 0:
+                raise ValueError("a row group is read from its start to its end")
+            part = bytes(self._data[inside : inside + left])
+            parts.append(part)
+            self._place += len(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def _next(self) -> None:
+        answer = self._take()
+        self.seconds += answer.seconds
+        self.error = answer.error
+        if self.error is not None:
+            raise OSError(self.error.message)
+        self._start += len(self._data)
+        self._data = answer.data
