@@ -31,6 +31,7 @@ def make(model: str, folder: Path, file: Path) -> str:
         from PIL import Image
         from safetensors.torch import save_file
 
+        _one_thread()
         torch.manual_seed(SEED)
         network, transform = build(model), transform_of(model)
         for module in network.modules():
@@ -94,6 +95,7 @@ def reference(model: str, weights: Path, folder: Path, file: Path, key: str) -> 
     import torch
     from PIL import Image
 
+    _one_thread()
     network, transform = load(model, weights), transform_of(model)
     paths = sorted(folder.glob("*.jpg"))
     classes: dict[str, int] = {}
@@ -106,3 +108,10 @@ def reference(model: str, weights: Path, folder: Path, file: Path, key: str) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"key": key, "classes": classes}))
     return classes
+
+
+def _one_thread() -> None:
+    """Makes weights and labels independent of the number of cores; on a busy machine several threads mostly wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
