@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -303,17 +304,24 @@ def test_a_cluster_that_asks_for_a_token_gets_it(
         assert "SUCCEEDED: 30 of 30" in done.stdout
 
 
+# Run by a small process in between: what a large one starts counts the large one's memory as its own until it is another program.
+MEASURED = """
+import json, resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], check=False).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime]), file=sys.stderr)
+"""
+
+
 def test_it_stays_small(head: str, job_id: str, tmp_path: Path) -> None:
     """Its pod has half a gigabyte and a quarter of a CPU."""
     talkative(head, job_id, 20_000, 0.0)
-    begun = time.monotonic()
-    with (tmp_path / "log").open("wb") as out:
-        process = subprocess.Popen(
-            [PROGRAM, *command("unused.yaml", head, job_id)], stdout=out, stderr=out, env=environment()
-        )
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert (tmp_path / "log").read_text().count("\nline ") == 20_000
-    seconds = usage.ru_utime + usage.ru_stime
-    print(f"{usage.ru_maxrss / 1024:.0f} MiB, {seconds:.1f} s of CPU, {time.monotonic() - begun:.1f} s in all")
-    assert usage.ru_maxrss < 150 * 1024
+    submission = [str(PROGRAM), *command("unused.yaml", head, job_id)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *submission], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    code, mebibytes, seconds = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0
+    assert done.stdout.count("\nline ") == 20_000
+    print(f"{mebibytes:.0f} MiB, {seconds:.1f} s of CPU")
+    assert mebibytes < 150
