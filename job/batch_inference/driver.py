@@ -32,9 +32,10 @@ from batch_inference.identity import (
 )
 from batch_inference.inference import raise_end_of_job
 from batch_inference.ledger import Commit, Job, Ledger, now
-from batch_inference.manifest import find_inputs
+from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.progress import Snapshot
+from batch_inference.startup import Background, starts_ray
 from batch_inference.storage import Store, canonical_uri
 
 log = structlog.get_logger()
@@ -143,40 +144,66 @@ class Attempt:
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
         self._show("plan")
-        store = open_output(self.config)
-        ledger = Ledger(store)
-        engine = self._engine or resolve_engine(self.config)
-        job = ledger.job()
-        if job is not None:
-            check_same_job(self.config, engine, job, store)
-            done = ledger.success()
-            if done is not None:
-                if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
-                    return self._already_done(job, done)
-                # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
-                log.warning("the output is not what _SUCCESS says; taking it up again")
-                store.delete(["_SUCCESS"])
-        store.probe()
-        if job is None:
-            job = self._plan(ledger, engine)
-        ledger.complete_manifest(job)
-        commits = ledger.commits()
-        self._resume(job, commits)
-        pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
-        store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
-        try:
-            self.snapshot.tally.check(self.config.errors)
-            if pending:
-                self._work(ledger, job, engine, pending, address, dashboard_host)
-            return self._finish(ledger, job)
-        except BatchInferenceError as exc:
-            self._failed(ledger, job, exc)
-            raise
+        ledger = Ledger(open_output(self.config))
+        with contextlib.ExitStack() as cluster, self._engine_ahead() as ahead:
+            job = ledger.job()
+            done = None if job is None else ledger.success()
+            # Before anything is started, so that a mistyped path is answered at once.
+            found = find_inputs(self.config) if job is None else None
+            early = starts_ray(address) and done is None
+            if early:
+                # Ray's processes take seconds to come up; meanwhile the model is described in the background.
+                try:
+                    cluster.enter_context(self._cluster(address, dashboard_host))
+                except UserError:
+                    ahead.result()  # of two mistakes the model's comes first, as where Ray is started later
+                    raise
+            engine = ahead.result()
+            if job is not None:
+                check_same_job(self.config, engine, job, ledger.store)
+                if done is not None:
+                    if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
+                        return self._already_done(job, done)
+                    # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
+                    log.warning("the output is not what _SUCCESS says; taking it up again")
+                    ledger.store.delete(["_SUCCESS"])
+            ledger.store.probe()
+            if job is None:
+                job = self._plan(ledger, engine, found or find_inputs(self.config))
+            ledger.complete_manifest(job)
+            commits = ledger.commits()
+            self._resume(job, commits)
+            pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
+            ledger.store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
+            try:
+                self.snapshot.tally.check(self.config.errors)
+                if pending:
+                    self._show("start")
+                    if not early:
+                        cluster.enter_context(self._cluster(address, dashboard_host))
+                    self._work(ledger, job, engine, pending)
+                cluster.close()
+                return self._finish(ledger, job)
+            except BatchInferenceError as exc:
+                self._failed(ledger, job, exc)
+                raise
+
+    def _engine_ahead(self) -> Background[Engine]:
+        """The engine, being resolved; a user's module is imported here and now, since it may need the main thread."""
+        engine = self._engine or (resolve_engine(self.config) if self.config.predictor is not None else None)
+        return Background(lambda: engine or resolve_engine(self.config))
+
+    @contextlib.contextmanager
+    def _cluster(self, address: str | None, dashboard_host: str | None) -> Iterator[None]:
+        with connected(self.config, address, dashboard_host) as dashboard, interruptible():
+            self.snapshot.dashboard = dashboard
+            if dashboard:
+                log.info("Ray's dashboard", url=dashboard)
+            yield
 
     # --- before ---
 
-    def _plan(self, ledger: Ledger, engine: Engine) -> Job:
-        found = find_inputs(self.config)
+    def _plan(self, ledger: Ledger, engine: Engine, found: Inputs) -> Job:
         check_columns(self.config, found.table.column_names)
         rows = found.table.num_rows
         job = Job(
@@ -221,35 +248,22 @@ class Attempt:
 
     # --- the work ---
 
-    def _work(
-        self,
-        ledger: Ledger,
-        job: Job,
-        engine: Engine,
-        pending: list[int],
-        address: str | None,
-        dashboard_host: str | None,
-    ) -> None:
+    def _work(self, ledger: Ledger, job: Job, engine: Engine, pending: list[int]) -> None:
         self._show("start")
-        with connected(self.config, address, dashboard_host) as dashboard, interruptible():
-            self.snapshot.dashboard = dashboard
-            if dashboard:
-                log.info("Ray's dashboard", url=dashboard)
-            self._show("start")
-            writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
-            rows = {shard: job.rows_of(shard) for shard in pending}
-            collector = Collector(rows, self.snapshot.tally)
-            with (
-                Closing(ledger, writers, self._committed) as closing,
-                contextlib.closing(results(ledger.store, self.config, engine, rows, writers.handles)) as tables,
-            ):
-                try:
-                    self._collect(tables, collector, closing, writers)
-                except Exception as exc:
-                    failure = explain_ray_failure(exc)
-                    if failure is exc:
-                        raise
-                    raise failure from exc
+        writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
+        rows = {shard: job.rows_of(shard) for shard in pending}
+        collector = Collector(rows, self.snapshot.tally)
+        with (
+            Closing(ledger, writers, self._committed) as closing,
+            contextlib.closing(results(ledger.store, self.config, engine, rows, writers.handles)) as tables,
+        ):
+            try:
+                self._collect(tables, collector, closing, writers)
+            except Exception as exc:
+                failure = explain_ray_failure(exc)
+                if failure is exc:
+                    raise
+                raise failure from exc
 
     def _collect(self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers) -> None:
         begun: float | None = None
