@@ -91,7 +91,9 @@ def _result_table(rows: int) -> pa.Table:
         "retryable": np.zeros(rows, bool), "bytes": np.full(rows, 110_000),
         **{name: rng.random(rows, np.float32) for name in ("fetch_s", "decode_s", "infer_s")},
     }  # fmt: skip
-    arrays = [pa.array(columns[f.name]).cast(f.type) if f.name in columns else pa.nulls(rows, f.type) for f in RESULT_SCHEMA]
+    arrays = [
+        pa.array(columns[f.name]).cast(f.type) if f.name in columns else pa.nulls(rows, f.type) for f in RESULT_SCHEMA
+    ]
     place = pa.array(np.arange(rows), mask=failed)
     arrays += [predictions[name].combine_chunks().take(place) for name in CLASSIFIER_SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=pa.schema([*RESULT_SCHEMA, *CLASSIFIER_SCHEMA]))
@@ -121,9 +123,14 @@ def step_list_store(folder: Path, rows: int) -> dict[str, Any]:
 
     def answer(*args: Any, **kwargs: Any) -> Iterator[list[dict[str, Any]]]:
         for start in range(0, rows, 1000):
-            yield [{"path": f"archive/{i // 10000:05d}/image-{i:09d}.jpg", "size": 1} for i in range(start, min(rows, start + 1000))]
+            yield [
+                {"path": f"archive/{i // 10000:05d}/image-{i:09d}.jpg", "size": 1}
+                for i in range(start, min(rows, start + 1000))
+            ]
 
-    config = _config(folder, input={"uris": ["s3://bucket-of-photos/archive/"]}, storage={"region": "x", "anonymous": True})
+    config = _config(
+        folder, input={"uris": ["s3://bucket-of-photos/archive/"]}, storage={"region": "x", "anonymous": True}
+    )
     with mock.patch.object(obstore, "list", answer):
         begun = time.perf_counter()
         found = find_inputs(config)
@@ -170,7 +177,9 @@ def _collect(folder: Path, keep: Callable[[int, int], bool], block: int) -> tupl
     pending = [s for s in range(job.shards) if keep(s, job.shards)]
     attempt = driver.Attempt(config, lambda s: None)
 
-    def fake(store: Any, config: Any, engine: Any, rows: dict[int, int], *more: Any, **named: Any) -> Iterator[pa.Table]:
+    def fake(
+        store: Any, config: Any, engine: Any, rows: dict[int, int], *more: Any, **named: Any
+    ) -> Iterator[pa.Table]:
         yield from _blocks(rows.copy(), block)
 
     with mock.patch.object(driver, "results", fake):
@@ -247,7 +256,18 @@ CHAIN = ("plan", "collect", "status", "resume", "finish", "verify")
 
 def _measure(step: str, folder: Path, rows: int, *more: str) -> dict[str, Any]:
     """Runs a step in a process of its own; its figures with wall time, CPU time and peak memory."""
-    command = [sys.executable, "-m", "tests.bench.scale", "--step", step, "--rows", str(rows), "--folder", str(folder), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.scale",
+        "--step",
+        step,
+        "--rows",
+        str(rows),
+        "--folder",
+        str(folder),
+        *more,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     text = process.stdout.read()
@@ -305,7 +325,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10_000_000, help="largest number of inputs (default 10,000,000)")
     parser.add_argument("--driver-rows", type=int, default=300_000, help="rows for the driver's rate (default 300,000)")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of scale.md and scale.json")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench/scale"), help="working folder, removed afterwards")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench/scale"), help="working folder, removed afterwards"
+    )
     parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--block", type=int, help=argparse.SUPPRESS)
