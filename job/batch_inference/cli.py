@@ -230,6 +230,7 @@ def status(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             ("ETA", "-" if found.state == "succeeded" else duration(found.eta_s)),
             ("last commit", "none" if found.last_commit_age_s is None else f"{duration(found.last_commit_age_s)} ago"),
             *([("verdict", found.verdict)] if found.verdict else []),
+            *([("balance", found.balance)] if found.balance else []),
             ("fingerprint", found.fingerprint[:12]),
         ],
     )

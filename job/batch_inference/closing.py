@@ -69,6 +69,8 @@ class Closing:
     def __init__(self, ledger: Ledger, writers: Writers, on_commit: Callable[[Commit, bool], None]) -> None:
         self.ledger = ledger
         self.lost_race = False
+        self.blocked_s = 0.0
+        """Seconds for which :meth:`add` waited for the store."""
         self._writers = writers
         self._on_commit = on_commit
         self._pool = ThreadPoolExecutor(_CLOSING // 2, thread_name_prefix="close")
@@ -85,7 +87,9 @@ class Closing:
     def add(self, shard: int, part: OpenShard) -> None:
         """Starts closing a shard; waits where too many are on their way."""
         self._running.append(self._pool.submit(self._close, shard, part.error_table()))
+        begun = time.monotonic()
         self._reap(_CLOSING)
+        self.blocked_s += time.monotonic() - begun
 
     def wait(self) -> None:
         """Waits until everything is committed; raises what went wrong."""

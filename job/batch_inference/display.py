@@ -149,6 +149,7 @@ def verdict_of(result: RunResult) -> list[str]:
         speed = (
             f"speed: {result.elapsed_s:.1f} s in all, {rate_text(result.images_per_s)} images/s without start-up, "
             f"{result.shards:,} shard{'s' if result.shards != 1 else ''}"
+            + (f". {result.balance}" if result.balance else "")
         )
     kinds = describe_errors(result.errors_by)
     more = f", and {len(kinds) - 5} more kinds" if len(kinds) > 5 else ""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 import structlog
 
+from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import connected, is_client_address
 from batch_inference.collection import Collector
@@ -61,6 +63,8 @@ class RunResult:
         already_done: Whether an earlier attempt had finished everything.
         elapsed_s: Seconds this attempt took.
         images_per_s: Rows a second of this attempt, start-up left out; None where it was too short to tell.
+        limit: What this attempt waited for (see :class:`~batch_inference.balance.Balance`), "" where nothing was run.
+        balance: The same as a sentence, with the knob to turn.
     """
 
     output: str
@@ -74,6 +78,8 @@ class RunResult:
     already_done: bool
     elapsed_s: float
     images_per_s: float | None
+    limit: str = ""
+    balance: str = ""
 
 
 def run(
@@ -140,6 +146,8 @@ class Attempt:
         self.started = time.monotonic()
         self.snapshot = Snapshot()
         self._progress_written = 0.0
+        self._load: Load | None = None
+        self._balance: Balance | None = None
 
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
@@ -181,7 +189,9 @@ class Attempt:
                     self._show("start")
                     if not early:
                         cluster.enter_context(self._cluster(address, dashboard_host))
-                    self._work(ledger, job, engine, pending)
+                    # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
+                    cpus = float(os.cpu_count() or 1) if early else math.inf
+                    self._work(ledger, job, engine, pending, cpus)
                 cluster.close()
                 return self._finish(ledger, job)
             except BatchInferenceError as exc:
@@ -248,8 +258,9 @@ class Attempt:
 
     # --- the work ---
 
-    def _work(self, ledger: Ledger, job: Job, engine: Engine, pending: list[int]) -> None:
+    def _work(self, ledger: Ledger, job: Job, engine: Engine, pending: list[int], cpus: float = math.inf) -> None:
         self._show("start")
+        self._load = possible_load(self.config, len(pending), cpus)
         writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
         rows = {shard: job.rows_of(shard) for shard in pending}
         collector = Collector(rows, self.snapshot.tally)
@@ -267,7 +278,9 @@ class Attempt:
 
     def _collect(self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers) -> None:
         begun: float | None = None
+        driver_s = 0.0
         for table in tables:
+            moment = time.monotonic()
             raise_end_of_job(table)
             writers.keep(table)
             for shard, part in collector.add(table):
@@ -278,12 +291,30 @@ class Attempt:
             self.snapshot.tally.check(self.config.errors)
             self._show("run")
             self._write_progress(closing.ledger.store)
+            driver_s += time.monotonic() - moment
+            self._measure(driver_s, closing.blocked_s)
             if closing.lost_race and closing.everything_committed(self.snapshot.shards_total):
                 log.info("another driver has committed the rest")
                 break
         else:
             collector.finish()
         closing.wait()
+
+    def _measure(self, driver_s: float, commit_s: float) -> None:
+        """Keeps what this attempt has measured about itself so far."""
+        snapshot, tally = self.snapshot, self.snapshot.tally
+        if self._load is not None:
+            # The first rows' work was done before the clock started.
+            counted = 1 - snapshot.first_rows / max(1, tally.seen)
+            self._load = replace(
+                self._load,
+                working_s=snapshot.working_s,
+                fetch_s=tally.fetch_s * counted,
+                decode_s=tally.decode_s * counted,
+                infer_s=tally.infer_s * counted,
+                driver_s=driver_s,
+                commit_s=commit_s,
+            )
 
     def _committed(self, commit: Commit, mine: bool) -> None:
         self.snapshot.shards_done += 1
@@ -304,6 +335,9 @@ class Attempt:
             tally.add_errors(commit.errors_by)
         self.snapshot.shards_done = len(commits)
         tally.check(self.config.errors)
+        if self._load is not None:
+            self._balance = balance(self._load)
+            log.info(self._balance.sentence)
         result = self._result(job, already_done=False)
         totals = {
             "rows": tally.rows,
@@ -351,6 +385,8 @@ class Attempt:
             already_done=already_done,
             elapsed_s=time.monotonic() - self.started,
             images_per_s=self.snapshot.images_per_s,
+            limit=self._balance.limit if self._balance else "",
+            balance=self._balance.sentence if self._balance else "",
         )
 
     def _write_summary(self, ledger: Ledger, job: Job, commits: list[Commit], state: str, verdict: str) -> None:
@@ -369,6 +405,7 @@ class Attempt:
             "skipped": job.skipped,
             "duplicates": job.duplicates,
             **self.snapshot.to_dict(),
+            "balance": asdict(self._balance) if self._balance else None,
             "this_attempt": {
                 "rows": tally.seen,
                 "bytes": tally.bytes,
