@@ -148,7 +148,8 @@ def _limit(load: Load, actors: float, decode: float, fetch: float, driver: float
         return "commit" if load.commit_s > load.driver_s / 2 else "driver"
     if actors >= _ACTORS_BUSY:
         return "inference"
-    if not load.on_gpu and cpus >= _ACTORS_BUSY and actors >= 0.25:
+    # Where decoding takes most of the CPUs' time, it is what more of them or a faster path would help.
+    if not load.on_gpu and cpus >= _ACTORS_BUSY and load.infer_s * load.cpus_per_actor >= load.decode_s / 2:
         return "cpu"
     if decode >= _BUSY:
         return "decode"

@@ -25,6 +25,7 @@ CPU = replace(NOTHING, on_gpu=False)
         # The driver's time is no limit where the actors have no time left either.
         (replace(NOTHING, infer_s=235, driver_s=55), "inference", ["98 %"]),
         (replace(CPU, actors=1, cpus=2, decode_cpus=1, infer_s=48, decode_s=58), "cpu", ["88 % of 2 CPUs"]),
+        (replace(CPU, actors=1, cpus=2, decode_cpus=1, infer_s=20, decode_s=100), "decode", ["100 % of its 1 CPUs"]),
         (replace(NOTHING, infer_s=50, decode_s=100, fetch_s=100), "idle", ["decoding 21 %", "fetching 1 %"]),
         (replace(NOTHING, working_s=1.0, infer_s=4), "unknown", ["too short"]),
         (replace(NOTHING, fetch_threads=0, decode_cpus=0), "idle", ["0 %"]),
