@@ -58,11 +58,13 @@ class Preparation:
         storage: How to reach the inputs.
         preprocess: Limits and orientation.
         transform: Resize and crop to the model's size, or None to pass images on as they are (custom predictors).
+        block_bytes: A table is passed on when its pixels have so many bytes.
     """
 
     storage: StorageConfig
     preprocess: PreprocessConfig
     transform: Transform | None
+    block_bytes: int = BLOCK_BYTES
 
     def rows(self, shard: int, uris: list[str]) -> Iterator[pa.Table]:
         """Prepares one shard.
@@ -79,7 +81,7 @@ class Preparation:
         # Threads wait for the store; no more than the task's CPUs decode at the same time.
         backlog = _Backlog(max(1, int(self.preprocess.cpus_per_task)), _BACKLOG_BYTES)
         streak = _Streak()
-        block = _Block(shard)
+        block = _Block(shard, self.block_bytes)
         with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
             waiting: deque[Future[_Prepared]] = deque()
             inputs = enumerate(uris)
@@ -94,7 +96,7 @@ class Preparation:
                     block.add(item)
                     if block.full:
                         yield block.table()
-                        block = _Block(shard)
+                        block = _Block(shard, self.block_bytes)
             finally:
                 # A task that is stopped in the middle must not wait for threads that wait for their turn.
                 backlog.open()
@@ -228,8 +230,9 @@ class _Prepared:
 class _Block:
     """Rows on their way into one table."""
 
-    def __init__(self, shard: int) -> None:
+    def __init__(self, shard: int, limit: int) -> None:
         self.shard = shard
+        self.limit = limit
         self.items: list[_Prepared] = []
         self._size = 0
 
@@ -241,7 +244,7 @@ class _Block:
     def full(self) -> bool:
         # Where nothing works the driver must hear of it soon, and not after a shard of time-outs.
         rows = _BLOCK_ROWS if self._size else _FAILED_ROWS
-        return self._size >= BLOCK_BYTES or len(self.items) >= rows
+        return self._size >= self.limit or len(self.items) >= rows
 
     def table(self) -> pa.Table:
         items = self.items
