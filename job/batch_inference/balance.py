@@ -117,16 +117,21 @@ def balance(load: Load) -> Balance:
     cpu_s = load.decode_s + (0.0 if load.on_gpu else load.infer_s * load.cpus_per_actor)
     cpus = _share(cpu_s, load.cpus * load.working_s)
     limit = _limit(load, actors, decode, fetch, driver, cpus)
-    who = "GPU actors" if load.on_gpu else "actors"
     percent = {
         name: f"{100 * share:.0f} %" for name, share in (("decode", decode), ("fetch", fetch), ("driver", driver))
     }
-    busy = f"the {load.actors} {who} were busy {100 * actors:.0f} % of the time"
+    who = "GPU actor" if load.on_gpu else "actor"
+    who = f"{who} was" if load.actors == 1 else f"{load.actors} {who}s were"
+    busy = f"the {who} busy {100 * actors:.0f} % of the time"
+    if load.on_gpu:
+        more = "raise inference.actors with their GPUs, or lower inference.precision"
+    elif load.actors * load.cpus_per_actor < load.cpus:
+        more = f"raise inference.actors (there are {load.cpus:g} CPUs), or lower inference.precision"
+    else:
+        more = f"the actors have all {load.cpus:g} CPUs, so add CPUs, lower inference.precision, or choose a smaller network"
     slow = f"{busy} and waited for pixels"
     sentence = {
-        "inference": f"Inference-bound: {busy}; raise inference.actors"
-        + (" with their GPUs" if load.on_gpu else " if there are CPUs left")
-        + ", or lower inference.precision.",
+        "inference": f"Inference-bound: {busy}; {more}.",
         "cpu": f"CPU-bound: decoding and the network kept {100 * cpus:.0f} % of {load.cpus:g} CPUs busy; add CPUs, lower "
         "inference.precision, or choose a smaller network.",
         "decode": f"Decode-bound: {slow}, decoding kept {percent['decode']} of its {load.decode_cpus:g} CPUs busy; add CPUs "

@@ -15,7 +15,9 @@ CPU = replace(NOTHING, on_gpu=False)
     ("load", "limit", "words"),
     [
         (replace(NOTHING, infer_s=235), "inference", ["98 %", "4 GPU actors", "inference.actors with their GPUs"]),
-        (replace(CPU, infer_s=235), "inference", ["98 %", "if there are CPUs left"]),
+        (replace(CPU, infer_s=235), "inference", ["98 %", "raise inference.actors (there are 12 CPUs)"]),
+        (replace(CPU, infer_s=235, cpus=2), "inference", ["98 %", "the actors have all 2 CPUs", "smaller network"]),
+        (replace(CPU, infer_s=58, actors=1), "inference", ["the actor was busy 97 %"]),
         (replace(NOTHING, infer_s=91, decode_s=460), "decode", ["busy 38 % of the time", "96 % of its 8 CPUs", "cpuWorkers.replicas"]),
         (replace(NOTHING, infer_s=91, decode_s=60, fetch_s=7000), "fetch", ["38 %", "91 % of 128", "storage.fetch_concurrency"]),
         # A full store queue also where decoding is busy: the busier part is named by what waits for what.
