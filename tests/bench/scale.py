@@ -26,11 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MIB = 1024 * 1024
 SHARD = 1000
 BLOCKS = (1000, 250, 64)
 TREE_MOST = 100_000
-# Rows in one process of "collect", so that the step's memory says something about shards in flight.
 CLASSES = 1000
 
 
@@ -311,7 +309,8 @@ def _markdown(report: dict[str, Any]) -> str:
         "", "## Time and memory by number of inputs", "",
         "| step | inputs | seconds | CPU s | peak MiB | µs an input |", "| --- | ---: | ---: | ---: | ---: | ---: |",
         *(
-            f"| {r['step']} | {r['rows']:,} | {r['seconds']:.2f} | {r['cpu_s']:.2f} | {r['peak_mib']:,.0f} | {1e6 * r['seconds'] / r['rows']:.2f} |"
+            f"| {r['step']} | {r['rows']:,} | {r['seconds']:.2f} | {r['cpu_s']:.2f} | {r['peak_mib']:,.0f} "
+            f"| {1e6 * r['seconds'] / r['rows']:.2f} |"
             for r in report["steps"]
         ),
         "",
