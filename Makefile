@@ -64,9 +64,14 @@ test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a fi
 	$(BIN)/python -m tests.e2e.image
 	$(BIN)/pytest tests/e2e
 
+##@ Measure
 .PHONY: bench
 bench: $(BENCH)/.ready ## Measure speed against what else does this job, and against the bound; BENCH_ARGS=--quick for a look
 	$(BENCH)/bin/python -m tests.bench $(BENCH_ARGS)
+
+.PHONY: bench-scale
+bench-scale: $(VENV)/.ready ## The driver's side alone: rows/s, and time and memory for 10^4 to 10^7 inputs; MOST=100000 for a quick look
+	$(BIN)/python -m tests.bench.scale --most $(or $(MOST),10000000)
 
 ##@ Maintain
 .PHONY: format

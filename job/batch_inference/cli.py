@@ -201,6 +201,43 @@ def plan(
 
 
 @app.command()
+def preflight(
+    inputs: Inputs = None,
+    output: Output = None,
+    manifest: Manifest = None,
+    model: Model = None,
+    weights: Weights = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster to try it on: host:6379 or auto; default: this machine."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Images to decode and predict.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Try a job on a few images and one actor: credentials, model, decoding, forward pass, speed; exits 2 where something fails.
+
+    Nothing that it writes stays. It says how long the job will take, and how many CPU cores each GPU needs.
+
+    Example: batch-inference preflight photos/ --output out/ --model resnet18 --set inference.gpus_per_actor=0
+    """
+    from batch_inference.display import print_preflight
+    from batch_inference.preflight import preflight as try_job
+
+    logs.configure("text", quiet=True)
+    found = try_job(
+        _config(inputs, output, manifest, model, weights, config, settings), address=address, samples=samples
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        print_preflight(found)
+    if not found.ok:
+        raise typer.Exit(EXIT_USER)
+
+
+@app.command()
 def status(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
     """Show how far a job is, from its ledger alone.
 
@@ -230,6 +267,7 @@ def status(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             ("ETA", "-" if found.state == "succeeded" else duration(found.eta_s)),
             ("last commit", "none" if found.last_commit_age_s is None else f"{duration(found.last_commit_age_s)} ago"),
             *([("verdict", found.verdict)] if found.verdict else []),
+            *([("balance", found.balance)] if found.balance else []),
             ("fingerprint", found.fingerprint[:12]),
         ],
     )

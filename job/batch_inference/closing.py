@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_inference.collection import OpenShard
+from batch_inference.collection import OpenShard, by_shard
 from batch_inference.config import JobConfig
 from batch_inference.inference import RESULT_SCHEMA
 from batch_inference.ledger import Commit, Ledger
@@ -46,13 +46,11 @@ class Writers:
         """Gathers the predictions in rows that came back to the driver."""
         if self._local is None:
             return
-        good = table.filter(pc.is_null(table["error_type"]))
-        if not good.num_rows:
-            return
-        columns = ["shard", "row", *good.column_names[len(RESULT_SCHEMA) :]]
-        good = good.select(columns)
-        for shard in pc.unique(good["shard"]).to_pylist():
-            self._local.add(shard, good.filter(pc.equal(good["shard"], shard)))
+        good = table.select(["shard", "row", *table.column_names[len(RESULT_SCHEMA) :]])
+        if table["error_type"].null_count < table.num_rows:
+            good = good.filter(pc.is_null(table["error_type"]))
+        for shard, mine in by_shard(good):
+            self._local.add(shard, mine)
 
     def close(self, shard: int, errors: pa.Table) -> Commit:
         """Writes a shard's files."""
@@ -71,6 +69,8 @@ class Closing:
     def __init__(self, ledger: Ledger, writers: Writers, on_commit: Callable[[Commit, bool], None]) -> None:
         self.ledger = ledger
         self.lost_race = False
+        self.blocked_s = 0.0
+        """Seconds for which :meth:`add` waited for the store."""
         self._writers = writers
         self._on_commit = on_commit
         self._pool = ThreadPoolExecutor(_CLOSING // 2, thread_name_prefix="close")
@@ -87,7 +87,9 @@ class Closing:
     def add(self, shard: int, part: OpenShard) -> None:
         """Starts closing a shard; waits where too many are on their way."""
         self._running.append(self._pool.submit(self._close, shard, part.error_table()))
+        begun = time.monotonic()
         self._reap(_CLOSING)
+        self.blocked_s += time.monotonic() - begun
 
     def wait(self) -> None:
         """Waits until everything is committed; raises what went wrong."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,6 +84,25 @@ def describe_errors(by: dict[str, dict[str, int]]) -> list[str]:
     return [f"{stage} {kind} {count:,}" for count, stage, kind in sorted(flat, key=lambda i: (-i[0], i[1], i[2]))]
 
 
+def count_errors(bad: pa.Table) -> dict[str, dict[str, int]]:
+    """Failed rows as ``{stage: {error_type: count}}``."""
+    by: dict[str, dict[str, int]] = {}
+    for (stage, kind), count in Counter(
+        zip(bad["stage"].to_pylist(), bad["error_type"].to_pylist(), strict=True)
+    ).items():
+        by.setdefault(stage, {})[kind] = count
+    return by
+
+
+def by_shard(table: pa.Table) -> list[tuple[int, pa.Table]]:
+    """Rows by their ``shard``, in order of the shards; most tables hold one, which is not copied."""
+    shards = table["shard"].to_numpy()
+    distinct = np.unique(shards).tolist()
+    if len(distinct) == 1:
+        return [(distinct[0], table)]
+    return [(shard, table.filter(pa.array(shards == shard))) for shard in distinct]
+
+
 @dataclass
 class OpenShard:
     """A shard of which rows are still missing."""
@@ -140,12 +159,10 @@ class Collector:
         """
         failed = pc.is_valid(table["error_type"])
         self._count(table, failed)
-        shards = table["shard"].to_numpy()
         done: list[tuple[int, OpenShard]] = []
-        for shard in np.unique(shards).tolist():
-            mine = pa.array(shards == shard)
-            done += self._add_shard(shard, table.filter(mine), failed.filter(mine))
-        self._judge(table, failed)
+        for shard, mine in by_shard(table):
+            done += self._add_shard(shard, mine)
+        self._judge(table)
         if self._well and self._held:
             done += self._held.items()
             self._held = {}
@@ -174,15 +191,10 @@ class Collector:
         tally.seen += table.num_rows
         for name in ("bytes", "retries", "fetch_s", "decode_s", "infer_s"):
             setattr(tally, name, getattr(tally, name) + (pc.sum(table[name]).as_py() or 0))
-        if pc.any(failed).as_py():
-            bad = table.filter(failed)
-            by: dict[str, dict[str, int]] = {}
-            for stage, kind in zip(bad["stage"].to_pylist(), bad["error_type"].to_pylist(), strict=True):
-                by.setdefault(stage, {})
-                by[stage][kind] = by[stage].get(kind, 0) + 1
-            tally.add_errors(by)
+        if table["error_type"].null_count < table.num_rows:
+            tally.add_errors(count_errors(table.filter(failed)))
 
-    def _add_shard(self, shard: int, table: pa.Table, failed: pa.ChunkedArray) -> list[tuple[int, OpenShard]]:
+    def _add_shard(self, shard: int, table: pa.Table) -> list[tuple[int, OpenShard]]:
         if shard not in self._open:
             if shard not in self._rows:
                 raise CountsDoNotClose(
@@ -199,11 +211,12 @@ class Collector:
                 "The shard is not committed; running the same command again does it anew.",
             )
         part.seen[rows] = True
-        if pc.any(failed).as_py():
-            bad = table.filter(failed).select(list(ERROR_COLUMNS))
+        if table["error_type"].null_count < len(rows):
+            bad = table.select(list(ERROR_COLUMNS)).filter(pc.is_valid(table["error_type"]))
+            kinds = bad["error_type"].to_pylist()
             part.errors.append(bad)
-            part.untried |= NOT_TRIED in bad["error_type"].to_pylist()
-            part.systemic += sum(kind in SYSTEMIC_ERROR_TYPES for kind in bad["error_type"].to_pylist())
+            part.untried |= NOT_TRIED in kinds
+            part.systemic += sum(kind in SYSTEMIC_ERROR_TYPES for kind in kinds)
         if not part.complete:
             return []
         del self._open[shard]
@@ -215,7 +228,11 @@ class Collector:
             return []
         return [(shard, part)]
 
-    def _judge(self, table: pa.Table, failed: pa.ChunkedArray) -> None:
+    def _judge(self, table: pa.Table) -> None:
+        if table["error_type"].null_count == table.num_rows:
+            self._recent.extend([False] * min(table.num_rows, self.WINDOW))
+            self._well = self._well or table.num_rows > 0
+            return
         kinds = table["error_type"].to_pylist()
         self._recent.extend(kind in SYSTEMIC_ERROR_TYPES for kind in kinds)
         self._well = len(self._recent) > 0 and not all(self._recent)

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import structlog
 from rich.console import Console
@@ -22,6 +23,9 @@ from batch_inference.errors import BatchInferenceError
 from batch_inference.planner import Plan
 from batch_inference.progress import Snapshot
 from batch_inference.storage import display
+
+if TYPE_CHECKING:
+    from batch_inference.preflight import Preflight
 
 log = structlog.get_logger()
 
@@ -149,6 +153,7 @@ def verdict_of(result: RunResult) -> list[str]:
         speed = (
             f"speed: {result.elapsed_s:.1f} s in all, {rate_text(result.images_per_s)} images/s without start-up, "
             f"{result.shards:,} shard{'s' if result.shards != 1 else ''}"
+            + (f". {result.balance}" if result.balance else "")
         )
     kinds = describe_errors(result.errors_by)
     more = f", and {len(kinds) - 5} more kinds" if len(kinds) > 5 else ""
@@ -275,6 +280,41 @@ def _defaults(found: Capacity | None) -> str:
     if found is None or found.problems:
         return "; ".join(["needs values for the chart", *(found.problems if found else ())])
     return f"{found.workers.replicas} workers, each with {_size(found.workers)}; --values FILE shows yours"
+
+
+def print_preflight(found: Preflight) -> None:
+    """Prints the checks of a preflight, each failure with its remedy, and the forecast on stdout."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    colors = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
+    for check in found.checks:
+        remedy = f"\nremedy: {check.remedy}" if check.remedy else ""
+        table.add_row(Text(check.state, style=colors[check.state]), check.name, Text(check.finding + remedy))
+    console.print(table)
+    console.print()
+    if found.measured and found.forecast:
+        measured, ahead = found.measured, found.forecast
+        ms = {name: f"{1000 * getattr(measured, f'{name}_s'):.1f} ms" for name in ("fetch", "decode", "infer")}
+        pairs = [
+            ("one image", f"fetch {ms['fetch']}, decode {ms['decode']} of one CPU, predict {ms['infer']} of one actor"),
+            ("one actor", f"{ahead.actor_images_per_s:,.1f} images/s where it never waits"),
+            ("the job", f"about {ahead.images_per_s:,.1f} images/s, limited by {ahead.limit}"),
+            ("done in", f"about {duration(ahead.seconds)}, {measured.load_s:.0f} s of it start-up"),
+            (
+                "GPU-hours",
+                f"{ahead.gpu_hours:,.2f}" if ahead.cpus_per_gpu is not None else "none: the actors have no GPU",
+            ),
+        ]
+        if ahead.cpus_per_gpu is not None:
+            pairs.append(("CPUs per GPU", f"{ahead.cpus_per_gpu:,.1f} decode as fast as one GPU predicts"))
+        if measured.gpu_bytes:
+            pairs.append(("GPU memory", f"{measured.gpu_bytes / (1 << 30):,.1f} GiB of one actor"))
+        print_pairs("forecast", pairs)
+    failed = sum(check.state == "FAIL" for check in found.checks)
+    warned = sum(check.state == "WARN" for check in found.checks)
+    console.print(f"{'FAIL' if failed else 'OK'}: {len(found.checks)} checks, {failed} failed, {warned} warnings")
 
 
 def print_rows(output: str) -> None:

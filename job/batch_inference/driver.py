@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 import structlog
 
+from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import connected, is_client_address
 from batch_inference.collection import Collector
@@ -32,9 +34,10 @@ from batch_inference.identity import (
 )
 from batch_inference.inference import raise_end_of_job
 from batch_inference.ledger import Commit, Job, Ledger, now
-from batch_inference.manifest import find_inputs
+from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.progress import Snapshot
+from batch_inference.startup import Background, starts_ray
 from batch_inference.storage import Store, canonical_uri
 
 log = structlog.get_logger()
@@ -60,6 +63,8 @@ class RunResult:
         already_done: Whether an earlier attempt had finished everything.
         elapsed_s: Seconds this attempt took.
         images_per_s: Rows a second of this attempt, start-up left out; None where it was too short to tell.
+        limit: What this attempt waited for (see :class:`~batch_inference.balance.Balance`), "" where nothing was run.
+        balance: The same as a sentence, with the knob to turn.
     """
 
     output: str
@@ -73,6 +78,8 @@ class RunResult:
     already_done: bool
     elapsed_s: float
     images_per_s: float | None
+    limit: str = ""
+    balance: str = ""
 
 
 def run(
@@ -139,44 +146,74 @@ class Attempt:
         self.started = time.monotonic()
         self.snapshot = Snapshot()
         self._progress_written = 0.0
+        self._load: Load | None = None
+        self._balance: Balance | None = None
 
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
         self._show("plan")
-        store = open_output(self.config)
-        ledger = Ledger(store)
-        engine = self._engine or resolve_engine(self.config)
-        job = ledger.job()
-        if job is not None:
-            check_same_job(self.config, engine, job, store)
-            done = ledger.success()
-            if done is not None:
-                if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
-                    return self._already_done(job, done)
-                # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
-                log.warning("the output is not what _SUCCESS says; taking it up again")
-                store.delete(["_SUCCESS"])
-        store.probe()
-        if job is None:
-            job = self._plan(ledger, engine)
-        ledger.complete_manifest(job)
-        commits = ledger.commits()
-        self._resume(job, commits)
-        pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
-        store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
-        try:
-            self.snapshot.tally.check(self.config.errors)
-            if pending:
-                self._work(ledger, job, engine, pending, address, dashboard_host)
-            return self._finish(ledger, job)
-        except BatchInferenceError as exc:
-            self._failed(ledger, job, exc)
-            raise
+        ledger = Ledger(open_output(self.config))
+        with contextlib.ExitStack() as cluster, self._engine_ahead() as ahead:
+            job = ledger.job()
+            done = None if job is None else ledger.success()
+            # Before anything is started, so that a mistyped path is answered at once.
+            found = find_inputs(self.config) if job is None else None
+            early = starts_ray(address) and done is None
+            if early:
+                # Ray's processes take seconds to come up; meanwhile the model is described in the background.
+                try:
+                    cluster.enter_context(self._cluster(address, dashboard_host))
+                except UserError:
+                    ahead.result()  # of two mistakes the model's comes first, as where Ray is started later
+                    raise
+            engine = ahead.result()
+            if job is not None:
+                check_same_job(self.config, engine, job, ledger.store)
+                if done is not None:
+                    if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
+                        return self._already_done(job, done)
+                    # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
+                    log.warning("the output is not what _SUCCESS says; taking it up again")
+                    ledger.store.delete(["_SUCCESS"])
+            ledger.store.probe()
+            if job is None:
+                job = self._plan(ledger, engine, found or find_inputs(self.config))
+            ledger.complete_manifest(job)
+            commits = ledger.commits()
+            self._resume(job, commits)
+            pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
+            ledger.store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
+            try:
+                self.snapshot.tally.check(self.config.errors)
+                if pending:
+                    self._show("start")
+                    if not early:
+                        cluster.enter_context(self._cluster(address, dashboard_host))
+                    # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
+                    cpus = float(os.cpu_count() or 1) if early else math.inf
+                    self._work(ledger, job, engine, pending, cpus)
+                cluster.close()
+                return self._finish(ledger, job)
+            except BatchInferenceError as exc:
+                self._failed(ledger, job, exc)
+                raise
+
+    def _engine_ahead(self) -> Background[Engine]:
+        """The engine, being resolved; a user's module is imported here and now, since it may need the main thread."""
+        engine = self._engine or (resolve_engine(self.config) if self.config.predictor is not None else None)
+        return Background(lambda: engine or resolve_engine(self.config))
+
+    @contextlib.contextmanager
+    def _cluster(self, address: str | None, dashboard_host: str | None) -> Iterator[None]:
+        with connected(self.config, address, dashboard_host) as dashboard, interruptible():
+            self.snapshot.dashboard = dashboard
+            if dashboard:
+                log.info("Ray's dashboard", url=dashboard)
+            yield
 
     # --- before ---
 
-    def _plan(self, ledger: Ledger, engine: Engine) -> Job:
-        found = find_inputs(self.config)
+    def _plan(self, ledger: Ledger, engine: Engine, found: Inputs) -> Job:
         check_columns(self.config, found.table.column_names)
         rows = found.table.num_rows
         job = Job(
@@ -221,39 +258,29 @@ class Attempt:
 
     # --- the work ---
 
-    def _work(
-        self,
-        ledger: Ledger,
-        job: Job,
-        engine: Engine,
-        pending: list[int],
-        address: str | None,
-        dashboard_host: str | None,
-    ) -> None:
+    def _work(self, ledger: Ledger, job: Job, engine: Engine, pending: list[int], cpus: float = math.inf) -> None:
         self._show("start")
-        with connected(self.config, address, dashboard_host) as dashboard, interruptible():
-            self.snapshot.dashboard = dashboard
-            if dashboard:
-                log.info("Ray's dashboard", url=dashboard)
-            self._show("start")
-            writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
-            rows = {shard: job.rows_of(shard) for shard in pending}
-            collector = Collector(rows, self.snapshot.tally)
-            with (
-                Closing(ledger, writers, self._committed) as closing,
-                contextlib.closing(results(ledger.store, self.config, engine, rows, writers.handles)) as tables,
-            ):
-                try:
-                    self._collect(tables, collector, closing, writers)
-                except Exception as exc:
-                    failure = explain_ray_failure(exc)
-                    if failure is exc:
-                        raise
-                    raise failure from exc
+        self._load = possible_load(self.config, len(pending), cpus)
+        writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
+        rows = {shard: job.rows_of(shard) for shard in pending}
+        collector = Collector(rows, self.snapshot.tally)
+        with (
+            Closing(ledger, writers, self._committed) as closing,
+            contextlib.closing(results(ledger.store, self.config, engine, rows, writers.handles)) as tables,
+        ):
+            try:
+                self._collect(tables, collector, closing, writers)
+            except Exception as exc:
+                failure = explain_ray_failure(exc)
+                if failure is exc:
+                    raise
+                raise failure from exc
 
     def _collect(self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers) -> None:
         begun: float | None = None
+        driver_s = 0.0
         for table in tables:
+            moment = time.monotonic()
             raise_end_of_job(table)
             writers.keep(table)
             for shard, part in collector.add(table):
@@ -264,12 +291,30 @@ class Attempt:
             self.snapshot.tally.check(self.config.errors)
             self._show("run")
             self._write_progress(closing.ledger.store)
+            driver_s += time.monotonic() - moment
+            self._measure(driver_s, closing.blocked_s)
             if closing.lost_race and closing.everything_committed(self.snapshot.shards_total):
                 log.info("another driver has committed the rest")
                 break
         else:
             collector.finish()
         closing.wait()
+
+    def _measure(self, driver_s: float, commit_s: float) -> None:
+        """Keeps what this attempt has measured about itself so far."""
+        snapshot, tally = self.snapshot, self.snapshot.tally
+        if self._load is not None:
+            # The first rows' work was done before the clock started.
+            counted = 1 - snapshot.first_rows / max(1, tally.seen)
+            self._load = replace(
+                self._load,
+                working_s=snapshot.working_s,
+                fetch_s=tally.fetch_s * counted,
+                decode_s=tally.decode_s * counted,
+                infer_s=tally.infer_s * counted,
+                driver_s=driver_s,
+                commit_s=commit_s,
+            )
 
     def _committed(self, commit: Commit, mine: bool) -> None:
         self.snapshot.shards_done += 1
@@ -290,6 +335,9 @@ class Attempt:
             tally.add_errors(commit.errors_by)
         self.snapshot.shards_done = len(commits)
         tally.check(self.config.errors)
+        if self._load is not None:
+            self._balance = balance(self._load)
+            log.info(self._balance.sentence)
         result = self._result(job, already_done=False)
         totals = {
             "rows": tally.rows,
@@ -337,6 +385,8 @@ class Attempt:
             already_done=already_done,
             elapsed_s=time.monotonic() - self.started,
             images_per_s=self.snapshot.images_per_s,
+            limit=self._balance.limit if self._balance else "",
+            balance=self._balance.sentence if self._balance else "",
         )
 
     def _write_summary(self, ledger: Ledger, job: Job, commits: list[Commit], state: str, verdict: str) -> None:
@@ -355,6 +405,7 @@ class Attempt:
             "skipped": job.skipped,
             "duplicates": job.duplicates,
             **self.snapshot.to_dict(),
+            "balance": asdict(self._balance) if self._balance else None,
             "this_attempt": {
                 "rows": tally.seen,
                 "bytes": tally.bytes,

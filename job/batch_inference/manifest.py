@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -46,6 +47,7 @@ RESERVED_COLUMNS = (
     "attempts",
     *containers.PLACE_COLUMNS,
 )
+_PIECE = 65536
 _MANIFEST_ENDINGS = (".parquet", ".csv", ".jsonl", ".ndjson", ".txt")
 
 
@@ -139,8 +141,8 @@ def cut(table: pa.Table, shard_size: int) -> Iterator[tuple[int, pa.Table]]:
         place = pa.table(
             {
                 "uri": part["uri"],
-                "shard": pa.array([shard] * part.num_rows, pa.int32()),
-                "row": pa.array(range(part.num_rows), pa.int32()),
+                "shard": pa.array(np.full(part.num_rows, shard, np.int32)),
+                "row": pa.array(np.arange(part.num_rows, dtype=np.int32)),
             }
         )
         for name in part.column_names:
@@ -400,9 +402,22 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     return out
 
 
-def _canonical_column(column: pa.ChunkedArray, folder: str) -> pa.Array:
+def _canonical_column(column: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
     """One spelling for each URI; what has none stays as it is and fails later, as a row of its own."""
-    return pa.array(_canonical_values(column.to_pylist(), folder), pa.string())
+    chunks = [
+        part if _all_canonical(part) else pa.array(list(_canonical_values(part.to_pylist(), folder)), pa.string())
+        for chunk in column.chunks
+        # In pieces: Python's texts take several times the memory of Arrow's.
+        for part in (chunk.slice(start, _PIECE) for start in range(0, len(chunk), _PIECE))
+    ]
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _all_canonical(part: pa.Array) -> bool:
+    """Whether every URI is spelt as it should be already, as a manifest that a program wrote has them."""
+    if part.null_count:
+        return False
+    return bool(pc.all(pc.match_substring_regex(part, r"^(s3://|gs://|az://|file:///)(\S|\S.*\S)$")).as_py())
 
 
 def _canonical_values(values: Iterable[Any], folder: str) -> Iterator[str]:

@@ -15,6 +15,10 @@ from batch_inference.storage import Store
 
 # Actors of a cluster that has to start machines first may take this long; then the job ends with the reason.
 _ACTORS_READY_S = 1800
+# Images in one table from a task to an actor. Each table costs Ray some milliseconds, and one that is no multiple of the
+# batch is copied: with 64 in whole batches instead of 54 in split ones an image costs 0.35 ms of CPU instead of 0.57, with
+# 256 0.3. On the CPU a table is a second's work, and the last ones must not leave actors idle for long.
+_ROWS_ON_CPU, _ROWS_ON_GPU = 64, 256
 _RAISED = re.compile(r"^\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Fault)\b: .+)$", re.MULTILINE)
 
 
@@ -49,11 +53,18 @@ def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int],
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
-    context.target_max_block_size = BLOCK_BYTES
     context.max_errored_blocks = 0  # never drop data without a word
     context.wait_for_min_actors_s = _ACTORS_READY_S
     section = config.inference
-    preparation = Preparation(config.storage, config.preprocess, engine.transform)
+    block_bytes, target = BLOCK_BYTES, BLOCK_BYTES
+    if engine.transform is not None:
+        rows_a_block = _ROWS_ON_GPU if section.gpus_per_actor else _ROWS_ON_CPU
+        block_bytes = rows_a_block * 3 * engine.transform.crop**2
+        # Ray joins tables below its target and splits those beyond one and a half times it; between the two it passes them
+        # on as they are.
+        target = int(0.8 * block_bytes)
+    context.target_max_block_size = target
+    preparation = Preparation(config.storage, config.preprocess, engine.transform, block_bytes)
     source = ShardDatasource(store, list(rows), list(rows.values()), preparation)
     batch_size = 32 if section.batch_size == "auto" else section.batch_size
     # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:

@@ -59,11 +59,13 @@ class Preparation:
         storage: How to reach the inputs.
         preprocess: Limits and orientation.
         transform: Resize and crop to the model's size, or None to pass images on as they are (custom predictors).
+        block_bytes: A table is passed on when its pixels have so many bytes.
     """
 
     storage: StorageConfig
     preprocess: PreprocessConfig
     transform: Transform | None
+    block_bytes: int = BLOCK_BYTES
 
     def rows(self, shard: int, uris: list[str], places: pa.Table | None = None) -> Iterator[pa.Table]:
         """Prepares one shard.
@@ -80,14 +82,14 @@ class Preparation:
         fetcher = Fetcher.of_process(self.storage)
         fetcher.take_retries()  # another task's
         streak = _Streak()
-        block = _Block(shard)
+        block = _Block(shard, self.block_bytes)
         inputs = fetched(self._runs(uris, places, fetcher, streak), self.storage.fetch_concurrency)
         with contextlib.closing(inputs), contextlib.closing(self._decoded(inputs, streak)) as items:
             for item in items:
                 block.add(item, uris[item.row])
                 if block.full:
                     yield block.table(fetcher.take_retries())
-                    block = _Block(shard)
+                    block = _Block(shard, self.block_bytes)
         if block.items:
             yield block.table(fetcher.take_retries())
 
@@ -181,8 +183,9 @@ class _Prepared:
 class _Block:
     """Rows on their way into one table."""
 
-    def __init__(self, shard: int) -> None:
+    def __init__(self, shard: int, limit: int) -> None:
         self.shard = shard
+        self.limit = limit
         self.items: list[_Prepared] = []
         self._uris: list[str] = []
         self._size = 0
@@ -197,7 +200,7 @@ class _Block:
     def full(self) -> bool:
         # Where nothing works the driver must hear of it soon, and not after a shard of time-outs.
         rows = _BLOCK_ROWS if self._size else _FAILED_ROWS
-        return self._size >= BLOCK_BYTES or len(self.items) >= rows
+        return self._size >= self.limit or len(self.items) >= rows
 
     def table(self, retries: int) -> pa.Table:
         """The rows so far; the first one carries the retries, which belong to no row in particular."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -35,6 +36,7 @@ class Status:
         eta_s: Seconds left at that rate, or None.
         last_commit_age_s: Seconds since the last commit, or None.
         verdict: Of the last attempt that failed, "" if none did.
+        balance: What limited the attempt that finished the job, with the knob to turn; "" before.
     """
 
     state: str
@@ -50,6 +52,7 @@ class Status:
     eta_s: float | None
     last_commit_age_s: float | None
     verdict: str = ""
+    balance: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For ``status --json``."""
@@ -63,8 +66,6 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
         UserError: If there is no job.
         CountsDoNotClose: If a commit can't be read.
     """
-    import json
-
     ledger = Ledger(Store(output, storage or StorageConfig(), must_exist=True))
     job = ledger.require_job()
     commits = ledger.commits()
@@ -94,7 +95,17 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
         eta_s=None if done or not rate else (job.rows - rows) / rate,
         last_commit_age_s=age,
         verdict=json.loads(failed).get("verdict", "") if failed and not done else "",
+        balance=_balance(ledger.store) if done else "",
     )
+
+
+def _balance(store: Store) -> str:
+    """What the summary says about it; a report that is gone or garbled is no reason to say nothing else."""
+    try:
+        found = json.loads(store.get_or_none("_report/summary.json") or b"{}").get("balance")
+        return str(found["sentence"]) if found else ""
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ""
 
 
 def _rate(commits: list[Commit]) -> tuple[float | None, float | None]:

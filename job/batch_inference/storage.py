@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ from batch_inference.config import StorageConfig
 from batch_inference.errors import SystemFault, UserError
 
 SCHEMES = ("file", "s3", "gs", "az")
+_STAGING_TRIES = 5
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az"}
 
 
@@ -197,6 +199,8 @@ class Store:
     def __init__(self, uri: str, storage: StorageConfig, *, must_exist: bool = False) -> None:
         self.uri = canonical_uri(uri).rstrip("/")
         self.storage = storage
+        self._lock = threading.Lock()
+        self._staging = 0  # writes of this process that are in the staging folder
         root, key = split_bucket(self.uri)
         if root == "file://":
             folder = Path("/" + key)
@@ -243,10 +247,24 @@ class Store:
         # obstore writes a local file beside its target first. What a killed process leaves of one must not stand among
         # the predictions, where no listing of obstore's shows it but pandas and Spark would read it.
         staged = f"_staging/{uuid4().hex}"
-        obstore.put(self._store, staged, data, mode="overwrite")
-        obstore.rename(self._store, staged, path)
-        with contextlib.suppress(OSError):  # others may be writing
-            Path(local_path(self.uri), "_staging").rmdir()
+        with self._lock:
+            self._staging += 1
+        try:
+            for left in reversed(range(_STAGING_TRIES)):
+                try:
+                    obstore.put(self._store, staged, data, mode="overwrite")
+                    obstore.rename(self._store, staged, path)
+                    break
+                except Exception:
+                    # Another process may have removed the folder just after this one had found it there.
+                    if not left:
+                        raise
+        finally:
+            with self._lock:
+                self._staging -= 1
+                if not self._staging:
+                    with contextlib.suppress(OSError):  # other processes may be writing
+                        Path(local_path(self.uri), "_staging").rmdir()
 
     def create(self, path: str, data: bytes) -> bool:
         """Writes an object if there is none of that name: put-if-absent.

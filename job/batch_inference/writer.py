@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_inference import manifest
+from batch_inference.collection import count_errors
 from batch_inference.errors import CountsDoNotClose, UserError
 from batch_inference.ledger import Commit, DataFile, now
 from batch_inference.storage import Store
@@ -85,10 +86,6 @@ class ShardWriter:
             files.append(self._write("predictions", shard, _with_inputs(predictions, inputs)))
         if errors.num_rows:
             files.append(self._write("errors", shard, _error_rows(shard, errors, inputs)))
-        by: dict[str, dict[str, int]] = {}
-        for stage, kind in zip(errors["stage"].to_pylist(), errors["error_type"].to_pylist(), strict=True):
-            by.setdefault(stage, {})
-            by[stage][kind] = by[stage].get(kind, 0) + 1
         return Commit(
             shard,
             inputs.num_rows,
@@ -96,7 +93,7 @@ class ShardWriter:
             errors.num_rows,
             tuple(files),
             self._attempt,
-            by,
+            count_errors(errors),
             now(),
         )
 
@@ -112,9 +109,11 @@ class ShardWriter:
                 "Return the same columns with the same types for every batch.",
             ) from None
         if len(tables) > 1 or table.num_rows:
-            # A rebuilt task sends its rows again; the last of each is as good as the first.
-            last = {row: place for place, row in enumerate(table["row"].to_pylist())}
-            table = table.take(pa.array([last[row] for row in sorted(last)], pa.int64()))
+            # In order of the rows. A rebuilt task sends its rows again; the last of each is as good as the first.
+            rows = table["row"].to_numpy()
+            if not (np.diff(rows) > 0).all():
+                _, from_behind = np.unique(rows[::-1], return_index=True)
+                table = table.take(pa.array(len(rows) - 1 - from_behind))
         return table
 
     def _write(self, kind: str, shard: int, table: pa.Table) -> DataFile:

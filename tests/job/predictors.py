@@ -78,3 +78,10 @@ class SlowStart(MeanColor):
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         time.sleep(0.5)
         return super().__call__(batch)
+
+
+class FirstPixel:
+    """Costs nothing whatever the size of the images, so that decoding them is what takes the time."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"first": np.array([int(image[0, 0, 0]) for image in batch["image"]])}

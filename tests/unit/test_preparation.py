@@ -323,3 +323,14 @@ def test_images_that_are_missing_do_not_make_it_give_up(monkeypatch: pytest.Monk
 def test_lines_without_a_uri_are_never_asked_for(fetches: list[str]) -> None:
     assert errors(one([""] * 3)) == [("list", "INVALID_URI")] * 3
     assert fetches == []
+
+
+def test_tables_have_as_many_images_as_the_pipeline_asks_for(tmp_path: Path) -> None:
+    """Whole batches of the network's size, so that none is split and copied on its way."""
+    uris = []
+    for i in range(20):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
+        uris.append(f"file://{tmp_path}/{i}.jpg")
+    transform = Transform(resize=16, crop=8)
+    blocks = list(Preparation(StorageConfig(), PreprocessConfig(), transform, 8 * 8 * 8 * 3).rows(0, uris))
+    assert [b.num_rows for b in blocks] == [8, 8, 4]

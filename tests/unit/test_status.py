@@ -41,6 +41,7 @@ def test_a_planned_job(tmp_path: Path) -> None:
         "eta_s": None,
         "last_commit_age_s": None,
         "verdict": "",
+        "balance": "",
     }
 
 
@@ -140,3 +141,25 @@ def test_a_snapshot_counts_rates_over_this_attempt_and_rows_over_all() -> None:
         "eta_s": 10,
         "elapsed_s": 12.3,
     }
+
+
+@pytest.mark.parametrize(
+    ("summary", "sentence"),
+    [
+        (b'{"balance": {"limit": "decode", "sentence": "Decode-bound."}}', "Decode-bound."),
+        (b'{"balance": null}', ""),
+        (b"{}", ""),
+        (b"[1]", ""),
+        (b"torn", ""),
+        (None, ""),
+    ],
+)
+def test_a_finished_job_says_what_limited_it(summary: bytes | None, sentence: str, tmp_path: Path) -> None:
+    ledger, job = planned(str(tmp_path), URIS, 4)
+    for shard in range(job.shards):
+        commit_at(ledger, shard, 10)
+    ledger.finish(job, [], {})
+    if summary is not None:
+        ledger.store.put("_report/summary.json", summary)
+    found = status(str(tmp_path))
+    assert (found.state, found.balance) == ("succeeded", sentence)

@@ -446,3 +446,15 @@ def test_row_failures_are_one_short_line() -> None:
     error = RowFailure("fetch", "TIMEOUT", "a\n  b\t" + "x" * 1000, True).error
     assert error.message.startswith("a b x")
     assert len(error.message) == 500
+
+
+def test_many_threads_write_into_a_local_folder_at_once(tmp_path: Path) -> None:
+    """The folder that writes are staged in comes and goes, also between another writer's two steps."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    store = Store(str(tmp_path), StorageConfig())
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda i: store.put(f"data/{i}", b"x"), range(2000)):
+            pass
+    assert len(list((tmp_path / "data").iterdir())) == 2000
+    assert not (tmp_path / "_staging").exists()

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_inference.balance import Load
+from batch_inference.config import JobConfig, load_config
+from batch_inference.preflight import GIB, Measured, _Preflight, forecast, preflight
+from tests.conftest import jpeg
+
+# A GPU that takes 2,000 images a second, CPUs that decode 500 each, a store that answers in 50 ms.
+ONE = Measured(64, 0.05, 0.002, 0.0005, 30.0, {}, 100 * GIB, 100 * GIB)
+FOUR = Load(0, 0, 0, 0, actors=4, cpus_per_actor=1, on_gpu=True, decode_cpus=32, fetch_threads=512, cpus=36)
+
+
+def config(**inference: Any) -> JobConfig:
+    return JobConfig(inference=inference)
+
+
+def test_a_job_that_its_gpus_limit() -> None:
+    found = forecast(ONE, FOUR, 8_000_000, config())
+    assert found.limit == "inference"
+    assert found.images_per_s == pytest.approx(8000)
+    assert found.seconds == pytest.approx(1030)
+    assert found.gpu_hours == pytest.approx(4 * 1030 / 3600)
+    assert found.actor_images_per_s == pytest.approx(2000)
+    # 2,000 images a second are four CPUs that decode 500.
+    assert found.cpus_per_gpu == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("load", "limit", "rate"),
+    [
+        (replace(FOUR, decode_cpus=8), "decode", 4000),
+        (replace(FOUR, fetch_threads=100), "fetch", 2000),
+        # Decoding and the network share the CPUs: 2.5 ms an image on two of them.
+        (replace(FOUR, on_gpu=False, cpus=2, decode_cpus=2), "cpu", 800),
+    ],
+)
+def test_what_else_may_limit_a_job(load: Load, limit: str, rate: float) -> None:
+    found = forecast(ONE, load, 1000, config())
+    assert (found.limit, found.images_per_s) == (limit, pytest.approx(rate))
+    assert (found.cpus_per_gpu is None) == (not load.on_gpu)
+    assert (found.gpu_hours == 0) == (not load.on_gpu)
+
+
+def test_actors_that_share_a_gpu_need_the_cpus_together() -> None:
+    assert forecast(ONE, FOUR, 1000, config(gpus_per_actor=0.5)).cpus_per_gpu == pytest.approx(8)
+
+
+def test_mistakes_are_found_before_ray_is_started(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    job = load_config(
+        None,
+        {
+            "input": {"uris": [str(tmp_path / "none")]},
+            "output": {"uri": str(tmp_path / "file/out")},
+            "model": {"name": "resnet15"},
+            "inference": {"gpus_per_actor": 0},
+        },
+    )
+    found = preflight(job)
+    assert not found.ok
+    assert {c.name: c.state for c in found.checks} == {"output": "FAIL", "input": "FAIL", "model": "FAIL"}
+    assert all(c.finding and c.remedy for c in found.checks)
+    assert found.forecast is None
+
+
+def test_nothing_stays_in_the_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    job = load_config(
+        None,
+        {
+            "input": {"uris": [str(tmp_path / "a.jpg")]},
+            "output": {"uri": str(tmp_path / "out")},
+            "model": {"name": "resnet15"},
+        },
+    )
+    found = preflight(job)
+    assert {c.name: c.state for c in found.checks} == {"output": "OK", "input": "OK", "model": "FAIL"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("free", "state"), [(0.5, "FAIL"), (5, "WARN"), (50, "OK")])
+def test_room_on_the_actors_node(free: float, state: str) -> None:
+    mine = _Preflight(config(), None, 1)
+    mine._room("temporary folder", int(free * GIB), {"FAIL": 1.0, "WARN": 10.0}, "Ray's logs")
+    (check,) = mine._checks
+    assert (check.state, bool(check.remedy)) == (state, state != "OK")
