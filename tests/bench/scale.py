@@ -113,6 +113,12 @@ def _blocks(rows: dict[int, int], block: int) -> Iterator[pa.Table]:
 # --- the steps: each runs in a process of its own and prints one JSON line ---
 
 
+def step_manifest(folder: Path, rows: int) -> dict[str, Any]:
+    """Writes the manifest of the steps that follow; in a process of its own, since a child's peak starts at its parent's size."""
+    _write_manifest(folder / "list.parquet", rows)
+    return {"seconds": 0.0, "rows": rows}
+
+
 def step_list_store(folder: Path, rows: int) -> dict[str, Any]:
     """Listing a bucket whose store answers at once: what remains is ours."""
     import obstore
@@ -252,7 +258,7 @@ CHAIN = ("plan", "collect", "status", "resume", "finish", "verify")
 # --- the whole ---
 
 
-def _measure(step: str, folder: Path, rows: int, *more: str) -> dict[str, Any]:
+def _run_step(step: str, folder: Path, rows: int, *more: str) -> dict[str, Any]:
     """Runs a step in a process of its own; its figures with wall time, CPU time and peak memory."""
     command = [
         sys.executable,
@@ -274,7 +280,12 @@ def _measure(step: str, folder: Path, rows: int, *more: str) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"step {step} with {rows:,} rows failed with exit code {process.returncode}")
     out = {"step": step, **json.loads(text.splitlines()[-1])}
-    out |= {"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
+    return out | {"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
+
+
+def _measure(step: str, folder: Path, rows: int, *more: str) -> dict[str, Any]:
+    """Runs a step and prints its figures."""
+    out = _run_step(step, folder, rows, *more)
     print(
         f"{step:<12} {out['rows']:>12,} rows {out['seconds']:>9.2f} s {out['cpu_s']:>9.2f} CPU s {out['peak_mib']:>8,.0f} MiB"
         + (f" {out['rows_per_s']:>10,.0f} rows/s" if "rows_per_s" in out else ""),
@@ -287,7 +298,7 @@ def _driver_rates(folder: Path, rows: int) -> list[dict[str, Any]]:
     """Rows a second through the driver for several sizes of result tables."""
     found = []
     for block in BLOCKS:
-        _write_manifest(folder / "list.parquet", rows)
+        _run_step("manifest", folder, rows)
         for step in ("plan", "collect"):
             more = ("--block", str(block)) if step == "collect" else ()
             figures = _measure(step, folder, rows, *more)
@@ -344,7 +355,7 @@ def main() -> None:
         report["steps"].append(_measure("list_store", args.folder, rows))
         if rows <= TREE_MOST:
             report["steps"].append(_measure("list_tree", args.folder, rows))
-        _write_manifest(args.folder / "list.parquet", rows)
+        _run_step("manifest", args.folder, rows)
         report["steps"] += [_measure(step, args.folder, rows) for step in CHAIN]
         shutil.rmtree(args.folder / "out")
         rows *= 10
