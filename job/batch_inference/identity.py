@@ -6,13 +6,14 @@ import hashlib
 import importlib
 import inspect
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from batch_inference import manifest
 from batch_inference.config import JobConfig, PredictorConfig
+from batch_inference.decoding import EXACT_PATH, FAST_PATH
 from batch_inference.errors import UserError
 from batch_inference.ledger import Job, fingerprint
 from batch_inference.storage import Store, canonical_uri, display
@@ -29,13 +30,17 @@ class Engine:
         factory: Makes the predict function in an actor.
         transform: Resize and crop before the actor; None for custom predictors, which get images as they are.
         identity: Flat texts that say exactly what this is.
-        custom: Whether it is a predictor of the user's.
+        custom: Whether its columns are wide or unknown, so that writer actors take them: predictors of the user's, embeddings.
     """
 
     factory: Any
     transform: Transform | None
     identity: dict[str, str]
     custom: bool
+
+    def for_images(self, images: int) -> Engine:
+        """The same, told about how many images each actor will get; what pays on long jobs only depends on it."""
+        return replace(self, factory=replace(self.factory, images=images)) if self.transform is not None else self
 
 
 def resolve_engine(config: JobConfig) -> Engine:
@@ -44,7 +49,7 @@ def resolve_engine(config: JobConfig) -> Engine:
     Raises:
         UserError: If it does not exist.
     """
-    from batch_inference.inference import ClassifierFactory, CustomFactory
+    from batch_inference.factories import ClassifierFactory, CustomFactory, EmbedderFactory
 
     if config.predictor is not None:
         cls = _load_class(config.predictor)
@@ -59,8 +64,11 @@ def resolve_engine(config: JobConfig) -> Engine:
     info = describe_model(config.model, config.storage)
     identity = {f"model.{key.removeprefix('model.')}": value for key, value in info.identity.items()}
     identity |= {f"transform.{key}": str(value) for key, value in asdict(info.transform).items()}
-    identity["inference.top_k"] = str(config.inference.top_k)
     identity["inference.precision"] = config.inference.precision
+    if config.task == "embed":
+        identity |= {"task": "embed", "inference.embedding_dtype": config.inference.embedding_dtype}
+        return Engine(EmbedderFactory(config, info.transform), info.transform, identity, True)
+    identity["inference.top_k"] = str(config.inference.top_k)
     labels = hashlib.sha256("\n".join(info.labels or ()).encode()).hexdigest()[:16] if info.labels else "none"
     identity["model.labels"] = labels
     return Engine(ClassifierFactory(config, info.transform, info.labels), info.transform, identity, False)
@@ -80,6 +88,7 @@ def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dic
         "shard_size": str(config.shard_size),
         "input.limit": str(section.limit),
         "preprocess.exact": str(pre.exact),
+        "preprocess.pixels": EXACT_PATH if pre.exact else FAST_PATH,
         "preprocess.exif_orientation": str(pre.exif_orientation),
         "preprocess.max_pixels": str(pre.max_pixels),
         "preprocess.max_bytes": str(pre.max_bytes),
@@ -199,7 +208,7 @@ def check_columns(config: JobConfig, names: list[str]) -> None:
     """Refuses passthrough columns that the classifier has of its own."""
     if config.predictor is not None:
         return
-    own = ("predicted_class_idx", "label", "confidence", "top_k")
+    own = ("embedding",) if config.task == "embed" else ("predicted_class_idx", "label", "confidence", "top_k")
     clashes = [name for name in names if name in own]
     if clashes:
         raise UserError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_inference import errors as error_classes
-from batch_inference.config import JobConfig, PredictorConfig
+from batch_inference.batching import is_out_of_memory
 from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
-from batch_inference.transform import Transform
+from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
 RESULT_SCHEMA = pa.schema(
@@ -34,72 +34,6 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 END_OF_JOB = "END_OF_JOB"
-_TOP_K = pa.struct([("class_idx", pa.int32()), ("label", pa.string()), ("confidence", pa.float32())])
-CLASSIFIER_SCHEMA = pa.schema(
-    [
-        ("predicted_class_idx", pa.int32()),
-        ("label", pa.string()),
-        ("confidence", pa.float32()),
-        ("top_k", pa.list_(_TOP_K)),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class ClassifierFactory:
-    """Makes the built-in classifier of ``model`` in the actor's process."""
-
-    config: JobConfig
-    transform: Transform
-    labels: tuple[str, ...] | None
-
-    def __call__(self) -> Callable[[list[np.ndarray], list[str]], pa.Table]:
-        """Loads the model; returns the function that predicts a batch."""
-        from batch_inference.predictor import TorchPredictor
-
-        predictor = TorchPredictor.from_config(
-            self.config.model, self.config.inference, self.config.storage, self.transform
-        )
-
-        def predict(images: list[np.ndarray], uris: list[str]) -> pa.Table:
-            return _classifier_table(predictor.classify(np.stack(images)), self.labels)
-
-        return predict
-
-
-@dataclass(frozen=True)
-class CustomFactory:
-    """Makes a predictor of the user's in the actor's process.
-
-    Attributes:
-        cls: The class; pickled by value where it is not installed, so that workers need no copy of the file.
-        spec: Its arguments.
-    """
-
-    cls: Any
-    spec: PredictorConfig
-
-    def __call__(self) -> Callable[[list[np.ndarray], list[str]], pa.Table]:
-        """Constructs the predictor; returns the function that predicts a batch."""
-        try:
-            predictor = self.cls(*self.spec.args, **self.spec.kwargs)
-        except BatchInferenceError:
-            raise
-        except Exception as exc:
-            raise UserError(
-                f"predictor {self.spec.path} could not be constructed: {type(exc).__name__}: {exc}",
-                "Mend its __init__, or predictor.args and predictor.kwargs.",
-            ) from exc
-        if not callable(predictor):
-            raise UserError(
-                f"predictor {self.spec.path} has no __call__", "Give it __call__(self, batch) -> dict of columns."
-            )
-
-        def predict(images: list[np.ndarray], uris: list[str]) -> pa.Table:
-            batch = {"image": _batch_of(images), "uri": np.array(uris, dtype=object)}
-            return _columns_table(predictor(dict(batch)), batch, len(images))
-
-        return predict
 
 
 class InferenceActor:
@@ -113,9 +47,7 @@ class InferenceActor:
         writers: Where predictions of any width go by themselves; empty: they return with the rows.
     """
 
-    def __init__(
-        self, factory: Callable[[], Callable[[list[np.ndarray], list[str]], pa.Table]], writers: list[Any]
-    ) -> None:
+    def __init__(self, factory: Callable[[], Predict], writers: list[Any]) -> None:
         self._writers = writers
         self._failure: BatchInferenceError | None = None
         try:
@@ -142,26 +74,32 @@ class InferenceActor:
         places, images = _images(table)
         uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
         try:
-            good, errors, predictions = self._isolate(list(range(len(images))), images, uris)
+            good, errors, predictions = self._isolate(list(range(len(places))), images, uris)
         except BatchInferenceError as exc:
             return _end_of_job(exc)
-        seconds = (time.perf_counter() - start) / max(1, len(images))
-        columns = {name: table[name].to_pylist() for name in ("stage", "error_type", "message", "retryable")}
-        for index, error in errors.items():
-            place = places[index]
-            columns["stage"][place], columns["error_type"][place] = error.stage, error.error_type
-            columns["message"][place], columns["retryable"][place] = error.message, error.retryable
+        seconds = (time.perf_counter() - start) / max(1, len(places))
+        columns = {name: table[name] for name in ("stage", "error_type", "message", "retryable")}
+        if errors:
+            values = {name: column.to_pylist() for name, column in columns.items()}
+            for index, error in errors.items():
+                for name in values:
+                    values[name][places[index]] = getattr(error, name)
+            columns = {name: pa.array(values[name], RESULT_SCHEMA.field(name).type) for name in values}
         infer = np.zeros(table.num_rows, np.float32)
         infer[places] = seconds
         arrays = [
             table["shard"], table["row"],
-            *(pa.array(columns[n], RESULT_SCHEMA.field(n).type) for n in columns),
+            *columns.values(),
             table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer), table["retries"],
         ]  # fmt: skip
         result = pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)
-        good_places = np.array([places[i] for i in good], np.int64)
+        good_places = places[good]
         if self._writers:
             self._send(result.select(["shard", "row"]).take(pa.array(good_places)), predictions)
+            return result
+        if predictions is not None and predictions.num_rows == table.num_rows:
+            for name in predictions.column_names:
+                result = result.append_column(predictions.schema.field(name), predictions[name])
             return result
         # Every row has a place in the columns of predictions, null where it failed.
         spread = np.full(table.num_rows, -1, np.int64)
@@ -173,14 +111,17 @@ class InferenceActor:
         return result
 
     def _isolate(
-        self, indices: list[int], images: list[np.ndarray], uris: list[str]
+        self, indices: list[int], images: Any, uris: list[str]
     ) -> tuple[list[int], dict[int, Any], pa.Table | None]:
         """Predicts the images at ``indices``; halves the batch as long as it fails."""
         if not indices:
             return [], {}, None
         try:
-            table = self._predict([images[i] for i in indices], [uris[i] for i in indices])
-            return self._checked(indices, table)
+            if len(indices) == len(uris):
+                return self._checked(indices, self._predict(images, uris))
+            # Indices are neighbours.
+            part = slice(indices[0], indices[-1] + 1)
+            return self._checked(indices, self._predict(images[part], uris[part]))
         except RowFailure as exc:
             failure = exc
         except BatchInferenceError:
@@ -190,7 +131,11 @@ class InferenceActor:
                 raise SystemFault(
                     f"a GPU does not work any more: {exc}", "Look at the node's GPU, then start the same command again."
                 ) from exc
-            failure = RowFailure("infer", "PREDICTOR_ERROR", f"{type(exc).__name__}: {exc}")
+            kind = "OUT_OF_MEMORY" if is_out_of_memory(exc) else "PREDICTOR_ERROR"
+            failure = RowFailure("infer", kind, f"{type(exc).__name__}: {exc}", retryable=kind == "OUT_OF_MEMORY")
+        if failure.error.error_type == "OUT_OF_MEMORY":
+            # Here, since the exception's frames held on to what did not fit.
+            _free_memory()
         if len(indices) == 1:
             return [], {indices[0]: failure.error}, None
         middle = len(indices) // 2
@@ -208,11 +153,9 @@ class InferenceActor:
 
     @staticmethod
     def _checked(indices: list[int], table: pa.Table) -> tuple[list[int], dict[int, Any], pa.Table]:
-        """Turns a confidence that is not a number into an error row."""
-        if "confidence" not in table.column_names or not pa.types.is_floating(table.schema.field("confidence").type):
-            return indices, {}, table
-        finite = np.isfinite(table["confidence"].to_numpy())
-        if finite.all():
+        """Turns a confidence or an embedding that is not finite into an error row."""
+        finite = _finite(table)
+        if finite is None or finite.all():
             return indices, {}, table
         bad = RowFailure("infer", "NOT_FINITE", "the network's output is not a finite number for this image").error
         good = [i for i, ok in zip(indices, finite, strict=True) if ok]
@@ -254,93 +197,51 @@ def raise_end_of_job(table: pa.Table) -> None:
         raise getattr(error_classes, name)(message, remedy)
 
 
-def _images(table: pa.Table) -> tuple[list[int], list[np.ndarray]]:
-    """Places of the rows that have pixels, and views of these as (height, width, 3) uint8 arrays."""
-    places, images = [], []
-    heights, widths = table["height"].to_pylist(), table["width"].to_pylist()
-    place = 0
-    for chunk in table["pixels"].chunks:
-        for value in chunk:
-            if value.is_valid:
-                flat = np.frombuffer(value.as_buffer(), np.uint8)
-                images.append(flat.reshape(heights[place], widths[place], 3))
-                places.append(place)
-            place += 1
-    return places, images
+def _images(table: pa.Table) -> tuple[np.ndarray, Any]:
+    """Places of the rows that have pixels, and their images without a copy where that is possible.
+
+    Returns:
+        int64 (n,); and uint8 (n, height, width, 3), or a list of n such arrays where shapes differ.
+    """
+    pixels = table["pixels"]
+    places = np.flatnonzero(pixels.is_valid().to_numpy())
+    heights, widths = table["height"].to_numpy()[places], table["width"].to_numpy()[places]
+    alike = len(places) > 0 and (heights == heights[0]).all() and (widths == widths[0]).all()
+    if alike:
+        shape = (-1, int(heights[0]), int(widths[0]), 3)
+        # Rows without pixels take no bytes, so those of the others lie one behind the other.
+        parts = [_bytes_of(chunk).reshape(shape) for chunk in pixels.chunks if len(chunk) > chunk.null_count]
+        return places, parts[0] if len(parts) == 1 else np.concatenate(parts)
+    flat = [np.frombuffer(value.as_buffer(), np.uint8) for chunk in pixels.chunks for value in chunk if value.is_valid]
+    return places, [f.reshape(h, w, 3) for f, h, w in zip(flat, heights.tolist(), widths.tolist(), strict=True)]
 
 
-def _batch_of(images: list[np.ndarray]) -> np.ndarray:
-    """What Ray Data gives a numpy batch: one array where all sizes are the same, else an array of arrays."""
-    if len({i.shape for i in images}) == 1:
-        return np.stack(images)
-    out = np.empty(len(images), dtype=object)
-    for place, image in enumerate(images):
-        out[place] = image
-    return out
+def _bytes_of(chunk: pa.Array) -> np.ndarray:
+    """All bytes of a ``large_binary`` array without its offsets."""
+    _, offsets, data = chunk.buffers()
+    ends = np.frombuffer(offsets, np.int64)
+    return np.frombuffer(data, np.uint8)[ends[chunk.offset] : ends[chunk.offset + len(chunk)]]
 
 
-def _classifier_table(found: dict[str, np.ndarray], labels: tuple[str, ...] | None) -> pa.Table:
-    names = np.array(labels, dtype=object) if labels else None
-
-    def label(indices: np.ndarray) -> pa.Array:
-        return pa.array(names[indices] if names is not None else [None] * indices.size, pa.string())
-
-    index, top, confidence = found["predicted_class_idx"], found["top_k_idx"], found["top_k_confidence"]
-    flat = top.reshape(-1)
-    structs = pa.StructArray.from_arrays(
-        [pa.array(flat, pa.int32()), label(flat), pa.array(confidence.reshape(-1), pa.float32())], fields=list(_TOP_K)
-    )
-    offsets = pa.array(np.arange(0, flat.size + 1, top.shape[1]), pa.int32())
-    return pa.Table.from_arrays(
-        [
-            pa.array(index, pa.int32()),
-            label(index),
-            pa.array(found["confidence"], pa.float32()),
-            pa.ListArray.from_arrays(offsets, structs),
-        ],
-        schema=CLASSIFIER_SCHEMA,
-    )
+def _finite(table: pa.Table) -> np.ndarray | None:
+    """Which rows are finite; None where there is nothing to judge by."""
+    if "confidence" in table.column_names and pa.types.is_floating(table.schema.field("confidence").type):
+        return _all_finite(table["confidence"].to_numpy(), table.num_rows)
+    if "embedding" in table.column_names and pa.types.is_fixed_size_list(table.schema.field("embedding").type):
+        column = table["embedding"].combine_chunks()
+        return _all_finite(column.flatten().to_numpy(zero_copy_only=False), len(column))
+    return None
 
 
-def _columns_table(columns: Any, batch: dict[str, np.ndarray], rows: int) -> pa.Table:
-    """A predictor's answer as a table, checked to have one value a row in every column."""
-
-    def wrong(message: str) -> RowFailure:
-        return RowFailure("postprocess", "OUTPUT_MISMATCH", message)
-
-    if not isinstance(columns, dict):
-        raise wrong(f"the predictor returned {type(columns).__name__}, not a dict of columns")
-    out: dict[str, pa.Array] = {}
-    for name, values in columns.items():
-        # Predictors that add to their batch and return it do not mean to store the images.
-        if batch.get(name) is values:
-            continue
-        if name in ("shard", "row", "uri"):
-            raise wrong(f"the predictor's column {name!r} has the name of one of the output's own; rename it")
-        try:
-            out[str(name)] = _array(values)
-        except Exception as exc:
-            raise wrong(f"the predictor's column {name!r} cannot be stored: {exc}") from exc
-        if len(out[str(name)]) != rows:
-            raise wrong(f"the predictor's column {name!r} has {len(out[str(name)])} values for {rows} images")
-    if not out:
-        raise wrong("the predictor returned no columns")
-    return pa.table(out)
+def _all_finite(values: np.ndarray, rows: int) -> np.ndarray:
+    return np.asarray(np.isfinite(values).reshape(rows, -1).all(axis=1))
 
 
-def _array(values: Any) -> pa.Array:
-    """Numbers, texts, lists, numpy arrays or torch tensors of any rank as an Arrow array, first axis first."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    if isinstance(values, np.ndarray) and values.dtype != object:
-        if values.ndim == 1:
-            return pa.array(values)
-        array = pa.array(values.reshape(-1))
-        for size in reversed(values.shape[1:]):
-            length = len(array) // size if size else len(values)
-            array = pa.ListArray.from_arrays(pa.array(np.arange(length + 1) * size, pa.int32()), array)
-        return array
-    return pa.array([v.tolist() if hasattr(v, "tolist") else v for v in values])
+def _free_memory() -> None:
+    """Gives the GPU's unused memory back; does nothing where the process has no torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _is_broken_device(exc: Exception) -> bool:

@@ -57,6 +57,60 @@ def load_model(model: ModelConfig, storage: StorageConfig) -> nn.Module:
     return Logits(network).eval()
 
 
+def load_features(model: ModelConfig, storage: StorageConfig, side: int) -> nn.Module:
+    """A network without the layer that classifies: what comes out is what went into that layer.
+
+    For timm these are its own pre-logits features (``num_classes=0``), for all others the input of the last linear layer,
+    which must give the network's output as it is.
+
+    Args:
+        model: Which network.
+        storage: How to reach remote weights.
+        side: Height and width of its input.
+
+    Returns:
+        A module that maps float32 (n, 3, side, side) to features (n, d), in evaluation mode.
+
+    Raises:
+        UserError: If the network has no such layer. And what :func:`load_model` raises.
+    """
+    whole = load_model(model, storage)
+    network = getattr(whole, "network", None)
+    remedy = "Use a network of torchvision or timm, or a predictor of your own."
+    if network is None:
+        raise UserError(f"{model.weights} is an exported program, of which no layer can be taken off", remedy)
+    if hasattr(network, "reset_classifier") and hasattr(network, "forward_head"):
+        network.reset_classifier(0)
+        return whole.eval()
+    path = next(
+        (name for name, module in reversed(list(network.named_modules())) if isinstance(module, nn.Linear)), None
+    )
+    if type(network).__name__ == "SqueezeNet":
+        # A convolution classifies each place, and the mean of all is taken behind it.
+        path = "classifier.1"
+    if path is None or not _gives_the_output(whole, path, side):
+        raise UserError(f"{model.name} does not end with a linear layer, so it has no features to take out", remedy)
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, nn.Identity())
+    return whole.eval()
+
+
+def _gives_the_output(whole: nn.Module, path: str, side: int) -> bool:
+    seen: list[torch.Tensor] = []
+    layer = whole.get_submodule(f"network.{path}")
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        with torch.inference_mode():
+            output = whole(torch.zeros(1, 3, side, side))
+    finally:
+        hook.remove()
+    if not seen:
+        return False
+    if isinstance(layer, nn.Conv2d):
+        seen[-1] = seen[-1].relu().mean(dim=(2, 3))
+    return seen[-1].shape == output.shape and torch.allclose(seen[-1], output)
+
+
 def weights_path(model: ModelConfig, storage: StorageConfig) -> Path | None:
     """The weights file of the sources ``file`` and ``package``, on this node; None if a package brings its own."""
     if model.weights is None or (model.source == "package" and model.weights == "DEFAULT"):

@@ -1,12 +1,11 @@
-"""The classifier: pixels in, class and confidence out."""
+"""The classifier: pixels in, class and confidence out; and the network without its last layer, for embeddings."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,15 +13,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from batch_inference.batching import CPU_BATCH, BatchSize
 from batch_inference.config import InferenceConfig, ModelConfig, StorageConfig
+from batch_inference.decisions import Decisions
 from batch_inference.errors import UserError
+from batch_inference.execution import Execution
 from batch_inference.models import load_model, transform_of
 from batch_inference.networks import torchvision_weights
+from batch_inference.precision import device_name
 from batch_inference.transform import Transform
 
 Batch = dict[str, NDArray[Any]]
 
-_PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 class TorchPredictor:
@@ -40,9 +43,11 @@ class TorchPredictor:
             its transform; None is allowed there.
         transform: Resize, crop, normalize; None: the weights' own, else ImageNet's usual 256 and 224.
         device: Such as ``"cuda"``; None: a GPU if this process sees one, else the CPU.
-        precision: ``auto`` and ``float32``: as the weights are; ``bfloat16``, ``float16``: autocast.
-        compile: Whether to run the network through ``torch.compile``.
+        precision: ``auto`` and ``float32``: as the weights are; ``bfloat16``, ``float16``: a copy with weights converted.
+        compile: Whether to run the network through ``torch.compile``; None: where ``images`` promise that it pays.
         top_k: How many classes :meth:`classify` lists for each image.
+        batch_size: Images that go through the network at once; ``auto``: what suits the device; None: all of a call.
+        images: About how many images there will be; 0 if that is not known.
 
     Raises:
         UserError: If model and weights do not fit each other, or the weights are missing.
@@ -56,8 +61,10 @@ class TorchPredictor:
         transform: Transform | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
-        compile: bool = False,
+        compile: bool | None = False,
         top_k: int = 5,
+        batch_size: int | Literal["auto"] | None = None,
+        images: int = 0,
     ) -> None:
         if precision not in _PRECISIONS:
             raise UserError(f"precision is {precision!r}", f"Choose one of {', '.join(_PRECISIONS)}.")
@@ -65,14 +72,27 @@ class TorchPredictor:
         self.transform = transform or (Transform() if member is None else transform_of(member))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.top_k = top_k
-        self._autocast = _PRECISIONS[precision]
-        self.model: Callable[[torch.Tensor], Any] = network.eval().to(self.device)
-        if compile:
-            self.model = cast(Callable[[torch.Tensor], Any], torch.compile(self.model))
+        self.model = network.eval()
+        self._execution = Execution(
+            self.model,
+            self.transform,
+            self.device,
+            self._best,
+            precision="float32" if precision == "auto" else precision,
+            compile=compile,
+            batch_size=CPU_BATCH if batch_size == "auto" else batch_size,
+            images=images,
+        )
+        self._searches = batch_size == "auto" and self.device.type == "cuda"
 
     @classmethod
     def from_config(
-        cls, model: ModelConfig, inference: InferenceConfig, storage: StorageConfig, transform: Transform
+        cls,
+        model: ModelConfig,
+        inference: InferenceConfig,
+        storage: StorageConfig,
+        transform: Transform,
+        images: int = 0,
     ) -> TorchPredictor:
         """The predictor of one of the job's actors; sets the process's number of threads.
 
@@ -80,26 +100,30 @@ class TorchPredictor:
             UserError: If the weights do not fit, or a GPU is asked for and there is none.
             SystemFault: If a download fails.
         """
-        device = "cpu"
-        if inference.gpus_per_actor > 0 and inference.device == "auto":
-            if not torch.cuda.is_available():
-                raise UserError(
-                    f"inference.gpus_per_actor is {inference.gpus_per_actor:g}, but torch finds no usable GPU here",
-                    "Check the driver and torch's CUDA version, set inference.gpus_per_actor to 0 to run without GPUs, "
-                    "or inference.device to cpu to try a GPU job's placement without any.",
-                )
-            device = "cuda"
-        # Without it every actor would start as many threads as the node has cores.
-        torch.set_num_threads(max(1, math.ceil(inference.cpus_per_actor)))
+        device = actor_device(inference)
         return cls(
             load_model(model, storage),
             None,
             transform=transform,
             device=device,
             precision=inference.precision,
-            compile=inference.compile is True,
+            compile=None if inference.compile == "auto" else inference.compile,
             top_k=inference.top_k,
+            batch_size=inference.batch_size,
+            images=images,
         )
+
+    def prepare(self, decisions: Decisions) -> None:
+        """Finds the batch size where that is left to the device, unless the job knows it, and warms up."""
+        side = self.transform.crop
+        if self._searches:
+            name = f"batch-size {device_name(self.device)} {self._execution.precision}"
+            known = (decisions.known(name) or {}).get("batch_size")
+            if isinstance(known, int) and known > 0:
+                self._execution.batch = BatchSize(known)
+            else:
+                decisions.decide(name, {"batch_size": self._execution.find_batch_size(side)})
+        self._execution.warm_up(side)
 
     def __call__(self, batch: Batch) -> Batch:
         """Classifies images of any size.
@@ -142,18 +166,7 @@ class TorchPredictor:
             ``top_k_confidence`` float32 (n, k), best first, with k the lesser of ``top_k`` and the number of classes.
             Logits that are NaN or plus infinity give a confidence of NaN.
         """
-        if not pixels.flags.writeable:
-            # Ray's arrays are views of its shared memory; torch warns of them although nothing is written here.
-            pixels = pixels.copy()
-        with torch.inference_mode():
-            batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
-            with self._precision():
-                logits = _tensor(self.model(self.transform.normalize(batch)))
-            scores = logits.float().softmax(dim=1)
-            # A logit of NaN or plus infinity makes its whole row NaN, and so the confidence.
-            confidence, idx = scores.topk(min(self.top_k, scores.shape[1]), dim=1)
-            top_idx = idx.to(torch.int32).cpu().numpy()
-            top_confidence = confidence.cpu().numpy()
+        top_idx, top_confidence = self._execution(pixels)
         return {
             "predicted_class_idx": top_idx[:, 0].copy(),
             "confidence": top_confidence[:, 0].copy(),
@@ -161,10 +174,58 @@ class TorchPredictor:
             "top_k_confidence": top_confidence,
         }
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._autocast)
+    def _best(self, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = _tensor(output).float().softmax(dim=1)
+        # A logit of NaN or plus infinity makes its whole row NaN, and so the confidence.
+        confidence, idx = scores.topk(min(self.top_k, scores.shape[1]), dim=1)
+        return idx.to(torch.int32), confidence
+
+
+class TorchEmbedder(TorchPredictor):
+    """A network without its classifier: pixels in, features out. Constructed as :class:`TorchPredictor` is.
+
+    Args:
+        dtype: ``float32`` or ``float16``, of what :meth:`embed` gives.
+    """
+
+    def __init__(self, *args: Any, dtype: str = "float32", **kwargs: Any) -> None:
+        self._output = torch.float16 if dtype == "float16" else torch.float32
+        super().__init__(*args, **kwargs)
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        """Embeds images that are at the network's size already.
+
+        Args:
+            pixels: uint8 (n, crop, crop, 3).
+
+        Returns:
+            ``dtype`` (n, features).
+        """
+        return self._execution(pixels)[0]
+
+    def _best(self, output: Any) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return (_tensor(output).to(self._output),)
+
+
+def actor_device(inference: InferenceConfig) -> torch.device:
+    """The device of an actor; on the CPU it gets as many threads as it has CPUs, which are set here.
+
+    Raises:
+        UserError: If a GPU is asked for and there is none.
+    """
+    # Without it every actor would start as many threads as the node has cores.
+    torch.set_num_threads(max(1, math.ceil(inference.cpus_per_actor)))
+    if inference.gpus_per_actor == 0 or inference.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"inference.gpus_per_actor is {inference.gpus_per_actor:g}, but torch finds no usable GPU here",
+            "Check the driver and torch's CUDA version, set inference.gpus_per_actor to 0 to run without GPUs, "
+            "or inference.device to cpu to try a GPU job's placement without any.",
+        )
+    # Batches have one shape, so that the fastest kernels are worth a search.
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda")
 
 
 def _network(model: Callable[..., nn.Module] | str | nn.Module, weights: Any) -> tuple[nn.Module, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
+from batch_inference.decoding import decode
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
 from batch_inference.fetcher import Fetcher
 from batch_inference.images import open_image
@@ -140,13 +141,9 @@ class Preparation:
         return out
 
     def _pixels(self, data: bytes) -> np.ndarray:
-        image = open_image(data, self.preprocess)
         if self.transform is None:
-            return np.asarray(image)
-        try:
-            return self.transform.pixels(image)
-        except Exception as exc:
-            raise RowFailure("preprocess", type(exc).__name__.upper(), str(exc)) from exc
+            return np.asarray(open_image(data, self.preprocess))
+        return decode(data, self.preprocess, self.transform)
 
 
 class _Streak:

@@ -10,14 +10,8 @@ import torch
 
 from batch_inference.config import PredictorConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
-from batch_inference.inference import (
-    CLASSIFIER_SCHEMA,
-    RESULT_SCHEMA,
-    CustomFactory,
-    InferenceActor,
-    _classifier_table,
-    raise_end_of_job,
-)
+from batch_inference.factories import CLASSIFIER_SCHEMA, CustomFactory, _classifier_table, _label_array
+from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
 from batch_inference.preparation import PREPARED_SCHEMA
 
 Call = Callable[[dict[str, Any]], Any]
@@ -427,7 +421,7 @@ def test_the_classifiers_columns_are_those_of_the_contract(labels: tuple[str, ..
         "top_k_idx": np.array([[2, 1], [0, 2]]),
         "top_k_confidence": np.array([[0.75, 0.25], [0.5, 0.375]], np.float32),
     }
-    table = _classifier_table(found, labels)
+    table = _classifier_table(found, _label_array(labels))
     assert table.schema == CLASSIFIER_SCHEMA
     assert table["label"].to_pylist() == (["c", "a"] if labels else [None, None])
     assert table["top_k"].to_pylist()[1] == [

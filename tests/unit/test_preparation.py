@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from batch_inference import preparation
+from batch_inference import decoding, preparation
 from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Fetcher
+from batch_inference.images import Decoded
 from batch_inference.preparation import BLOCK_BYTES, PREPARED_SCHEMA, Preparation
 from batch_inference.transform import Transform
 from tests.conftest import broken, jpeg
@@ -130,14 +131,14 @@ def test_limits_are_limits_and_not_less(tmp_path: Path) -> None:
 def test_a_transform_that_fails_is_a_failure_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0, (48, 32)))
     (tmp_path / "b.jpg").write_bytes(jpeg(0, (32, 48)))
-    real = Transform.pixels
+    real = decoding.resize
 
-    def pixels(self: Transform, image: Image.Image) -> np.ndarray:
-        if image.width < image.height:
+    def resize(decoded: Decoded, transform: Transform) -> np.ndarray:
+        if decoded.size[0] < decoded.size[1]:
             raise ValueError("too\ntall")
-        return real(self, image)
+        return real(decoded, transform)
 
-    monkeypatch.setattr(Transform, "pixels", pixels)
+    monkeypatch.setattr(decoding, "resize", resize)
     table = one([f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg", f"{tmp_path}/a.jpg"], transform=Transform(resize=8, crop=8))
     assert errors(table) == [None, ("preprocess", "VALUEERROR"), None]
     assert table["message"][1].as_py() == "too tall"

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batch_inference.batching import CPU_BATCH, BatchSize, is_out_of_memory, search
+from batch_inference.errors import RowFailure
+from batch_inference.execution import Execution
+from batch_inference.factories import _classifier_table
+from batch_inference.inference import InferenceActor
+from batch_inference.predictor import TorchPredictor
+from batch_inference.transform import Transform
+from tests.unit.test_inference import errors, image, prepared
+
+SMALL = Transform(resize=4, crop=4)
+
+
+class Greedy(nn.Module):
+    """Has memory for so many images at once; which image is the brightest one's class."""
+
+    def __init__(
+        self, room: int, poison: int | None = None, message: str = "CUDA out of memory. Tried to allocate"
+    ) -> None:
+        super().__init__()
+        self.room, self.poison, self.message = room, poison, message
+        self.sizes: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(images))
+        first = (images[:, 0, 0, 0] * 0.229 + 0.485).mul(255).round().long()
+        if len(images) > self.room or (self.poison is not None and (first == self.poison).any()):
+            raise torch.cuda.OutOfMemoryError(self.message)
+        return nn.functional.one_hot(first, 256).float() * 9
+
+
+def numbered(count: int) -> np.ndarray:
+    return np.stack([np.full((4, 4, 3), number, np.uint8) for number in range(count)])
+
+
+# --- what is lack of memory
+
+
+@pytest.mark.parametrize(
+    ("exc", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+        (RuntimeError("shapes do not fit"), False),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_failures(exc: Exception, expected: bool) -> None:
+    assert is_out_of_memory(exc) is expected
+
+
+# --- the size in use
+
+
+def test_a_size_is_halved_and_grows_back_slowly() -> None:
+    size = BatchSize(32)
+    size.halve(32)
+    assert size.current == 16
+    # A last batch that was smaller anyway.
+    size.halve(5)
+    assert size.current == 2
+    seen = []
+    for _ in range(400):
+        size.worked()
+        seen.append(size.current)
+    assert sorted(set(seen)) == [2, 4, 8, 16, 32]
+    assert seen.count(2) > 10 and seen[-1] == 32
+    size.halve(1)
+    assert size.current == 1
+
+
+# --- the search
+
+
+def device(room: int, each: int, overhead: float, per_image: float) -> tuple[Any, list[int]]:
+    tried: list[int] = []
+
+    def measure(size: int) -> tuple[float, int]:
+        tried.append(size)
+        if 100 + size * each > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return overhead + size * per_image, 100 + size * each
+
+    return measure, tried
+
+
+def test_the_search_stops_where_speed_does() -> None:
+    measure, tried = device(room=1 << 40, each=1, overhead=0.1, per_image=0.001)
+    found = search(measure, 100, 1 << 40)
+    # Fixed costs of 100 images' time: at 1,024 they are 9 %, and the next doubling would bring less than 5 %.
+    assert found == 1024 and tried == [4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    measure, _ = device(room=1 << 40, each=1, overhead=0.01, per_image=0.001)
+    assert search(measure, 100, 1 << 40) == 128
+
+
+@pytest.mark.parametrize("room", [1_000, 5_000, 50_000])
+def test_the_search_keeps_a_margin(room: int) -> None:
+    measure, tried = device(room, each=100, overhead=10, per_image=0.001)
+    found = search(measure, 100, room)
+    assert 100 + found * 100 <= 0.9 * room
+    assert 100 + 4 * found * 100 > 0.8 * room or found == 1024
+    # The margin is respected before memory ends.
+    assert all(100 + size * 100 <= room for size in tried)
+
+
+def test_the_search_on_a_device_without_room_is_one_by_one() -> None:
+    measure, tried = device(room=150, each=100, overhead=1, per_image=0.1)
+    assert search(measure, 100, 150) == 1
+    assert tried == [4]
+
+
+def test_other_failures_of_the_search_are_not_hidden() -> None:
+    def measure(size: int) -> tuple[float, int]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        search(measure, 0, 1000)
+
+
+# --- injected lack of memory
+
+
+@pytest.mark.parametrize(("room", "count"), [(1, 7), (3, 20), (8, 50), (16, 16)])
+def test_without_memory_batches_shrink_and_every_image_is_predicted(room: int, count: int) -> None:
+    network = Greedy(room)
+    predictor = TorchPredictor(network, None, transform=SMALL, batch_size="auto", top_k=1)
+    found = predictor.classify(numbered(count))
+    assert found["predicted_class_idx"].tolist() == list(range(count))
+    failed = [size for size in network.sizes if size > room]
+    # Each size fails once, not once for each batch.
+    assert len(failed) == len(set(failed)) and max(network.sizes) <= CPU_BATCH
+    again = len(network.sizes)
+    predictor.classify(numbered(room))
+    assert max(network.sizes[again:]) <= room
+
+
+def test_a_call_without_a_batch_size_shrinks_as_well() -> None:
+    network = Greedy(4)
+    assert TorchPredictor(network, None, transform=SMALL).classify(numbered(30))[
+        "predicted_class_idx"
+    ].tolist() == list(range(30))
+    assert network.sizes[:4] == [30, 15, 7, 3]
+
+
+def test_a_single_image_that_does_not_fit_is_an_error_row_and_the_rest_are_predictions() -> None:
+    network = Greedy(room=8, poison=11)
+    predictor = TorchPredictor(network, None, transform=SMALL, batch_size=8, top_k=1)
+    actor = InferenceActor(lambda: lambda images, uris: _classifier_table(predictor.classify(images), None), [])
+    table = actor(prepared([image(number, (4, 4)) for number in range(20)]))
+    assert errors(table) == [("infer", "OUT_OF_MEMORY") if number == 11 else None for number in range(20)]
+    assert table["predicted_class_idx"].to_pylist() == [None if number == 11 else number for number in range(20)]
+    assert table["retryable"].to_pylist()[11] is True
+    assert "single image" in table["message"].to_pylist()[11]
+
+
+def test_a_predictor_of_ones_own_that_runs_out_of_memory_is_told_from_a_failing_one() -> None:
+    def predict(images: np.ndarray, uris: list[str]) -> Any:
+        first = np.asarray(images)[:, 0, 0, 0]
+        if len(first) > 2 or 3 in first:
+            raise RuntimeError("CUDA error: out of memory")
+        return _classifier_table(TorchPredictor(Greedy(9), None, transform=SMALL, top_k=1).classify(images), None)
+
+    table = InferenceActor(lambda: predict, [])(prepared([image(number, (4, 4)) for number in range(6)]))
+    assert errors(table) == [None, None, None, ("infer", "OUT_OF_MEMORY"), None, None]
+
+
+def test_failures_that_are_not_of_memory_stay_what_they_are() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        TorchPredictor(Broken(), None, transform=SMALL).classify(numbered(4))
+
+
+def test_memory_is_given_back_outside_of_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    seen: list[Any] = []
+    monkeypatch.setattr(Execution, "free", lambda self: seen.append(sys.exc_info()[0]))
+    TorchPredictor(Greedy(2), None, transform=SMALL).classify(numbered(8))
+    assert seen and not any(seen)
+    with pytest.raises(RowFailure):
+        TorchPredictor(Greedy(0), None, transform=SMALL).classify(numbered(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_real_lack_of_memory_on_a_gpu() -> None:
+    class Hungry(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.empty(total // 8 * len(images), dtype=torch.uint8, device=images.device)
+            return images.mean(dim=(2, 3))
+
+    predictor = TorchPredictor(Hungry(), None, transform=SMALL, device="cuda", batch_size=32)
+    assert len(predictor.classify(numbered(40))["confidence"]) == 40
+    assert predictor._execution.batch is not None and predictor._execution.batch.current < 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_search_on_a_gpu_and_double_buffering() -> None:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    network = resnet18(weights=None).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 224, 224, 3), np.uint8)
+    expected = TorchPredictor(network, None, device="cpu", top_k=1).classify(pixels)
+    predictor = TorchPredictor(network, None, device="cuda", batch_size="auto", top_k=1)
+    assert predictor._execution.find_batch_size(224) >= 16
+    predictor._execution.batch = BatchSize(16)
+    found = predictor.classify(pixels)
+    np.testing.assert_allclose(found["confidence"], expected["confidence"], rtol=0.02)
