@@ -35,7 +35,8 @@ def main() -> int:
     # Written after every run: a bench that is stopped half way has measured something.
     for run in bench.rounds(rounds):
         runs.append(run)
-        rate = "" if run.steady is None else f", {run.steady:.1f} images/s steady"
+        rates = (("steady", run.steady), ("worked", run.worked))
+        rate = "".join(f", {value:.1f} images/s {name}" for name, value in rates if value is not None)
         print(
             f"round {run.round}/{rounds}  {run.scene:26}  {run.contender:14}  {run.wall_s:6.1f} s, start-up {run.startup_s:5.1f} s"
             f"{rate}, top-1 {run.agreement:.1%}",

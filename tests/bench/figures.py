@@ -22,9 +22,13 @@ class Run:
         contender: Its name.
         wall_s: Seconds from the start of the process to its end.
         startup_s: Seconds from the start to the first rows with a prediction.
-        steady: Images a second after :data:`STEADY_FROM` of the rows; None if the marks are too few.
+        steady: Images a second after :data:`STEADY_FROM` of the rows; None if the marks are too few. Too high where images were decoded
+            ahead, since the time that took is not in it.
+        worked: Images a second from the first image read to the last prediction; None if nothing was seen. Too low where the model is
+            loaded meanwhile, but no work is left out of it.
         rows: Rows in the output.
         agreement: Share of the rows whose class is the reference's.
+        others: Share of the CPUs that something else used in the second before.
     """
 
     round: int
@@ -33,8 +37,10 @@ class Run:
     wall_s: float
     startup_s: float
     steady: float | None
+    worked: float | None
     rows: int
     agreement: float
+    others: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Target:
 
     Attributes:
         scene: Image set and model.
-        figure: ``steady`` (images a second) or ``speed`` (one over the wall time).
+        figure: ``steady``, ``worked``, or ``speed`` (images a second from start to exit).
         ours: The contender that is judged.
         other: What it is compared with.
         least: The ratio's lower limit, for the median.
@@ -98,28 +104,71 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(statistics.median(kept), min(kept), max(kept), len(kept)) if kept else None
 
 
+def worked_rate(marks: Marks, first_read: float | None) -> float | None:
+    """Rows a second from the first image read to the last prediction: all of the work lies between the two."""
+    if first_read is None or not marks or marks[-1][0] <= first_read:
+        return None
+    return sum(rows for _, rows in marks) / (marks[-1][0] - first_read)
+
+
 def figure(run: Run, name: str) -> float | None:
-    """``steady``, or ``speed``: rows a second of wall time."""
-    return run.steady if name == "steady" else run.rows / run.wall_s
+    """``steady``, ``worked``, or ``speed``: rows a second of wall time."""
+    return {"steady": run.steady, "worked": run.worked, "speed": run.rows / run.wall_s}[name]
 
 
-def paired(runs: Sequence[Run], scene: str, name: str, ours: str, other: str) -> list[float]:
-    """Ratios of a figure of two contenders, each of one round."""
-    by_round: dict[int, dict[str, float]] = {}
-    for run in runs:
-        value = figure(run, name)
-        if run.scene == scene and run.contender in (ours, other) and value is not None:
-            by_round.setdefault(run.round, {})[run.contender] = value
-    return [
-        found[ours] / found[other]
-        for found in by_round.values()
-        if len({ours, other} & found.keys()) == len({ours, other})
-    ]
+def paired(
+    runs: Sequence[Run], scene: str, name: str, ours: str, other: str, other_name: str | None = None
+) -> list[float]:
+    """Ratios of a figure of two contenders, each of one round; ``other_name`` takes another figure of the second."""
+    mine, theirs = (
+        {
+            run.round: value
+            for run in runs
+            if (run.scene, run.contender) == (scene, who) and (value := figure(run, what))
+        }
+        for who, what in ((ours, name), (other, other_name or name))
+    )
+    return [mine[number] / theirs[number] for number in sorted(mine.keys() & theirs.keys())]
 
 
-def judged(runs: Sequence[Run], targets: Iterable[Target]) -> list[tuple[Target, Spread | None]]:
-    """Each target with the ratio that was reached; None where there are no runs to tell."""
-    return [(t, spread(paired(runs, t.scene, t.figure, t.ours, t.other))) for t in targets]
+@dataclass(frozen=True)
+class Judgement:
+    """What became of a target.
+
+    Attributes:
+        target: The target.
+        ratio: Of its figure; None where there are no runs to tell.
+        safe: The same with our ``worked`` above the other's ``steady``, what decoding ahead cannot embellish; None for other figures.
+        verdict: ``reached``, ``missed``, ``not settled`` (reached only by what decoding ahead may embellish), ``not measured``.
+    """
+
+    target: Target
+    ratio: Spread | None
+    safe: Spread | None
+    verdict: str
+
+
+def judged(runs: Sequence[Run], targets: Iterable[Target]) -> list[Judgement]:
+    """Each target with the ratios and the verdict."""
+    return [_judge(runs, target) for target in targets]
+
+
+def _judge(runs: Sequence[Run], target: Target) -> Judgement:
+    ratio = spread(paired(runs, target.scene, target.figure, target.ours, target.other))
+    if ratio is None:
+        return Judgement(target, None, None, "not measured")
+    if ratio.median < target.least:
+        return Judgement(target, ratio, _safe(runs, target), "missed")
+    safe = _safe(runs, target)
+    if target.figure == "steady" and (safe is None or safe.median < target.least):
+        return Judgement(target, ratio, safe, "not settled")
+    return Judgement(target, ratio, safe, "reached")
+
+
+def _safe(runs: Sequence[Run], target: Target) -> Spread | None:
+    if target.figure != "steady":
+        return None
+    return spread(paired(runs, target.scene, "worked", target.ours, target.other, "steady"))
 
 
 def _targets() -> tuple[Target, ...]:
@@ -136,7 +185,7 @@ def _targets() -> tuple[Target, ...]:
             Target(scene, "steady", "ours-bfloat16", "daft", 2.0 if scene == mobile else 3.0),
         ]
         found += [Target(scene, "speed", "ours-auto", other, 1.0) for other in _OTHERS]
-    return (*found, Target(large, "steady", "ours-float32", "ray-benchmark", 5.0))
+    return (*found, Target(large, "worked", "ours-float32", "ray-benchmark", 5.0))
 
 
 _OTHERS = ("article", "article-2", "ray-benchmark", "dataloader", "daft")

@@ -17,6 +17,7 @@ from tests.bench import figures, weights
 from tests.bench.contenders.common import MARKS
 from tests.bench.figures import Run
 from tests.bench.images import versions
+from tests.bench.reads import Reads
 from tests.bench.scenes import CONTENDERS, Contender, Scene, shortened
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,8 @@ class Bench:
         environment = os.environ | {
             MARKS: str(marks), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "true",
         }  # fmt: skip
-        with (work / "log.txt").open("wb") as log:
+        others = _busy(1.0)
+        with (work / "log.txt").open("wb") as log, Reads(self._images(scene)) as reads:
             started = time.monotonic()
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
@@ -115,7 +117,7 @@ class Bench:
         agreeing = sum(classes[image] == expected[image] for image in expected)
         return Run(
             number, scene.name, contender.name, wall, seen[0][0] - started if seen else wall,
-            figures.steady_rate(seen), len(classes), agreeing / len(expected),
+            figures.steady_rate(seen), figures.worked_rate(seen, reads.first), len(classes), agreeing / len(expected), others,
         )  # fmt: skip
 
     def _images(self, scene: Scene) -> Path:
@@ -145,3 +147,20 @@ def classes_of(output: Path) -> dict[str, int]:
     if twice:
         raise ContenderError(f"{len(twice)} images have more than one row, such as {twice[0]}")
     return dict(found)
+
+
+def _busy(seconds: float) -> float:
+    """Share of the machine's CPU time that is used during so many seconds; 0 where the system does not say."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    before, idle_before = _ticks(stat)
+    time.sleep(seconds)
+    after, idle_after = _ticks(stat)
+    return 1 - (idle_after - idle_before) / max(1, after - before)
+
+
+def _ticks(stat: Path) -> tuple[int, int]:
+    # user nice system idle iowait irq softirq steal; guest time is part of user's.
+    fields = [int(field) for field in stat.read_text().splitlines()[0].split()[1:9]]
+    return sum(fields), fields[3] + fields[4]

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.bench import figures, images, weights
 from tests.bench.figures import Run, Target
+from tests.bench.reads import Reads
 from tests.bench.report import markdown
 from tests.bench.runner import ROOT, Bench, classes_of
 from tests.bench.scenes import CONTENDERS, SCENES
@@ -19,8 +21,15 @@ from tests.bench.scenes import CONTENDERS, SCENES
 _DIGEST = "15683bc59202b000f16df9ef1d17aff0803ece52647a34efc353f80d1e7f770c"
 
 
-def _run(number: int, contender: str, steady: float | None, wall_s: float = 10, scene: str = "resnet18") -> Run:
-    return Run(number, scene, contender, wall_s, 4, steady, 100, 1.0)
+def _run(
+    number: int,
+    contender: str,
+    steady: float | None,
+    wall_s: float = 10,
+    scene: str = "resnet18",
+    worked: float | None = None,
+) -> Run:
+    return Run(number, scene, contender, wall_s, 4, steady, worked or steady, 100, 1.0)
 
 
 def test_steady_rate_starts_after_a_quarter_of_the_rows_and_does_not_count_them() -> None:
@@ -59,6 +68,45 @@ def test_end_to_end_ratio_is_above_one_where_ours_takes_less_time() -> None:
     assert figures.paired(runs, "resnet18", "speed", "ours-auto", "daft") == [2.5]
 
 
+def test_decoding_ahead_embellishes_the_steady_rate_and_not_the_rate_worked() -> None:
+    # Read from second 0 on, everything decoded by second 9, then all predictions within a second.
+    marks = [(9.0, 25), (9.5, 50), (10.0, 25)]
+    assert figures.steady_rate(marks) == pytest.approx(75)
+    assert figures.worked_rate(marks, 0.0) == pytest.approx(10)
+    assert figures.worked_rate(marks, None) is None
+    assert figures.worked_rate([], 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("steady", "worked", "verdict"),
+    [(80, 10, "not settled"), (80, 60, "reached"), (40, 30, "missed"), (40, 60, "missed")],
+)
+def test_target_is_reached_only_by_work_that_is_all_in_the_time(steady: float, worked: float, verdict: str) -> None:
+    runs = [_run(1, "ours-float32", steady, worked=worked), _run(1, "bound-float32", 50, worked=45)]
+    (judgement,) = figures.judged(runs, [Target("resnet18", "steady", "ours-float32", "bound-float32", 0.9)])
+    assert judgement.verdict == verdict
+    assert judgement.safe is not None
+    assert judgement.safe.median == pytest.approx(worked / 50)
+
+
+def test_reads_are_seen_from_outside(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    before = time.monotonic()
+    with Reads(tmp_path) as reads:
+        (tmp_path / "a.jpg").read_bytes()
+        time.sleep(0.2)
+        between = time.monotonic()
+        # Another process; and the first file once more, so that its first opening was only a look.
+        subprocess.run(["cat", str(tmp_path / "b.jpg"), str(tmp_path / "a.jpg")], check=True, capture_output=True)  # noqa: S607
+        time.sleep(0.2)
+    assert reads.first is not None
+    assert before < between < reads.first < time.monotonic()
+    with Reads(tmp_path) as reads:
+        pass
+    assert reads.first is None
+
+
 def test_spread_is_median_and_range() -> None:
     spread = figures.spread([3.0, None, 1.0, 2.0, 10.0])
     assert spread == figures.Spread(median=2.5, low=1.0, high=10.0, n=4)
@@ -79,12 +127,13 @@ def test_report_says_which_targets_are_missed_and_what_failed(tmp_path: Path) ->
         "?",
     )
     text = markdown(bench, runs, targets, 3, facts)
-    assert "| 1.25 | 1.20 | 1.20-1.20 | **missed** |" in text
-    assert "| 1.2 | 1.20 | 1.20-1.20 | reached |" in text
-    assert "| 1.2 | | | not measured |" in text
+    assert "| 1.25 | 1.20 | 1.20-1.20 | 1.20 | **missed** |" in text
+    assert "| 1.2 | 1.20 | 1.20-1.20 | 1.20 | reached |" in text
+    assert "| 1.2 | | | | not measured |" in text
     assert "- round 1, resnet18, article: exit code 1" in text
     assert (
-        "| (d) Daft on its native runner | 20 (10-30) | 4.0 (4.0-4.0) | 10.0 (10.0-10.0) | 1.20 (1.20-1.20) |" in text
+        "| (d) Daft on its native runner | 20 (10-30) | 20 (10-30) | 4.0 (4.0-4.0) | 10.0 (10.0-10.0) | 1.20 (1.20-1.20) |"
+        in text
     )
 
 
