@@ -54,6 +54,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "transform": None,
         },
         "predictor": None,
+        "task": "classify",
         "inference": {
             "actors": 4,
             "gpus_per_actor": 1,
@@ -63,6 +64,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "precision": "auto",
             "compile": "auto",
             "top_k": 5,
+            "embedding_dtype": "float32",
         },
         "preprocess": {
             "cpus_per_task": 1,
