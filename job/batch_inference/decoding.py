@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from batch_inference import allocation
 from batch_inference.config import PreprocessConfig
 from batch_inference.errors import RowFailure
 from batch_inference.images import Decoded, open_image, open_scaled
@@ -54,6 +55,7 @@ def decode(data: bytes, config: PreprocessConfig, transform: Transform) -> NDArr
         RowFailure: Stage ``decode`` as :func:`~batch_inference.images.open_image` raises it, whatever the way; stage
             ``preprocess`` where resizing fails.
     """
+    allocation.for_images()
     if config.exact:
         image = open_image(data, config)
         return _guarded(transform.pixels, image)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from batch_inference import allocation
 from batch_inference.batching import CPU_BATCH, BatchSize
 from batch_inference.config import InferenceConfig, ModelConfig, StorageConfig
 from batch_inference.decisions import Decisions
@@ -216,6 +217,7 @@ def actor_device(inference: InferenceConfig) -> torch.device:
     # Without it every actor would start as many threads as the node has cores.
     torch.set_num_threads(max(1, math.ceil(inference.cpus_per_actor)))
     if inference.gpus_per_actor == 0 or inference.device == "cpu":
+        allocation.for_network()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
