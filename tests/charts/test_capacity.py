@@ -277,9 +277,11 @@ def test_a_value_that_the_chart_refuses_by_its_schema_is_refused_by_the_program(
 def test_the_all_keys_file_is_planned() -> None:
     values = yaml.safe_load((HELM.parent / "tests" / "charts" / "values" / "rayjob.yaml").read_text())
     assert pods(parse_config({}), values) is None  # It joins a cluster.
-    job = merged(values["job"], {"input": {"manifest": None}})
+    # A predictor excludes embeddings, as a manifest excludes URIs.
+    together = {"input": {"manifest": None}, "task": "classify"}
+    job = merged(values["job"], together)
     run = {"suspend": False, "shutdownAfterJobFinishes": True, "deletionRules": []}
-    own = merged(values, {"clusterSelector": "", "job": {"input": {"manifest": None}}, "run": run})
+    own = merged(values, {"clusterSelector": "", "job": together, "run": run})
     found = pods(parse_config(job), own)
     assert found
     assert rendered(find(render("rayjob", own), "RayJob")) == computed(found)
