@@ -432,10 +432,6 @@ class Attempt:
                 store.put("_report/progress.json", json.dumps(self.snapshot.to_dict(), indent=1).encode())
 
 
-class _Stop(BaseException):
-    """A signal on its way up; no ``except Exception`` on that way may take it for a failure of its own."""
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM as :class:`Interrupted` from the main thread; elsewhere nothing changes."""
@@ -443,15 +439,20 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
+    received: list[str] = []
+
     def stop(number: int, frame: Any) -> None:
-        raise _Stop(signal.Signals(number).name)
+        received.append(signal.Signals(number).name)
+        # Of all exceptions this is the one that Ray's native code lets through while it waits; another becomes a SystemError.
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except _Stop as exc:
+    except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped by {exc}", "Run the same command again: it resumes with the shards that are left."
+            f"stopped by {received[0] if received else 'SIGINT'}",
+            "Run the same command again: it resumes with the shards that are left.",
         ) from None
     finally:
         for number, handler in before.items():

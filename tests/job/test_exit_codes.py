@@ -234,6 +234,23 @@ def test_130_within_seconds_when_interrupted_and_then_it_resumes(
     assert program("verify", str(output)).returncode == 0
 
 
+def test_130_while_ray_itself_waits_for_the_model(
+    photos: Callable[..., Path], tmp_path: Path, program: Program
+) -> None:
+    """The driver is then in Ray's native code, which lets one kind of exception through."""
+    log = tmp_path / "log"
+    process = start(*job_args(photos(20), tmp_path / "out", predictor="predictors:SlowStart"), log=log)
+    deadline = time.monotonic() + 120
+    while "starting Ray and the model" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130, log.read_text()
+    assert "INTERRUPTED (exit 130): stopped by SIGTERM" in log.read_text()
+
+
 def test_json_is_one_document_for_programs(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
