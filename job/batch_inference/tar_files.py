@@ -69,15 +69,14 @@ def index(uri: str, fetcher: Fetcher, wanted: Callable[[str], bool]) -> TarIndex
             if not wanted(name):
                 _count(found.skipped, posixpath.splitext(name)[1].lower())
             elif member.issym() or member.islnk():
-                folder = posixpath.dirname(name) if member.issym() else ""
-                links[name] = posixpath.normpath(posixpath.join(folder, _text(member.linkname)))
+                _link(name, member, links, found)
             elif member.issparse():
                 raise UserError(
                     f"{display(uri)}#{name} is stored as a sparse file, which is not in one piece",
                     "Make the archive anew without --sparse.",
                 )
             elif member.isreg():
-                found.replaced += found.places.pop(name, None) is not None
+                _replace(name, links, found)
                 found.places[name] = (member.offset_data, member.size)
     except tarfile.ReadError as exc:
         # Behind a member whose data or header is cut there is nothing more to be found.
@@ -88,6 +87,30 @@ def index(uri: str, fetcher: Fetcher, wanted: Callable[[str], bool]) -> TarIndex
     _follow(links, found)
     found.etag = file.etag
     return found
+
+
+def _link(name: str, member: tarfile.TarInfo, links: dict[str, str], found: TarIndex) -> None:
+    """Notes a link as unpacking makes it: a hard one stands for the data of now, a symbolic one for those of the end."""
+    folder = posixpath.dirname(name) if member.issym() else ""
+    target = posixpath.normpath(posixpath.join(folder, _text(member.linkname)))
+    if target == name:
+        _count(found.skipped, "link")
+        return
+    place, further = found.places.get(target), links.get(target)
+    _replace(name, links, found)
+    if member.issym():
+        links[name] = target
+    elif place is not None:
+        found.places[name] = place
+    elif further is not None and further != name:
+        links[name] = further
+    else:
+        _count(found.skipped, "link")
+
+
+def _replace(name: str, links: dict[str, str], found: TarIndex) -> None:
+    """Makes room for a member of that name: the last one counts, as where an archive is unpacked."""
+    found.replaced += found.places.pop(name, None) is not None or links.pop(name, None) is not None
 
 
 def _follow(links: dict[str, str], found: TarIndex) -> None:
