@@ -29,7 +29,6 @@ from batch_inference.identity import (
     check_same_job,
     input_notes,
     job_identity,
-    resolve_engine,
     versions,
 )
 from batch_inference.inference import raise_end_of_job
@@ -37,7 +36,7 @@ from batch_inference.ledger import Commit, Job, Ledger, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.progress import Snapshot
-from batch_inference.startup import Background, starts_ray
+from batch_inference.startup import EngineAhead, starts_ray
 from batch_inference.storage import Store, canonical_uri
 
 log = structlog.get_logger()
@@ -153,14 +152,14 @@ class Attempt:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
         self._show("plan")
         ledger = Ledger(open_output(self.config))
-        with contextlib.ExitStack() as cluster, self._engine_ahead() as ahead:
+        with contextlib.ExitStack() as cluster, EngineAhead(self.config, self._engine) as ahead:
             job = ledger.job()
             done = None if job is None else ledger.success()
             # Before anything is started, so that a mistyped path is answered at once.
             found = find_inputs(self.config) if job is None else None
             early = starts_ray(address) and done is None
             if early:
-                # Ray's processes take seconds to come up; meanwhile the model is described in the background.
+                # Ray's processes take seconds to come up; meanwhile the model is looked at.
                 try:
                     cluster.enter_context(self._cluster(address, dashboard_host))
                 except UserError:
@@ -197,11 +196,6 @@ class Attempt:
             except BatchInferenceError as exc:
                 self._failed(ledger, job, exc)
                 raise
-
-    def _engine_ahead(self) -> Background[Engine]:
-        """The engine, being resolved; a user's module is imported here and now, since it may need the main thread."""
-        engine = self._engine or (resolve_engine(self.config) if self.config.predictor is not None else None)
-        return Background(lambda: engine or resolve_engine(self.config))
 
     @contextlib.contextmanager
     def _cluster(self, address: str | None, dashboard_host: str | None) -> Iterator[None]:

@@ -13,8 +13,11 @@ from batch_inference.errors import BatchInferenceError, SystemFault
 from batch_inference.identity import Engine
 from batch_inference.storage import Store
 
-# Actors of a cluster that has to start machines first may take this long; then the job ends with the reason.
-_ACTORS_READY_S = 1800
+# Actors that do not come up, or a predictor that never returns: when nothing has moved for so long, the job ends with the reason.
+# Clusters that have to start machines first are waited for before (`cluster.connected`).
+_STUCK_S = 1800
+# An actor that dies while it loads the model (memory, a machine that is taken away) is replaced so many times in a row.
+_LOADING_DEATHS = 2
 # Images in one table from a task to an actor. Each table costs Ray some milliseconds, and one that is no multiple of the
 # batch is copied: with 64 in whole batches instead of 54 in split ones an image costs 0.35 ms of CPU instead of 0.57, with
 # 256 0.3. On the CPU a table is a second's work, and the last ones must not leave actors idle for long.
@@ -54,9 +57,11 @@ def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int],
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.max_errored_blocks = 0  # never drop data without a word
-    context.wait_for_min_actors_s = _ACTORS_READY_S
+    context.wait_for_min_actors_s = -1  # images are prepared while the actors load the model
+    context.execution_no_progress_timeout_s = _STUCK_S
+    context.max_consecutive_actor_init_deaths = _LOADING_DEATHS
     section = config.inference
-    block_bytes, target = BLOCK_BYTES, BLOCK_BYTES
+    block_bytes, target, rows_a_block = BLOCK_BYTES, BLOCK_BYTES, 32
     if engine.transform is not None:
         rows_a_block = _ROWS_ON_GPU if section.gpus_per_actor else _ROWS_ON_CPU
         block_bytes = rows_a_block * 3 * engine.transform.crop**2
@@ -66,7 +71,8 @@ def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int],
     context.target_max_block_size = target
     preparation = Preparation(config.storage, config.preprocess, engine.transform, block_bytes)
     source = ShardDatasource(store, list(rows), list(rows.values()), preparation)
-    batch_size = 32 if section.batch_size == "auto" else section.batch_size
+    # What an actor runs at once it decides itself; a table cut into smaller batches only costs copies.
+    batch_size = rows_a_block if section.batch_size == "auto" else section.batch_size
     # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:
     # decoding is not limited to the actors' CPUs even where both ask for the same.
     return ray.data.read_datasource(
@@ -98,10 +104,10 @@ def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
             return item
         queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
     text = " ".join(str(exc).split())
-    if "GetTimeoutError" in type(exc).__name__ or "min_actors" in text:
+    if type(exc).__name__ == "ExecutionTimeoutError":
         return SystemFault(
-            f"the actors did not start within {_ACTORS_READY_S} s: {text[:300]}",
-            "Check that the cluster has the GPUs and CPUs that the job asks for (`batch-inference plan`).",
+            f"nothing has moved for {_STUCK_S} s: the actors do not start, or the predictor does not return: {text[:300]}",
+            "Look at the actors' logs and at pending pods; then start the same command again, it resumes.",
         )
     # A traceback as text names what was raised at the start of a line of its own; the last is the innermost task's.
     raised = _RAISED.findall(str(exc)) or [text or "no message"]

@@ -2,51 +2,92 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-
-# An interrupted program waits so long for what goes on in the background: an import that is cut off in the middle can
-# abort the interpreter at its end, but a download must not hold it.
-_LEAVE_S = 5.0
+from batch_inference.config import JobConfig
+from batch_inference.errors import BatchInferenceError, SystemFault
+from batch_inference.identity import Engine, resolve_engine
 
 
-class Background(Generic[T]):
-    """A call that has begun in a thread of its own; a context manager, at whose end it is waited for a little.
+class EngineAhead:
+    """The engine, being resolved; a context manager.
 
-    >>> with Background(lambda: 6 * 7) as answer:
-    ...     answer.result()
-    42
+    A model is looked at in a process of its own: importing its libraries takes seconds, in which threads of the driver would wait
+    for each other, and the driver needs none of them. A user's predictor is imported here and now, since it may need the
+    main thread and travels to the actors from here.
+
+    Args:
+        config: The job.
+        engine: The engine, where it is there already.
+
+    Raises:
+        UserError: If there is no such predictor.
     """
 
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._value: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
-        self._thread.start()
+    def __init__(self, config: JobConfig, engine: Engine | None = None) -> None:
+        self._engine = engine or (resolve_engine(config) if config.predictor is not None else None)
+        self._process: subprocess.Popen[bytes] | None = None
+        if self._engine is None:
+            command = [sys.executable, "-c", "from batch_inference import startup; startup.answer()"]
+            self._process = subprocess.Popen(  # noqa: S603 - this program itself
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            self._question = pickle.dumps((sys.path, config))
 
-    def __enter__(self) -> Background[T]:
+    def __enter__(self) -> EngineAhead:
+        if self._process is not None and self._process.stdin is not None:
+            try:
+                self._process.stdin.write(self._question)
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                pass  # it has ended, and `result` says why
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._thread.join(_LEAVE_S)
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
-    def _run(self) -> None:
-        try:
-            self._value.append(self._call())
-        except BaseException as exc:
-            self._error = exc
+    def result(self) -> Engine:
+        """The engine, as soon as it is there.
 
-    def result(self) -> T:
-        """What the call returned, as soon as it has; raises what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._value[0]
+        Raises:
+            BatchInferenceError: What :func:`~batch_inference.identity.resolve_engine` raised.
+            SystemFault: If the process ended without an answer.
+        """
+        if self._engine is None:
+            assert self._process is not None  # noqa: S101
+            out, said = self._process.communicate()
+            if self._process.returncode:
+                last = said.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+                raise SystemFault(
+                    f"the model could not be looked at: the process ended with code {self._process.returncode}: {last[0][:300]}",
+                    "Look for too little memory; importing torch and the model alone should show the same.",
+                )
+            outcome = pickle.loads(out)  # noqa: S301 - our own process wrote it
+            if isinstance(outcome, BatchInferenceError):
+                raise outcome
+            self._engine = outcome
+        return self._engine
+
+
+def answer() -> None:
+    """The other side: reads the job from standard input, writes the engine, or why there is none, to standard output."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a model's module prints
+    path, config = pickle.load(sys.stdin.buffer)  # noqa: S301 - the driver wrote it
+    sys.path[:] = path
+    outcome: Any
+    try:
+        outcome = resolve_engine(config)
+    except BatchInferenceError as exc:
+        outcome = exc
+    with answers:
+        pickle.dump(outcome, answers)
 
 
 def starts_ray(address: str | None) -> bool:
