@@ -1,8 +1,8 @@
 """(f) The bound: the same decoding and the same network, split over the cores beforehand, with no framework.
 
-One process a core, forked once torch is imported, so that the import is paid once. Each takes every n-th image, decodes and resizes it the
-fastest way known here (torchvision's libjpeg-turbo to uint8; Pillow's reduced-size decoding where the image is at least twice as
-large as needed), and runs the network on channels-last batches with one thread.
+One process a core, forked once torch is imported, so that the import is paid once. Each takes every n-th image, decodes and resizes it with
+this project's own code, the fastest way known here, and runs the network on channels-last batches with one thread. Memory is kept
+as the project's actors keep it.
 """
 
 from __future__ import annotations
@@ -14,35 +14,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import functional
 
+from batch_inference import allocation
+from batch_inference.config import PreprocessConfig
+from batch_inference.decoding import decode
+from batch_inference.transform import Transform
 from tests.bench import weights
 from tests.bench.contenders.common import Task, mark, task, write
 
 BATCH_SIZE = 32
-RESIZE, CROP = 256, 224
+PREPROCESS, TRANSFORM = PreprocessConfig(), Transform(resize=256, crop=224)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def pixels(path: str) -> torch.Tensor:
+def pixels(path: str) -> np.ndarray:
     """Decodes, resizes the shorter side to 256, crops the central 224.
 
     Returns:
-        uint8 of shape (3, 224, 224).
+        uint8 of shape (224, 224, 3).
     """
-    with Image.open(path) as image:
-        if min(image.size) >= 4 * RESIZE:
-            # libjpeg decodes to a half, quarter or eighth; never below twice what the resampling then makes of it.
-            image.draft("RGB", (2 * RESIZE, 2 * RESIZE))
-            scale = RESIZE / min(image.size)
-            size = (int(image.width * scale), int(image.height * scale))
-            small = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-            return functional.center_crop(torch.from_numpy(small).permute(2, 0, 1), [CROP, CROP])
-    data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
-    decoded = decode_jpeg(data, mode=ImageReadMode.RGB)
-    return functional.center_crop(functional.resize(decoded, [RESIZE], antialias=True), [CROP, CROP])
+    return decode(Path(path).read_bytes(), PREPROCESS, TRANSFORM)
 
 
 class Network:
@@ -54,10 +45,10 @@ class Network:
         self.mean = torch.tensor(MEAN).mul(255).view(-1, 1, 1)
         self.scale = torch.tensor(STD).mul(255).reciprocal().view(-1, 1, 1)
 
-    def __call__(self, images: list[torch.Tensor]) -> tuple[list[int], list[float]]:
+    def __call__(self, images: list[np.ndarray]) -> tuple[list[int], list[float]]:
         """Classes and confidences of images of :func:`pixels`."""
         with torch.inference_mode():
-            batch = torch.stack(images).contiguous(memory_format=torch.channels_last)
+            batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
             batch = batch.float().sub_(self.mean).mul_(self.scale).to(self.dtype)
             confidence, index = self.network(batch).float().softmax(dim=1).max(dim=1)
         return index.tolist(), confidence.tolist()
@@ -66,6 +57,8 @@ class Network:
 def share(job: Task, first: int, step: int, answer: Connection) -> None:
     """One process's share, sent back when it is done."""
     torch.set_num_threads(1)
+    allocation.for_images()
+    allocation.for_network()
     network = Network(job.model, job.weights, job.precision)
     paths = job.paths[first::step]
     classes: list[int] = []
