@@ -37,6 +37,8 @@ kind-down: $(VENV)/.ready ## Remove that cluster
 	$(BIN)/python -m tests.e2e.cluster down demo
 
 ##@ Test
+# A process a core, with one thread each: more of them only wait for each other.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 .PHONY: test
 test: lint test-unit test-charts test-job test-e2e ## All tests, the fast ones first
 
@@ -48,11 +50,11 @@ lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
 
 .PHONY: test-unit
 test-unit: $(VENV)/.ready ## Tests that need no cluster: a minute or two
-	$(BIN)/pytest tests/unit
+	$(PARALLEL) tests/unit
 
 .PHONY: test-charts
 test-charts: $(VENV)/.ready ## The charts: rendered, refused, and accepted by the operator's own validation
-	$(BIN)/pytest tests/charts
+	$(PARALLEL) tests/charts
 
 .PHONY: test-job
 test-job: $(VENV)/.ready ## Whole jobs on this machine: storage servers, kills, races, 100,000 images

@@ -423,7 +423,7 @@ def test_only_the_first_lines(tmp_path: Path) -> None:
         ("a.parquet", parquet(pa.table({"uri": [1, 2]})), {}, "the column 'uri' of {} holds int64, not text"),
         ("a.parquet", parquet(pa.table({"uri": [b"a"]})), {}, "holds binary, not text"),
         ("a.csv", "", {}, "is not a readable csv manifest: Empty CSV file"),
-        ("a.csv", "uri,id\na\n", {}, "is not a readable csv manifest: CSV parse error: Expected 2 columns, got 1"),
+        ("a.csv", "uri,id\na\n", {}, "Expected 2 columns, got 1"),
         ("a.jsonl", '{"uri": "a"\n', {}, "is not a readable jsonl manifest"),
         ("a.jsonl", "", {}, "is not a readable jsonl manifest"),
         ("a.txt", b"a\xff\n", {}, "is not a readable txt manifest"),
