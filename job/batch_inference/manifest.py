@@ -48,6 +48,8 @@ RESERVED_COLUMNS = (
     *containers.PLACE_COLUMNS,
 )
 _PIECE = 65536
+# Bytes that one Arrow array of strings can hold: about 30 million URIs.
+_SHORT_OFFSETS = 2**31 - 1
 _MANIFEST_ENDINGS = (".parquet", ".csv", ".jsonl", ".ndjson", ".txt")
 
 
@@ -140,7 +142,7 @@ def cut(table: pa.Table, shard_size: int) -> Iterator[tuple[int, pa.Table]]:
         part = table.slice(start, shard_size).unify_dictionaries()
         place = pa.table(
             {
-                "uri": part["uri"],
+                "uri": part["uri"].cast(pa.string()),
                 "shard": pa.array(np.full(part.num_rows, shard, np.int32)),
                 "row": pa.array(np.arange(part.num_rows, dtype=np.int32)),
             }
@@ -225,7 +227,7 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
         raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
     chunks.append(pa.array(batch, pa.string()))
     every = pa.chunked_array(chunks, pa.string())
-    distinct = pc.unique(every)
+    distinct = _distinct(every)
     objects = pa.table({"uri": distinct.take(pc.sort_indices(distinct))})
     duplicates = len(every) - len(distinct)
     if not files and not members:
@@ -238,6 +240,11 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     )
 
 
+def _distinct(uris: pa.ChunkedArray) -> pa.Array:
+    """Each once, in order of appearance, in one array: with 64-bit offsets where those of 32 bits do not reach its end."""
+    return pc.unique(uris.cast(pa.large_string()) if uris.nbytes > _SHORT_OFFSETS else uris)
+
+
 def _interleaved(objects: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
     """Members of each file, in its order, where the file itself would stand among the sorted objects."""
     column = objects["uri"].combine_chunks()
@@ -247,7 +254,7 @@ def _interleaved(objects: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
         stop = bisect.bisect_left(range(len(column)), uri, key=lambda place: column[place].as_py())
         parts += [objects.slice(start, stop - start), tables[uri]]
         start = stop
-    return pa.concat_tables([*parts, objects.slice(start)], promote_options="default").select(
+    return pa.concat_tables([*parts, objects.slice(start)], promote_options="permissive").select(
         list(
             dict.fromkeys(
                 ["uri", *containers.PLACE_COLUMNS, *(name for t in tables.values() for name in t.column_names)]
@@ -288,7 +295,7 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
     if again and table.num_columns == 1:
-        table = pa.table({"uri": pc.unique(table["uri"])})
+        table = pa.table({"uri": _distinct(table["uri"])})
         return Inputs(with_places(table, section, storage), {}, again, 0, sha256.hexdigest())
     return Inputs(with_places(table, section, storage), {}, 0, again, sha256.hexdigest())
 

@@ -27,6 +27,7 @@ from batch_inference.manifest import (
 )
 from batch_inference.storage import Store
 from tests.conftest import unprivileged
+from tests.unit.containers import tar
 
 ODD = [
     "a b.jpg",
@@ -183,6 +184,22 @@ def test_the_same_input_listed_twice_is_done_once(tmp_path: Path) -> None:
     found = listed(tmp_path, tmp_path / "sub", tmp_path / "*.jpg", tmp_path / "a.jpg")
     assert names(found, tmp_path) == ["a.jpg", "b.jpg", "sub/c.jpg"]
     assert found.duplicates == 4
+
+
+def test_more_uris_than_one_array_of_strings_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two gigabytes of URIs are 30 million; the limit is lowered instead."""
+    touch(tmp_path, "b.jpg", "d.jpg", "sub/e.jpg")
+    (tmp_path / "c.tar").write_bytes(tar({"1.jpg": b"1", "2.jpg": b"2"}))
+    (tmp_path / "m.txt").write_text("b.jpg\nd.jpg\nb.jpg\n")
+    sources: list[dict[str, Any]] = [{"uris": [str(tmp_path)]}, {"manifest": str(tmp_path / "m.txt")}]
+    for source in sources:
+        few = find_inputs(config(**source))
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "_SHORT_OFFSETS", 0)
+            many = find_inputs(config(**source))
+        assert few.table["uri"].type == pa.string()
+        assert many.table["uri"].type == pa.large_string()
+        assert list(cut(many.table, 2)) == list(cut(few.table, 2))
 
 
 def test_a_dangling_link_is_an_input_that_fails_later(tmp_path: Path) -> None:
