@@ -217,6 +217,11 @@ class PreprocessConfig(_Section):
     exact: bool = Field(
         False, description="Only decode and resize in ways that give bit for bit what the weights' own transform gives."
     )
+    gpu_jpeg: bool = Field(
+        False,
+        description="Decode JPEG files on the actors' GPUs, for nodes with few CPU cores a GPU; other files, and what the GPU does "
+        "not take, are decoded in the tasks as ever.",
+    )
     exif_orientation: bool = Field(True, description="Turn images as their EXIF orientation says.")
     max_pixels: PositiveInt = Field(
         178956970, description="Images of more pixels (width times height) become error rows, before they are decoded."
@@ -272,6 +277,22 @@ class JobConfig(_Section):
             raise ValueError(
                 "task is embed, but a predictor is given; embeddings are made with model: remove one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _jpeg_on_gpus(self) -> JobConfig:
+        if self.preprocess.gpu_jpeg:
+            problems = [
+                problem
+                for problem, there in (
+                    ("a predictor takes images at their own size: decode them in the predictor", self.predictor),
+                    ("preprocess.exact asks for the bits of another decoder", self.preprocess.exact),
+                    ("inference.gpus_per_actor is 0, so there is no GPU to do it", self.inference.gpus_per_actor == 0),
+                )
+                if there
+            ]
+            if problems:
+                raise ValueError(f"preprocess.gpu_jpeg is true, but {'; and '.join(problems)}; set it to false")
         return self
 
     def to_yaml(self) -> str:

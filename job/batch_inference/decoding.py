@@ -34,6 +34,9 @@ _threads = threading.local()
 #: Part of the fingerprint: to be changed with anything that changes a pixel.
 FAST_PATH = "fast-1"
 EXACT_PATH = "exact-1"
+GPU_PATH = "gpu-1"
+#: Filters that :mod:`.gpu_jpeg` has.
+GPU_FILTERS = ("bilinear", "bicubic")
 # Scaled decoding blurs a little; at twice the target the antialiasing filter behind it hides that.
 _MARGIN = 2
 # The SIMD library's names of Pillow's filters; Pillow's bicubic has a = -0.5 as well.

@@ -13,7 +13,7 @@ from typing import Any
 
 from batch_inference import manifest
 from batch_inference.config import JobConfig, PredictorConfig
-from batch_inference.decoding import EXACT_PATH, FAST_PATH
+from batch_inference.decoding import EXACT_PATH, FAST_PATH, GPU_PATH
 from batch_inference.errors import UserError
 from batch_inference.ledger import Job, fingerprint
 from batch_inference.storage import Store, canonical_uri, display
@@ -31,12 +31,14 @@ class Engine:
         transform: Resize and crop before the actor; None for custom predictors, which get images as they are.
         identity: Flat texts that say exactly what this is.
         custom: Whether its columns are wide or unknown, so that writer actors take them: predictors of the user's, embeddings.
+        decoder: Makes what decodes in an actor; None where the tasks decode everything.
     """
 
     factory: Any
     transform: Transform | None
     identity: dict[str, str]
     custom: bool
+    decoder: Any = None
 
     def for_images(self, images: int) -> Engine:
         """The same, told about how many images each actor will get; what pays on long jobs only depends on it."""
@@ -62,16 +64,22 @@ def resolve_engine(config: JobConfig) -> Engine:
     from batch_inference.models import describe_model
 
     info = describe_model(config.model, config.storage)
+    decoder = None
+    if config.preprocess.gpu_jpeg:
+        from batch_inference.gpu_jpeg import GpuJpegFactory
+
+        decoder = GpuJpegFactory(config.inference, config.preprocess, info.transform)
     identity = {f"model.{key.removeprefix('model.')}": value for key, value in info.identity.items()}
     identity |= {f"transform.{key}": str(value) for key, value in asdict(info.transform).items()}
     identity["inference.precision"] = config.inference.precision
     if config.task == "embed":
         identity |= {"task": "embed", "inference.embedding_dtype": config.inference.embedding_dtype}
-        return Engine(EmbedderFactory(config, info.transform), info.transform, identity, True)
+        return Engine(EmbedderFactory(config, info.transform), info.transform, identity, True, decoder)
     identity["inference.top_k"] = str(config.inference.top_k)
     labels = hashlib.sha256("\n".join(info.labels or ()).encode()).hexdigest()[:16] if info.labels else "none"
     identity["model.labels"] = labels
-    return Engine(ClassifierFactory(config, info.transform, info.labels), info.transform, identity, False)
+    factory = ClassifierFactory(config, info.transform, info.labels)
+    return Engine(factory, info.transform, identity, False, decoder)
 
 
 def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dict[str, str]:
@@ -88,7 +96,7 @@ def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dic
         "shard_size": str(config.shard_size),
         "input.limit": str(section.limit),
         "preprocess.exact": str(pre.exact),
-        "preprocess.pixels": EXACT_PATH if pre.exact else FAST_PATH,
+        "preprocess.pixels": EXACT_PATH if pre.exact else GPU_PATH if pre.gpu_jpeg else FAST_PATH,
         "preprocess.exif_orientation": str(pre.exif_orientation),
         "preprocess.max_pixels": str(pre.max_pixels),
         "preprocess.max_bytes": str(pre.max_bytes),

@@ -35,6 +35,7 @@ _SIGNATURES = (
     (b"II+\x00", "TIFF"),
     (b"MM\x00+", "TIFF"),
 )
+_NARROW = 16
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -131,6 +132,21 @@ def _open(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
         raise RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image") from None
     except Exception as exc:
         raise _explain(data, exc) from exc
+
+
+def is_plain_jpeg(data: bytes, config: PreprocessConfig) -> bool:
+    """Whether a file is a whole JPEG that any decoder shows alike: gray or RGB, upright, of a size within ``max_pixels``."""
+    if not data.startswith(b"\xff\xd8") or _ends_early(data, "JPEG"):
+        return False
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            upright = not config.exif_orientation or _orientation(image) == 1
+            # A narrow strip would be resized to an enormous one, of which the center is cut out.
+            narrow = max(image.size) > _NARROW * min(image.size)
+            few = image.width * image.height <= config.max_pixels
+            return image.mode in ("RGB", "L") and upright and few and not narrow
+    except Exception:
+        return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

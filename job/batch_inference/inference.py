@@ -45,13 +45,20 @@ class InferenceActor:
     Args:
         factory: Makes the predict function; called once.
         writers: Where predictions of any width go by themselves; empty: they return with the rows.
+        decoder: Makes what decodes the files that tasks have left as they are; called once, after the factory.
     """
 
-    def __init__(self, factory: Callable[[], Predict], writers: list[Any]) -> None:
+    def __init__(
+        self,
+        factory: Callable[[], Predict],
+        writers: list[Any],
+        decoder: Callable[[], Callable[[pa.Table], pa.Table]] | None = None,
+    ) -> None:
         self._writers = writers
         self._failure: BatchInferenceError | None = None
         try:
             self._predict = factory()
+            self._decode = decoder() if decoder else None
         except BatchInferenceError as exc:
             self._failure = exc
         except Exception as exc:
@@ -70,6 +77,8 @@ class InferenceActor:
         """
         if self._failure is not None:
             return _end_of_job(self._failure)
+        if self._decode is not None:
+            table = self._decode(table)
         start = time.perf_counter()
         places, images = _images(table)
         uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()

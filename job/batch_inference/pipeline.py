@@ -79,7 +79,7 @@ def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int],
         source, num_cpus=config.preprocess.cpus_per_task, override_num_blocks=len(rows)
     ).map_batches(
         InferenceActor,
-        fn_constructor_args=(engine.for_images(sum(rows.values()) // section.actors).factory, writers),
+        fn_constructor_args=(engine.for_images(sum(rows.values()) // section.actors).factory, writers, engine.decoder),
         batch_size=batch_size,
         batch_format="pyarrow",
         num_gpus=section.gpus_per_actor,

@@ -290,7 +290,7 @@ class _Preflight:
         preparation = Preparation(config.storage, config.preprocess, engine.transform)
         trial: Any = ray.remote(num_gpus=section.gpus_per_actor, num_cpus=section.cpus_per_actor, max_restarts=0)(
             Trial
-        ).remote(engine.factory)
+        ).remote(engine.factory, engine.decoder)
         task: Any = ray.remote(num_cpus=config.preprocess.cpus_per_task, max_retries=0)(_prepared)
         try:
             table: pa.Table = ray.get(task.remote(preparation, uris))
@@ -388,8 +388,8 @@ class _Preflight:
 class Trial:
     """One actor as the job would have, that measures itself."""
 
-    def __init__(self, factory: Any) -> None:
-        self._actor = InferenceActor(factory, [])
+    def __init__(self, factory: Any, decoder: Any) -> None:
+        self._actor = InferenceActor(factory, [], decoder)
 
     def predict(self, table: pa.Table) -> pa.Table:
         """Predicts prepared rows once."""

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
-from batch_inference.decoding import decode
+from batch_inference.decoding import GPU_FILTERS, decode
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
 from batch_inference.fetcher import Fetcher
-from batch_inference.images import open_image
+from batch_inference.images import is_plain_jpeg, open_image
 from batch_inference.members import runs
 from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
@@ -77,8 +77,8 @@ class Preparation:
             places: Where those lie that are members of files: columns of ``PLACE_SCHEMA``; None if there are none.
 
         Yields:
-            Tables of :data:`PREPARED_SCHEMA`; ``pixels`` is RGB uint8, height x width x 3, row by row. Rows come in their
-            order, members of a file in that of the file.
+            Tables of :data:`PREPARED_SCHEMA`; ``pixels`` is RGB uint8, height x width x 3, row by row, or a JPEG file where
+            ``height`` is 0 (``preprocess.gpu_jpeg``). Rows come in their order, members of a file in that of the file.
         """
         fetcher = Fetcher.of_process(self.storage)
         fetcher.take_retries()  # another task's
@@ -143,6 +143,9 @@ class Preparation:
     def _pixels(self, data: bytes) -> np.ndarray:
         if self.transform is None:
             return np.asarray(open_image(data, self.preprocess))
+        on_gpu = self.preprocess.gpu_jpeg and self.transform.interpolation in GPU_FILTERS
+        if on_gpu and is_plain_jpeg(data, self.preprocess):
+            return np.frombuffer(data, np.uint8)
         return decode(data, self.preprocess, self.transform)
 
 
@@ -207,9 +210,9 @@ class _Block:
             [self.shard] * len(items),
             [i.row for i in items],
             self._uris,
-            self._pixels(),
-            [0 if i.pixels is None else i.pixels.shape[0] for i in items],
-            [0 if i.pixels is None else i.pixels.shape[1] for i in items],
+            pixel_column([i.pixels for i in items]),
+            [0 if i.pixels is None or i.pixels.ndim == 1 else i.pixels.shape[0] for i in items],
+            [0 if i.pixels is None or i.pixels.ndim == 1 else i.pixels.shape[1] for i in items],
             [e and e.stage for e in errors],
             [e and e.error_type for e in errors],
             [e and e.message for e in errors],
@@ -224,17 +227,22 @@ class _Block:
         ]
         return pa.Table.from_arrays(arrays, schema=PREPARED_SCHEMA)
 
-    def _pixels(self) -> pa.Array:
-        """All pixels in one buffer, to which each image is copied once."""
-        values = np.empty(self._size, np.uint8)
-        ends = [0]
-        for item in self.items:
-            start = ends[-1]
-            if item.pixels is not None:
-                values[start : start + item.pixels.nbytes] = item.pixels.reshape(-1)
-                start += item.pixels.nbytes
-            ends.append(start)
-        failed = [item.pixels is None for item in self.items]
-        valid = pa.py_buffer(np.packbits(~np.array(failed), bitorder="little").tobytes()) if any(failed) else None
-        buffers = [valid, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(values)]
-        return pa.Array.from_buffers(pa.large_binary(), len(failed), buffers)
+
+def pixel_column(images: list[np.ndarray | None]) -> pa.Array:
+    """The bytes of arrays of any shape as an Arrow column, null where there is none; each is copied once.
+
+    Args:
+        images: uint8, C-contiguous.
+    """
+    values = np.empty(sum(image.nbytes for image in images if image is not None), np.uint8)
+    ends = [0]
+    for image in images:
+        start = ends[-1]
+        if image is not None:
+            values[start : start + image.nbytes] = image.reshape(-1)
+            start += image.nbytes
+        ends.append(start)
+    failed = [image is None for image in images]
+    valid = pa.py_buffer(np.packbits(~np.array(failed), bitorder="little").tobytes()) if any(failed) else None
+    buffers = [valid, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(values)]
+    return pa.Array.from_buffers(pa.large_binary(), len(failed), buffers)

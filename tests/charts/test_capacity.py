@@ -277,8 +277,8 @@ def test_a_value_that_the_chart_refuses_by_its_schema_is_refused_by_the_program(
 def test_the_all_keys_file_is_planned() -> None:
     values = yaml.safe_load((HELM.parent / "tests" / "charts" / "values" / "rayjob.yaml").read_text())
     assert pods(parse_config({}), values) is None  # It joins a cluster.
-    # A predictor excludes embeddings, as a manifest excludes URIs.
-    together = {"input": {"manifest": None}, "task": "classify"}
+    # A predictor excludes embeddings and decoding on GPUs, as a manifest excludes URIs.
+    together = {"input": {"manifest": None}, "task": "classify", "preprocess": {"gpu_jpeg": False}}
     job = merged(values["job"], together)
     run = {"suspend": False, "shutdownAfterJobFinishes": True, "deletionRules": []}
     own = merged(values, {"clusterSelector": "", "job": together, "run": run})

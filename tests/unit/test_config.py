@@ -71,6 +71,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "preprocess": {
             "cpus_per_task": 1,
             "exact": False,
+            "gpu_jpeg": False,
             "exif_orientation": True,
             "max_pixels": 178956970,
             "max_bytes": 268435456,
