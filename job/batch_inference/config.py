@@ -226,6 +226,11 @@ class PreprocessConfig(_Section):
     max_pixels: PositiveInt = Field(
         178956970, description="Images of more pixels (width times height) become error rows, before they are decoded."
     )
+    decode_timeout_s: float = Field(120, gt=0, description="An image whose decoding takes longer becomes an error row.")
+    decode_memory_mib: PositiveInt = Field(
+        4096,
+        description="Memory for decoding one image alone, which is done where a task has died: images that need more become error rows.",
+    )
     max_bytes: PositiveInt = Field(
         268435456, description="Files of more bytes become error rows, before they are read."
     )

@@ -43,6 +43,11 @@ _MARGIN = 2
 _SIMD_FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom"}
 
 
+def pixels_of(data: bytes, config: PreprocessConfig, transform: Transform | None) -> NDArray[np.uint8]:
+    """What :func:`decode` gives, or the image at its own size where there is no transform; raises what they raise."""
+    return np.asarray(open_image(data, config)) if transform is None else decode(data, config, transform)
+
+
 def decode(data: bytes, config: PreprocessConfig, transform: Transform) -> NDArray[np.uint8]:
     """Decodes, resizes and crops an image.
 

@@ -260,7 +260,9 @@ class Attempt:
         collector = Collector(rows, self.snapshot.tally)
         with (
             Closing(ledger, writers, self._committed) as closing,
-            contextlib.closing(results(ledger.store, self.config, engine, rows, writers.handles)) as tables,
+            contextlib.closing(
+                results(ledger.store, self.config, engine, rows, writers.handles, self.attempt)
+            ) as tables,
         ):
             try:
                 self._collect(tables, collector, closing, writers)

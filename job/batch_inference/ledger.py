@@ -25,6 +25,8 @@ from batch_inference.storage import Store, display
 # Requests that are independent of one another go out together; a store answers each in some ten milliseconds.
 _PARALLEL_REQUESTS = 16
 _FORMAT = 1
+#: Folder of the marks of tasks under way.
+BEGUN = "_begun"
 
 
 def now() -> str:
@@ -310,6 +312,7 @@ class Ledger:
             i.path for kind in ("predictions", "errors") for i in self.store.objects(kind) if i.path not in named
         ]
         garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
+        garbage += [i.path for i in self.store.objects(BEGUN)]
         self.store.delete(garbage)
         return len(garbage)
 

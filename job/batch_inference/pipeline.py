@@ -26,7 +26,7 @@ _RAISED = re.compile(r"^\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Fault)\b: .+)$", 
 
 
 def results(
-    store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any]
+    store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any], attempt: str
 ) -> Generator[pa.Table, None, None]:
     """The pipeline: shards in, result rows out, streaming.
 
@@ -36,15 +36,18 @@ def results(
         engine: Model or predictor.
         rows: Number of inputs of each shard that is to be done.
         writers: Ray actors that take the predictions; empty where they come with the rows.
+        attempt: The driver's.
 
     Yields:
         Tables of ``RESULT_SCHEMA``, in no particular order.
     """
-    dataset = build(store, config, engine, rows, writers)
+    dataset = build(store, config, engine, rows, writers, attempt)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
-def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any]) -> Any:
+def build(
+    store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any], attempt: str
+) -> Any:
     """The lazy Ray dataset that :func:`results` iterates over."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -70,7 +73,7 @@ def build(store: Store, config: JobConfig, engine: Engine, rows: dict[int, int],
         target = int(0.8 * block_bytes)
     context.target_max_block_size = target
     preparation = Preparation(config.storage, config.preprocess, engine.transform, block_bytes)
-    source = ShardDatasource(store, list(rows), list(rows.values()), preparation)
+    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt)
     # What an actor runs at once it decides itself; a table cut into smaller batches only costs copies.
     batch_size = rows_a_block if section.batch_size == "auto" else section.batch_size
     # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
-from batch_inference.decoding import GPU_FILTERS, decode
+from batch_inference.decoding import GPU_FILTERS, pixels_of
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
 from batch_inference.fetcher import Fetcher
-from batch_inference.images import is_plain_jpeg, open_image
+from batch_inference.images import is_plain_jpeg
+from batch_inference.isolation import Helper, Watch
 from batch_inference.members import runs
 from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
@@ -68,13 +69,16 @@ class Preparation:
     transform: Transform | None
     block_bytes: int = BLOCK_BYTES
 
-    def rows(self, shard: int, uris: list[str], places: pa.Table | None = None) -> Iterator[pa.Table]:
+    def rows(
+        self, shard: int, uris: list[str], places: pa.Table | None = None, *, careful: bool = False
+    ) -> Iterator[pa.Table]:
         """Prepares one shard.
 
         Args:
             shard: Its number.
             uris: Its inputs, in order of their rows.
             places: Where those lie that are members of files: columns of ``PLACE_SCHEMA``; None if there are none.
+            careful: Whether an earlier task died of this shard, so that each image is decoded where it can do no harm.
 
         Yields:
             Tables of :data:`PREPARED_SCHEMA`; ``pixels`` is RGB uint8, height x width x 3, row by row, or a JPEG file where
@@ -85,7 +89,7 @@ class Preparation:
         streak = _Streak()
         block = _Block(shard, self.block_bytes)
         inputs = fetched(self._runs(uris, places, fetcher, streak), self.storage.fetch_concurrency)
-        with contextlib.closing(inputs), contextlib.closing(self._decoded(inputs, streak)) as items:
+        with contextlib.closing(inputs), contextlib.closing(self._decoded(inputs, streak, careful)) as items:
             for item in items:
                 block.add(item, uris[item.row])
                 if block.full:
@@ -103,22 +107,45 @@ class Preparation:
             else:
                 yield run
 
-    def _decoded(self, inputs: Iterator[Fetched], streak: _Streak) -> Generator[_Prepared, None, None]:
+    def _decoded(self, inputs: Iterator[Fetched], streak: _Streak, careful: bool) -> Generator[_Prepared, None, None]:
         """Decodes here where a task has one CPU; else on as many threads as it has CPUs, in the same order."""
-        threads = max(1, int(self.preprocess.cpus_per_task))
-        if threads == 1:
-            for one in inputs:
-                item = self._decode(one)
-                streak.add(item.error)
-                yield item
+        if careful:
+            with Helper(self.preprocess, self.transform) as helper:
+                yield from self._one_by_one(inputs, streak, helper.pixels)
             return
+        watch = Watch(self.preprocess.decode_timeout_s)
+
+        def pixels(data: bytes) -> np.ndarray:
+            with watch:
+                return self._pixels(data)
+
+        try:
+            threads = max(1, int(self.preprocess.cpus_per_task))
+            if threads == 1:
+                yield from self._one_by_one(inputs, streak, pixels)
+            else:
+                yield from self._on_threads(threads, inputs, streak, pixels)
+        finally:
+            watch.end()
+
+    def _one_by_one(
+        self, inputs: Iterator[Fetched], streak: _Streak, pixels: Callable[[bytes], np.ndarray]
+    ) -> Generator[_Prepared, None, None]:
+        for one in inputs:
+            item = self._decode(one, pixels)
+            streak.add(item.error)
+            yield item
+
+    def _on_threads(
+        self, threads: int, inputs: Iterator[Fetched], streak: _Streak, pixels: Callable[[bytes], np.ndarray]
+    ) -> Generator[_Prepared, None, None]:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         waiting: deque[Future[_Prepared]] = deque()
         try:
             while True:
                 # Decoded images can be large: no more wait for their turn than keep the threads busy.
                 for one in itertools.islice(inputs, 2 * threads - len(waiting)):
-                    waiting.append(pool.submit(self._decode, one))
+                    waiting.append(pool.submit(self._decode, one, pixels))
                 if not waiting:
                     return
                 item = waiting.popleft().result()
@@ -127,12 +154,12 @@ class Preparation:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, one: Fetched) -> _Prepared:
+    def _decode(self, one: Fetched, pixels: Callable[[bytes], np.ndarray]) -> _Prepared:
         out = _Prepared(one.row, None, one.error, len(one.data), one.seconds, 0.0)
         if one.error is None:
             start = time.perf_counter()
             try:
-                out.pixels = self._pixels(one.data)
+                out.pixels = pixels(one.data)
             except RowFailure as exc:
                 out.error = exc.error
             except Exception as exc:  # a bug here must cost one row, not a job
@@ -141,12 +168,10 @@ class Preparation:
         return out
 
     def _pixels(self, data: bytes) -> np.ndarray:
-        if self.transform is None:
-            return np.asarray(open_image(data, self.preprocess))
-        on_gpu = self.preprocess.gpu_jpeg and self.transform.interpolation in GPU_FILTERS
+        on_gpu = self.preprocess.gpu_jpeg and self.transform is not None and self.transform.interpolation in GPU_FILTERS
         if on_gpu and is_plain_jpeg(data, self.preprocess):
             return np.frombuffer(data, np.uint8)
-        return decode(data, self.preprocess, self.transform)
+        return pixels_of(data, self.preprocess, self.transform)
 
 
 class _Streak:

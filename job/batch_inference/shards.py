@@ -11,6 +11,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batch_inference import manifest
+from batch_inference.ledger import BEGUN
 from batch_inference.preparation import Preparation
 from batch_inference.storage import Store
 
@@ -25,14 +26,17 @@ class ShardDatasource(Datasource):
         shards: Numbers of the shards to do; handed out as :func:`spread` says.
         rows: Number of inputs of each.
         preparation: What to do with each image.
+        attempt: Of the job's driver; a task that was begun in it and did not end has died of its shard.
     """
 
-    def __init__(self, store: Store, shards: list[int], rows: list[int], preparation: Preparation) -> None:
+    def __init__(
+        self, store: Store, shards: list[int], rows: list[int], preparation: Preparation, attempt: str
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shards = shards
         self._rows = rows
         # A hundred thousand tasks share one copy of what they need.
-        self._context = ray.put((store, preparation))
+        self._context = ray.put((store, preparation, attempt))
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown before the images are read."""
@@ -55,9 +59,13 @@ class ShardDatasource(Datasource):
 
 def _reader(context: Any, shard: int) -> Callable[[], Iterable[pa.Table]]:
     def read() -> Iterable[pa.Table]:
-        store, preparation = ray.get(context)
+        store, preparation, attempt = ray.get(context)
         table, places = manifest.read_places(store, shard)
-        yield from preparation.rows(shard, table["uri"].to_pylist(), places)
+        # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
+        mark = f"{BEGUN}/{manifest.shard_name(shard)}-{attempt}"
+        careful = not store.create(mark, b"begun")
+        yield from preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful)
+        store.delete([mark])
 
     return read
 

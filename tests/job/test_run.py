@@ -122,7 +122,7 @@ def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_
     )
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        dataset = build(Store(str(tmp_path), config.storage), config, resolve_engine(config), {0: 10}, [])
+        dataset = build(Store(str(tmp_path), config.storage), config, resolve_engine(config), {0: 10}, [], "test")
         plan = get_execution_plan(dataset._logical_plan)
         plan = plan[0] if isinstance(plan, tuple) else plan
         names, operator = [], plan.dag

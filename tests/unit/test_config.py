@@ -74,6 +74,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "gpu_jpeg": False,
             "exif_orientation": True,
             "max_pixels": 178956970,
+            "decode_timeout_s": 120,
+            "decode_memory_mib": 4096,
             "max_bytes": 268435456,
         },
         "errors": {"max_count": None, "max_percent": 5.0, "min_sample": 1000},

@@ -1,0 +1,207 @@
+"""Images decoded one at a time in a process that may die of them.
+
+Decoding runs in the tasks' own processes, which costs nothing extra. Where such a process has died or hung, its shard is done again by
+way of this module: a helper process, forked anew from a clean one after each death, with limits on time and memory that the kernel
+enforces. What kills it becomes the row's failure; its neighbours keep their pixels.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batch_inference.config import PreprocessConfig
+from batch_inference.decoding import pixels_of
+from batch_inference.errors import RowError, RowFailure
+from batch_inference.transform import Transform
+
+# Beyond the limit that the kernel enforces; then something is wrong with the helper itself.
+_GRACE_S = 30.0
+# An image that was killed may have been its neighbours' victim (the system was out of memory), so that it gets another chance.
+_TRIES_IF_KILLED = 2
+
+
+class Helper:
+    """Decodes images in a process of its own; a context manager.
+
+    Args:
+        preprocess: Limits; ``decode_timeout_s`` and ``decode_memory_mib`` among them.
+        transform: What the model expects, or None for images at their own size.
+    """
+
+    def __init__(self, preprocess: PreprocessConfig, transform: Transform | None) -> None:
+        self._preprocess = preprocess
+        self._transform = transform
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection[Any, Any] | None = None
+
+    def __enter__(self) -> Helper:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._stop()
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """What :func:`~batch_inference.decoding.pixels_of` gives.
+
+        Raises:
+            RowFailure: What that raises; and ``decode`` DECODER_CRASH, DECODE_TIMEOUT or DECODE_MEMORY where the process died.
+        """
+        for left in reversed(range(_TRIES_IF_KILLED)):
+            answer = self._ask(data)
+            if isinstance(answer, RowError):
+                raise RowFailure(answer.stage, answer.error_type, answer.message, retryable=answer.retryable)
+            if isinstance(answer, tuple):
+                shape, pixels = answer
+                return np.frombuffer(pixels, np.uint8).reshape(shape)
+            if answer != signal.SIGKILL or not left:
+                raise self._death(answer)
+        raise AssertionError  # the last try has returned or raised
+
+    def _ask(self, data: bytes) -> Any:
+        """The helper's answer; or minus the exit code, or the signal, with which it died."""
+        connection = self._connection or self._start()
+        try:
+            connection.send_bytes(data)
+            if connection.poll(self._preprocess.decode_timeout_s + _GRACE_S):
+                return connection.recv()
+        except (EOFError, OSError):
+            pass
+        self._stop()
+        return signal.SIGKILL
+
+    def _start(self) -> Connection[Any, Any]:
+        here, there = Pipe()
+        command = [sys.executable, "-c", f"from batch_inference import isolation; isolation.serve({there.fileno()})"]
+        # One thread: forking is safe, and others would count against the limits.
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(  # noqa: S603 - this program itself
+            command, pass_fds=[there.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        there.close()
+        here.send_bytes(pickle.dumps((sys.path, self._preprocess, self._transform)))
+        self._connection = here
+        return here
+
+    def _stop(self) -> None:
+        if self._process is not None and self._connection is not None:
+            # The processes end when nobody is at the other side any more.
+            self._connection.close()
+            try:
+                self._process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = self._connection = None
+
+    def _death(self, number: int) -> RowFailure:
+        config = self._preprocess
+        if number == signal.SIGALRM:
+            return RowFailure(
+                "decode",
+                "DECODE_TIMEOUT",
+                f"decoding did not end within preprocess.decode_timeout_s = {config.decode_timeout_s:g}",
+            )
+        if number == signal.SIGKILL:
+            return RowFailure(
+                "decode", "DECODE_MEMORY", "the process that decoded the image alone was killed, as when memory ends"
+            )
+        how = signal.Signals(number).name if number > 0 else f"exit code {-number}"
+        return RowFailure("decode", "DECODER_CRASH", f"the process that decoded the image alone died: {how}")
+
+
+def serve(descriptor: int) -> None:
+    """The helper: forks a process that answers, and another whenever one has died, until nobody asks any more."""
+    connection: Connection[Any, Any] = Connection(descriptor)
+    sys.path[:], preprocess, transform = pickle.loads(connection.recv_bytes())  # noqa: S301 - from :class:`Helper`
+    while True:
+        child = os.fork()
+        if child == 0:
+            _answer(connection, preprocess, transform)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            return
+        try:
+            connection.send(-status)
+        except OSError:
+            return
+
+
+def _answer(connection: Connection[Any, Any], preprocess: PreprocessConfig, transform: Transform | None) -> None:
+    _limit_memory(preprocess.decode_memory_mib)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except EOFError:
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, preprocess.decode_timeout_s)
+        answer: Any
+        try:
+            pixels = pixels_of(data, preprocess, transform)
+            answer = (pixels.shape, pixels.tobytes())
+        except RowFailure as exc:
+            answer = exc.error
+        except MemoryError:
+            answer = RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image").error
+        except Exception as exc:
+            answer = RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(answer)
+
+
+def _limit_memory(mib: int) -> None:
+    """Address space beyond what is in use now; where the system knows no such limit there is none."""
+    try:
+        import resource
+        from pathlib import Path
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + mib * 1024 * 1024,) * 2)
+    except (ImportError, OSError, ValueError):
+        return
+
+
+class Watch:
+    """Ends this process where the decoding of an image does not end, so that its shard is done again with care.
+
+    The decoders let other threads run while they work, so that a thread can look at the clock.
+
+    Args:
+        limit_s: How long one image may take.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._begun: dict[int, float] = {}
+        self._ended = threading.Event()
+        threading.Thread(target=self._look, name="decode-watch", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._begun[threading.get_ident()] = time.monotonic()
+
+    def __exit__(self, *args: object) -> None:
+        self._begun.pop(threading.get_ident(), None)
+
+    def end(self) -> None:
+        """Stops watching."""
+        self._ended.set()
+
+    def _look(self) -> None:
+        while not self._ended.wait(min(1.0, self._limit_s / 4)):
+            for begun in list(self._begun.values()):
+                if time.monotonic() - begun > self._limit_s:
+                    print(f"decoding an image did not end within {self._limit_s:g} s", file=sys.__stderr__, flush=True)
+                    faulthandler.dump_traceback(sys.__stderr__ or 2)
+                    os._exit(1)

@@ -1,0 +1,60 @@
+"""Images that kill whatever decodes them: 200 among 10,000, and the job ends by itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.job.conftest import job_args, verified
+
+POISON = Path(__file__).parents[1] / "poison"
+TYPES = {"crash": "DECODER_CRASH", "abort": "DECODER_CRASH", "memory": "DECODE_MEMORY", "hang": "DECODE_TIMEOUT"}
+KINDS = ["crash"] * 80 + ["abort"] * 60 + ["memory"] * 50 + ["hang"] * 10
+IMAGES, SHARD = 10_000, 1000
+
+
+@pytest.mark.timeout(600)
+def test_each_poison_image_is_one_error_row_and_its_neighbours_keep_their_predictions(
+    photos: Callable[..., Path], tmp_path: Path, program: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    clean, mixed = photos(IMAGES), tmp_path / "mixed"
+    mixed.mkdir()
+    files = sorted(clean.iterdir())
+    every = IMAGES // len(KINDS)
+    expected: dict[str, str] = {}
+    for place, file in enumerate(files):
+        target = mixed / file.name
+        if place % every == every // 2:
+            # Kinds in turn, so that each shard has some of each.
+            kind = KINDS[(place // every * 37) % len(KINDS)]
+            target.write_bytes(file.read_bytes() + b"POISON:" + kind.encode())
+            expected[target.name] = TYPES[kind]
+        else:
+            os.link(file, target)
+    assert len(expected) == len(KINDS)
+    seconds = {}
+    for name, folder in (("without", clean), ("with", mixed)):
+        begun = time.monotonic()
+        args = job_args(folder, tmp_path / name, shard_size=SHARD)
+        more = ["--set", "preprocess.decode_timeout_s=2", "--set", "inference.batch_size=64"]
+        done = program(*args, *more, env={"PYTHONPATH": str(POISON)}, timeout_s=400)
+        seconds[name] = time.monotonic() - begun
+        assert done.returncode == 0, done.stdout + done.stderr
+    report = verified(str(tmp_path / "with"), program)
+    assert (report["predictions"], report["errors"]) == (IMAGES - len(KINDS), len(KINDS))
+    found = {}
+    for file in (tmp_path / "with/errors").iterdir():
+        rows = pq.read_table(file).select(["uri", "stage", "error_type"]).to_pylist()
+        found |= {row["uri"].rpartition("/")[2]: row["error_type"] for row in rows}
+        assert {row["stage"] for row in rows} == {"decode"}
+    assert found == expected
+    assert not list((tmp_path / "with").glob("_begun/*"))
+    print(f"\n{len(KINDS)} poison images among {IMAGES}: {dict(Counter(found.values()))}")
+    print(f"{seconds['with']:.0f} s with them, {seconds['without']:.0f} s without")
