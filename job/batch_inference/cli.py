@@ -98,6 +98,13 @@ def run(
             metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard."
         ),
     ] = "127.0.0.1",
+    force_retry: Annotated[
+        bool,
+        typer.Option(
+            "--force-retry",
+            help="Go on where an earlier attempt of this Kubernetes run failed of what a retry can't mend.",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     log_format: LogFormat = "text",
@@ -109,7 +116,14 @@ def run(
     logs.configure(log_format, quiet=quiet)
     job = _config(inputs, output, manifest, model, weights, config, settings)
     raise typer.Exit(
-        run_job(job, address, None if dashboard_host == "none" else dashboard_host, quiet=quiet, as_json=as_json)
+        run_job(
+            job,
+            address,
+            None if dashboard_host == "none" else dashboard_host,
+            quiet=quiet,
+            as_json=as_json,
+            force_retry=force_retry,
+        )
     )
 
 
@@ -121,6 +135,7 @@ def run_job(
     quiet: bool = False,
     as_json: bool = False,
     before_verdict: Callable[[], None] | None = None,
+    force_retry: bool = False,
 ) -> int:
     """Runs a job with display and verdict, ``before_verdict`` between the two; returns the exit code."""
     from batch_inference import driver
@@ -136,7 +151,13 @@ def run_job(
 
     try:
         with Display(quiet=quiet) as display:
-            result = driver.run(config, address=address, dashboard_host=dashboard_host, on_progress=follow)
+            result = driver.run(
+                config,
+                address=address,
+                dashboard_host=dashboard_host,
+                on_progress=follow,
+                force_retry=force_retry,
+            )
     except KeyboardInterrupt:
         failure: BatchInferenceError = Interrupted("stopped by SIGINT", "Run the same command again: it resumes.")
     except BatchInferenceError as exc:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from batch_inference.config import InferenceConfig, JobConfig
+from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ _QUIET = {
 _CONNECT_S = 10.0
 # Nodes of a fixed cluster join within seconds of each other.
 _NODES_S = 30.0
-# Set on clusters that grow on demand, to the longest time in seconds that a job waits for its workers.
-WAIT_VARIABLE = "BATCH_INFERENCE_WAIT_FOR_WORKERS_S"
 _SAY_EVERY_S = 60.0
 # How long workers that have joined may take until all of what was asked for is reserved.
 _RESERVED_S = 10.0

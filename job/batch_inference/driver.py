@@ -22,7 +22,8 @@ from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import connected, is_client_address
 from batch_inference.collection import Collector
 from batch_inference.config import JobConfig
-from batch_inference.errors import BatchInferenceError, Interrupted, UserError
+from batch_inference.environment import RUN_VARIABLE
+from batch_inference.errors import BatchInferenceError, CountsDoNotClose, Interrupted, ThresholdExceeded, UserError
 from batch_inference.identity import (
     Engine,
     check_columns,
@@ -87,6 +88,7 @@ def run(
     address: str | None = None,
     dashboard_host: str | None = None,
     on_progress: Callable[[Snapshot], None] | None = None,
+    force_retry: bool = False,
 ) -> RunResult:
     """Runs a job, or what is left of it.
 
@@ -95,6 +97,7 @@ def run(
         address: Ray cluster to use; None starts one on this machine for the time of the job. ``ray://`` runs the driver
             inside the cluster, where paths of local files are the cluster's.
         dashboard_host: Address that a started cluster's dashboard listens on; None for no dashboard.
+        force_retry: Go on also where an earlier attempt of the same run has failed of what another can't mend.
         on_progress: Called at every change of phase and with every batch of rows; must return quickly.
 
     Returns:
@@ -114,7 +117,8 @@ def run(
 
         return run_in_cluster(config, str(address), on_progress)
     with interruptible():
-        return Attempt(config, on_progress or (lambda snapshot: None)).run(address, dashboard_host)
+        attempt = Attempt(config, on_progress or (lambda snapshot: None), force_retry=force_retry)
+        return attempt.run(address, dashboard_host)
 
 
 def open_output(config: JobConfig) -> Store:
@@ -132,16 +136,43 @@ def open_output(config: JobConfig) -> Store:
     return Store(config.output.uri, config.storage)
 
 
+def refuse_hopeless(ledger: Ledger, job: Job, run_name: str) -> None:
+    """Ends an automatic retry in seconds where an earlier attempt of the same run has failed of what no retry mends.
+
+    Raises:
+        UserError: As that attempt did; or ThresholdExceeded, or CountsDoNotClose.
+    """
+    try:
+        record = json.loads(ledger.store.get_or_none("_FAILED") or b"{}")
+        same = (record.get("run"), record.get("fingerprint")) == (run_name, job.fingerprint)
+        kind = {cls.exit_code: cls for cls in (UserError, ThresholdExceeded, CountsDoNotClose)}[record["exit_code"]]
+        message, remedy = str(record["verdict"]), str(record["remedy"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    if same:
+        raise kind(
+            f"an earlier attempt of the run {run_name} failed, and this one would as well: {message}",
+            f"{remedy} Then start a new run, or this one again with --force-retry.",
+        )
+
+
 class Attempt:
     """One start of the program on a job."""
 
     def __init__(
-        self, config: JobConfig, on_progress: Callable[[Snapshot], None], engine: Engine | None = None
+        self,
+        config: JobConfig,
+        on_progress: Callable[[Snapshot], None],
+        engine: Engine | None = None,
+        *,
+        force_retry: bool = False,
     ) -> None:
         self.config = config
         self._engine = engine
         self.on_progress = on_progress
         self.attempt = uuid4().hex[:8]
+        self.run_name = os.environ.get(RUN_VARIABLE, "")
+        self._force_retry = force_retry
         self.started = time.monotonic()
         self.snapshot = Snapshot()
         self._progress_written = 0.0
@@ -155,6 +186,8 @@ class Attempt:
         with contextlib.ExitStack() as cluster, EngineAhead(self.config, self._engine) as ahead:
             job = ledger.job()
             done = None if job is None else ledger.success()
+            if job is not None and done is None and self.run_name and not self._force_retry:
+                refuse_hopeless(ledger, job, self.run_name)
             # Before anything is started, so that a mistyped path is answered at once.
             found = find_inputs(self.config) if job is None else None
             early = starts_ray(address) and done is None
@@ -361,6 +394,7 @@ class Attempt:
             "verdict": exc.message,
             "remedy": exc.remedy,
             "attempt": self.attempt,
+            "run": self.run_name,
             "failed_at": now(),
         }
         with contextlib.suppress(BatchInferenceError, OSError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import shlex
 import signal
@@ -25,12 +26,12 @@ from typing import Any
 import aiohttp
 import structlog
 
+from batch_inference.environment import CONFIG_VARIABLE, RUN_VARIABLE
 from batch_inference.errors import Interrupted, SystemFault, UserError
 from batch_inference.jobserver import Job, JobServer, LogStream, NoAnswer, base_url
 
 log = structlog.get_logger()
 
-CONFIG_VARIABLE = "BATCH_INFERENCE_CONFIG"
 # Linux takes 128 KiB for one variable, and Ray escapes the text up to twice on its way.
 INLINE_MAX_BYTES = 32 * 1024
 
@@ -117,9 +118,12 @@ def request_body(config: str, submission_id: str, *, inline: bool) -> dict[str, 
         "submission_id": submission_id,
         "entrypoint": shlex.join([*words, "--address", "auto", "--dashboard-host", "none", "--log-format", "json"]),
     }
+    variables = {RUN_VARIABLE: os.environ[RUN_VARIABLE]} if os.environ.get(RUN_VARIABLE) else {}
     if inline:
         # Not within the entrypoint, which Ray writes into the log's head and so into the message of a job that fails early.
-        body["runtime_env"] = {"env_vars": {CONFIG_VARIABLE: _inline_text(config)}}
+        variables[CONFIG_VARIABLE] = _inline_text(config)
+    if variables:
+        body["runtime_env"] = {"env_vars": variables}
     return body
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from batch_inference.cluster import WAIT_VARIABLE
 from batch_inference.config import StorageConfig, load_config
+from batch_inference.environment import RUN_VARIABLE, WAIT_VARIABLE
 from batch_inference.submitter import request_body
 
 from . import check
@@ -201,6 +201,12 @@ def test_autoscaling_is_version_2_up_to_the_actor_pool() -> None:
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
     assert spec["headGroupSpec"]["template"]["spec"]["restartPolicy"] == "Never"
     check.hardened(spec["autoscalerOptions"]["securityContext"])
+
+
+def test_the_submitter_knows_the_name_of_its_run() -> None:
+    job = find(render("rayjob", {}), "RayJob")
+    (submitter,) = (pod["spec"] for role, pod in check.pods(job) if role == "submitter")
+    assert environment(submitter)[RUN_VARIABLE] == job["metadata"]["name"]
 
 
 @pytest.mark.parametrize("chart", ["rayjob", "raycluster"])

@@ -134,6 +134,23 @@ def test_3_when_more_rows_fail_than_allowed(
     verified(str(tmp_path / "out"), program)
 
 
+def test_3_again_in_seconds_where_the_same_run_is_retried_by_itself(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    """As the operator does, on a cluster with GPUs; a person who starts the command again means it."""
+    args = [*job_args(photos(80, bad_percent=30), tmp_path / "out"), "--address", cluster["address"]]
+    limit = ["--set", "errors.max_count=5"]
+    run = {"BATCH_INFERENCE_RUN": "photos-1a2b3c4d"}
+    failed(program(*args, *limit, env=run), 3, "more than errors.max_count = 5")
+    nobody = [*args[:-1], "127.0.0.1:1"]  # nothing is started, nobody is asked
+    again = "an earlier attempt of the run photos-1a2b3c4d failed, and this one would as well: .*max_count = 5"
+    failed(program(*nobody, *limit, env=run), 3, again, "--force-retry")
+    failed(program(*nobody, *limit, env=run), 3, again, "--force-retry")
+    failed(program(*args, *limit, "--force-retry", env=run), 3, "rows failed|more than errors.max_count = 5")
+    assert program(*args, env={"BATCH_INFERENCE_RUN": "photos-5e6f7a8b"}).returncode == 0
+    verified(str(tmp_path / "out"), program)
+
+
 def test_4_when_the_counts_do_not_close(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:

@@ -10,8 +10,9 @@ import pytest
 import ray
 
 from batch_inference import cluster
-from batch_inference.cluster import WAIT_VARIABLE, Demand
+from batch_inference.cluster import Demand
 from batch_inference.config import parse_config
+from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
 
 GPU_JOB = Demand.of(parse_config({"inference": {"actors": 2, "gpus_per_actor": 0.5, "cpus_per_actor": 1.5}}))

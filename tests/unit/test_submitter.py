@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from batch_inference import jobserver, submitter
 from batch_inference.cli import app, main
 from batch_inference.config import load_config
+from batch_inference.environment import CONFIG_VARIABLE, RUN_VARIABLE
 from batch_inference.errors import Interrupted, SystemFault, UserError
 from batch_inference.jobserver import Job, JobServer, base_url, token_from_environment
-from batch_inference.submitter import CONFIG_VARIABLE, LogCopy, Patience, Submitter, request_body
+from batch_inference.submitter import LogCopy, Patience, Submitter, request_body
 
 LOG = "".join(f"line {i} ü\n" for i in range(20))
 CONFLICT = "ValueError: Job with submission_id x already exists. Please use a different submission_id.\n."
@@ -137,6 +138,12 @@ def test_the_entrypoint_is_safe_from_the_shell() -> None:
     assert shlex.split(entrypoint)[3] == nasty
     seen = subprocess.run(f"printf '%s\\n' {entrypoint}", shell=True, capture_output=True, text=True, check=True)  # noqa: S602
     assert seen.stdout.splitlines()[3] == nasty
+
+
+def test_the_run_s_name_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_VARIABLE, "photos-1a2b3c4d")
+    body = request_body("/etc/batch-inference/job.yaml", "x", inline=False)
+    assert body["runtime_env"] == {"env_vars": {RUN_VARIABLE: "photos-1a2b3c4d"}}
 
 
 def test_an_inline_configuration_is_sent_as_it_is_and_read_back_equal(
