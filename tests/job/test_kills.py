@@ -27,8 +27,8 @@ from tests.job.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
-DRIVER_KILLS = int(os.environ.get("DRIVER_KILLS", "30"))
-ACTOR_KILLS = int(os.environ.get("ACTOR_KILLS", "10"))
+DRIVER_KILLS = int(os.environ.get("DRIVER_KILLS", "12"))
+ACTOR_KILLS = int(os.environ.get("ACTOR_KILLS", "4"))
 SHARDS, SHARD_SIZE = 24, 10
 # A whole run takes four to eight seconds here, from its start to _SUCCESS.
 LAST_MOMENT_S = 7.0
