@@ -153,9 +153,8 @@ def _timm_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _imagenet_labels() -> tuple[str, ...]:
-    from torchvision.models import ResNet50_Weights
-
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    """torchvision's names of the classes, from a file: importing torchvision for them would take a second."""
+    return tuple(Path(__file__).with_name("imagenet-1k.txt").read_text(encoding="utf-8").splitlines())
 
 
 def _labels(

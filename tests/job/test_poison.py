@@ -43,7 +43,14 @@ def test_each_poison_image_is_one_error_row_and_its_neighbours_keep_their_predic
     for name, folder in (("without", clean), ("with", mixed)):
         begun = time.monotonic()
         args = job_args(folder, tmp_path / name, shard_size=SHARD)
-        more = ["--set", "preprocess.decode_timeout_s=2", "--set", "inference.batch_size=64"]
+        more = [
+            "--set",
+            "preprocess.decode_timeout_s=2",
+            "--set",
+            "preprocess.decode_memory_mib=512",
+            "--set",
+            "inference.batch_size=64",
+        ]
         done = program(*args, *more, env={"PYTHONPATH": str(POISON)}, timeout_s=400)
         seconds[name] = time.monotonic() - begun
         assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ from torchvision import models
 from batch_inference import networks
 from batch_inference.config import ModelConfig, StorageConfig, TransformConfig
 from batch_inference.errors import SystemFault, UserError
-from batch_inference.models import describe_model, load_model
+from batch_inference.models import _imagenet_labels, describe_model, load_model
 from batch_inference.transform import Transform
 
 STORAGE = StorageConfig()
@@ -387,3 +387,9 @@ def test_package_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "module:callable" in refused(ModelConfig(source="package", name="resnet50"))
     (tmp_path / f"{name}_bad.py").write_text("1 / 0")
     assert "division by zero" in refused(ModelConfig(source="package", name=f"{name}_bad:Net"))
+
+
+def test_the_names_of_imagenet_are_torchvision_s() -> None:
+    from torchvision.models import ResNet50_Weights
+
+    assert _imagenet_labels() == tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
