@@ -37,7 +37,7 @@ kind-down: $(VENV)/.ready ## Remove that cluster
 	$(BIN)/python -m tests.e2e.cluster down demo
 
 ##@ Test
-# A process a core, with one thread each: more of them only wait for each other.
+# As many at once as there are cores, with one thread each: more of them only wait for each other.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 .PHONY: test
 test: lint test-unit test-charts test-job test-e2e ## All tests, the fast ones first
@@ -58,7 +58,7 @@ test-charts: $(VENV)/.ready ## The charts: rendered, refused, and accepted by th
 
 .PHONY: test-job
 test-job: $(VENV)/.ready ## Whole jobs on this machine: storage servers, kills, races, 100,000 images
-	$(BIN)/pytest tests/job
+	$(PARALLEL) tests/job
 
 .PHONY: test-e2e
 test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a first run builds what no registry gives

@@ -153,7 +153,7 @@ def _timm_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _imagenet_labels() -> tuple[str, ...]:
-    """torchvision's names of the classes, from a file: importing torchvision for them would take a second."""
+    """Torchvision's names of the classes, from a file: importing torchvision for them would take a second."""
     return tuple(Path(__file__).with_name("imagenet-1k.txt").read_text(encoding="utf-8").splitlines())
 
 

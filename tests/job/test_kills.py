@@ -7,6 +7,7 @@ counts what is read again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -127,7 +128,7 @@ def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict
         process = start(*args, log=log)
         try:
             wait_for(lambda out=output: len(list(out.glob("_commits/*"))) >= rng.randrange(1, 16), process, log)
-            victim = find("ray::MapWorker")
+            victim = find(cluster, "ray::MapWorker")
             victim.kill()
             pids.add(victim.pid)
             assert process.wait(RUN_S) == 0, log.read_text()
@@ -150,7 +151,7 @@ def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
     process = start(*args, log=log)
     try:
         wait_for(lambda: len(list(output.glob("_commits/*"))) >= 3, process, log)
-        find("ray::ShardWriter").kill()
+        find(cluster, "ray::ShardWriter").kill()
         assert process.wait(RUN_S) == 5, log.read_text()
     finally:
         stop(process)
@@ -160,15 +161,15 @@ def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
     verified(str(output), program)
 
 
-def find(title: str) -> psutil.Process:
-    """The newest process of this user with that title (Ray names its workers by what they run)."""
-    found = [
-        p
-        for p in psutil.process_iter(["cmdline", "create_time"])
-        if " ".join(p.info["cmdline"] or []).startswith(title)
-    ]
-    assert found, f"no process is called {title}"
-    return max(found, key=lambda p: p.info["create_time"])
+def find(cluster: dict[str, str], title: str) -> psutil.Process:
+    """The cluster's newest process with that title (Ray names its workers by what they run)."""
+    found = []
+    for process in psutil.Process(int(cluster["process"])).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+    assert found, f"no process of the cluster is called {title}"
+    return max(found, key=lambda process: process.create_time())
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 90) -> None:

@@ -16,7 +16,7 @@ from tests.job.conftest import job_args, verified
 
 POISON = Path(__file__).parents[1] / "poison"
 TYPES = {"crash": "DECODER_CRASH", "abort": "DECODER_CRASH", "memory": "DECODE_MEMORY", "hang": "DECODE_TIMEOUT"}
-KINDS = ["crash"] * 80 + ["abort"] * 60 + ["memory"] * 50 + ["hang"] * 10
+KINDS = ["crash"] * 96 + ["abort"] * 60 + ["memory"] * 40 + ["hang"] * 4
 IMAGES, SHARD = 10_000, 1000
 
 
@@ -47,7 +47,7 @@ def test_each_poison_image_is_one_error_row_and_its_neighbours_keep_their_predic
             "--set",
             "preprocess.decode_timeout_s=2",
             "--set",
-            "preprocess.decode_memory_mib=512",
+            "preprocess.decode_memory_mib=256",
             "--set",
             "inference.batch_size=64",
         ]
