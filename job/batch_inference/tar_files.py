@@ -239,7 +239,7 @@ class _Span:
         for row, offset, size, _, _ in self.members:
             start, end = offset - first, offset - first + (size or 0)
             error = answer.error
-            if error is None and end > len(answer.data):
+            if error is None and size and end > len(answer.data):
                 there = max(0, len(answer.data) - start)
                 error = RowFailure(
                     "fetch", "TRUNCATED", f"{self.uri} ends behind {there:,} of the member's {size:,} bytes"

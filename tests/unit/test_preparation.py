@@ -147,14 +147,14 @@ def test_a_transform_that_fails_is_a_failure_of_its_row(tmp_path: Path, monkeypa
 def test_a_defect_of_ours_costs_one_row_and_not_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "b.jpg").write_bytes(b"trap")
-    real = preparation.open_image
+    real = preparation.pixels_of
 
-    def open_image(data: bytes, config: PreprocessConfig) -> Image.Image:
+    def pixels_of(data: bytes, *args: Any) -> np.ndarray:
         if data == b"trap":
             raise ZeroDivisionError("oops")
-        return real(data, config)
+        return real(data, *args)
 
-    monkeypatch.setattr(preparation, "open_image", open_image)
+    monkeypatch.setattr(preparation, "pixels_of", pixels_of)
     table = one([f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg", f"{tmp_path}/a.jpg"])
     assert errors(table) == [None, ("preprocess", "UNEXPECTED"), None]
     assert table["message"][1].as_py() == "ZeroDivisionError: oops"
