@@ -18,6 +18,7 @@ _GAP_BYTES = 128 * 1024
 # Written in units of 10 KiB, or of what `tar -b` was told; more behind the end mark is another archive or rubbish.
 _PADDING_BYTES = 1024 * 1024
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+_MORE_OF_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 _MEND = "Make the archive anew, or leave it out."
 
 
@@ -129,7 +130,7 @@ def _check_end(uri: str, file: RangeFile, offset: int, found: TarIndex) -> None:
     file.seek(offset)
     block = file.read(512)
     if block.strip(b"\0"):
-        if len(block) == 512 and not _reaches_behind(block, file.size - offset):
+        if len(block) == 512 and not _reaches_behind(file, offset):
             raise UserError(
                 f"{display(uri)} is damaged at byte {offset:,}, behind {len(found.places):,} images: no tar header is there",
                 _MEND,
@@ -146,13 +147,18 @@ def _check_end(uri: str, file: RangeFile, offset: int, found: TarIndex) -> None:
         )
 
 
-def _reaches_behind(header: bytes, size: int) -> bool:
-    """Whether a header that says more of the next one (a long name, pax) needs more than there is."""
-    try:
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return 512 + -(-member.size // 512) * 512 + 512 > size
+def _reaches_behind(file: RangeFile, offset: int) -> bool:
+    """Whether headers that say more of the next one (long name, long link, pax) need more than there is."""
+    while offset + 512 <= file.size:
+        file.seek(offset)
+        try:
+            member = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return False
+        if member.type not in _MORE_OF_THE_NEXT:
+            return False
+        offset += 512 + -(-member.size // 512) * 512
+    return True
 
 
 def _no_tar(uri: str, file: RangeFile, exc: Exception) -> tuple[str, str]:
