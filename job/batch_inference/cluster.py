@@ -148,13 +148,28 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
         _wait_until_it_fits(Demand.of(config))
         yield None
         return
-    context = _join(address) if address and address != "local" else _start(config, dashboard_host)
+    ours = not address or address == "local"
+    context = _start(config, dashboard_host) if ours else _join(str(address))
     try:
         _wait_until_it_fits(Demand.of(config))
         url = getattr(context, "dashboard_url", None)
         yield f"http://{url}" if url else None
     finally:
+        if ours:
+            _end_autoscaler()
         ray.shutdown()
+
+
+def _end_autoscaler() -> None:
+    """Ends the autoscaler of a Ray on this machine alone, which has nothing to do there.
+
+    Asked to end by Ray itself, it wants to tell the GCS, which has ended before it, and the job's end waits a second for that.
+    """
+    import ray
+
+    node = getattr(ray._private.worker, "_global_node", None)
+    for started in getattr(node, "all_processes", {}).get("monitor", []):
+        started.process.kill()
 
 
 @contextlib.contextmanager

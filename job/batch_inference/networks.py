@@ -20,6 +20,7 @@ from batch_inference.errors import SystemFault, UserError
 from batch_inference.exported import ExportedNetwork, Logits
 from batch_inference.state_dicts import fill, other_classes, read_state_dict
 from batch_inference.storage import exc_line
+from batch_inference.torchvision_models import torchvision_models
 from batch_inference.weights import cache_folder, node_lock, weights_file
 
 _TIMM_PREFIX = "timm/"
@@ -134,7 +135,7 @@ def torchvision_weights(name: str, member: str | None) -> Any:
     Raises:
         UserError: If there is no such architecture or member; names those that there are.
     """
-    from torchvision import models
+    models = torchvision_models()
 
     check_torchvision(name)
     members = models.get_model_weights(name).__members__
@@ -155,7 +156,7 @@ def torchvision_weights(name: str, member: str | None) -> Any:
 
 def check_torchvision(name: str) -> None:
     """Raises UserError with close matches if torchvision has no classification network of that name."""
-    from torchvision import models
+    models = torchvision_models()
 
     known = models.list_models(module=models)
     if name not in known:
@@ -256,7 +257,7 @@ def build_from_package(model: ModelConfig) -> nn.Module:
 
 
 def _load_torchvision(model: ModelConfig, storage: StorageConfig) -> nn.Module:
-    from torchvision import models
+    models = torchvision_models()
 
     weights = torchvision_weights(model.name, model.weights)
     _writable_hub()
@@ -300,7 +301,7 @@ def _build(name: str, classes: int | None) -> nn.Module:
         check_timm(short.partition(".")[0])
         return cast(nn.Module, import_timm().create_model(short, pretrained=False, **options))
     check_torchvision(name)
-    from torchvision import models
+    models = torchvision_models()
 
     if name in ("googlenet", "inception_v3"):
         # Their initialization takes a minute, all of which the state dict overwrites.

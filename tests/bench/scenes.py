@@ -52,17 +52,21 @@ class Scene:
 _CORES = len(os.sched_getaffinity(0))
 _TWO = ("--actors", str(_CORES))
 
+
+def _ours(precision: str) -> Contender:
+    options = ("--precision", precision, *_TWO)
+    return Contender(f"ours-{precision}", "ours", options, says=f"(e) this project in {precision}, an actor a core")
+
+
 CONTENDERS = (
     Contender("article", "article", says="(a) the article's pipeline, one actor"),
     Contender("article-2", "article", _TWO, says="(a) with an actor a core"),
     Contender("ray-benchmark", "ray_benchmark", _TWO, says="(b) Ray's image classification benchmark, an actor a core"),
     Contender("dataloader", "dataloader", says="(c) a PyTorch DataLoader, a worker a core"),
     Contender("daft", "daft", own_python=True, says="(d) Daft on its native runner"),
-    Contender("ours-float32", "ours", ("--precision", "float32"), says="(e) this project, inference.precision=float32"),
-    Contender("ours-auto", "ours", ("--precision", "auto"), says="(e) this project, inference.precision=auto"),
-    Contender(
-        "ours-bfloat16", "ours", ("--precision", "bfloat16"), says="(e) this project, inference.precision=bfloat16"
-    ),
+    _ours("float32"),
+    _ours("auto"),
+    _ours("bfloat16"),
     Contender("bound-float32", "bound", ("--precision", "float32"), says="(f) the bound in float32"),
     Contender("bound-bfloat16", "bound", ("--precision", "bfloat16"), says="(f) the bound with bfloat16 weights"),
 )
