@@ -66,6 +66,14 @@ test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a fi
 	$(BIN)/python -m tests.e2e.image
 	$(BIN)/pytest tests/e2e
 
+.PHONY: test-faults
+test-faults: $(VENV)/.ready ## 500 faults injected into whole jobs, with a table of what held: a quarter of an hour, not part of `test`
+	$(BIN)/pytest -s tests/faults
+
+.PHONY: fuzz
+fuzz: $(VENV)/.ready ## Damaged images, manifests, archives, configurations and URIs for FUZZ_S seconds (60); exits 1 if anything is found
+	$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_S),60) $(FUZZ_ARGS)
+
 ##@ Measure
 .PHONY: bench
 bench: $(BENCH)/.ready ## Measure speed against what else does this job, and against the bound; BENCH_ARGS=--quick for a look

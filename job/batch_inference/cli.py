@@ -21,6 +21,7 @@ from batch_inference.errors import (
     Interrupted,
     UserError,
 )
+from batch_inference.terminal import plain
 
 app = typer.Typer(
     name="batch-inference",
@@ -57,6 +58,18 @@ Settings = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict.")]
 LogFormat = Annotated[Literal["text", "json"], typer.Option(help="How log lines look.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="Ray cluster to use: ray://host:10001, host:6379 or auto; default: this machine."
+    ),
+]
+DashboardHost = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard."
+    ),
+]
 OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the output.")]
 
 
@@ -86,18 +99,8 @@ def run(
     weights: Weights = None,
     config: ConfigFile = None,
     settings: Settings = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Ray cluster to use: ray://host:10001, host:6379 or auto; default: this machine."
-        ),
-    ] = None,
-    dashboard_host: Annotated[
-        str,
-        typer.Option(
-            metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard."
-        ),
-    ] = "127.0.0.1",
+    address: Address = None,
+    dashboard_host: DashboardHost = "127.0.0.1",
     force_retry: Annotated[
         bool,
         typer.Option(
@@ -174,7 +177,7 @@ def run_job(
         typer.echo(json.dumps(_failure_json(failure)))
     else:
         if "\n" in failure.message:
-            typer.echo(failure.message, err=True)
+            typer.echo(plain(failure.message), err=True)
         print_verdict(verdict_of_failure(failure, config.output.uri, last))
     return failure.exit_code
 
@@ -308,7 +311,7 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
         raise typer.Exit(0 if found.ok else EXIT_COUNTS)
     done = found.predictions + found.errors
     for problem in found.problems:
-        typer.echo(f"  - {problem}")
+        typer.echo(f"  - {plain(problem)}")
     if not found.ok:
         typer.echo(
             f"WRONG: {len(found.problems)} problems; {done:,} of {found.rows:,} inputs found "
@@ -329,6 +332,64 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             f"OK so far: {done:,} of {found.rows:,} inputs are there exactly once, {found.shards_done:,} of {found.shards:,} shards "
             f"are committed; the job is not finished ({len(found.uncommitted)} files belong to no commit yet)"
         )
+
+
+@app.command()
+def retry(
+    output: OutputArgument,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE", help="Rows that failed there: fetch, decode, ...; may be repeated, or have commas."
+        ),
+    ] = None,
+    error_type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE", help="Rows of this error_type, such as TIMEOUT; may be repeated, or have commas."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All failed rows.")] = False,
+    settings: Settings = None,
+    address: Address = None,
+    dashboard_host: DashboardHost = "127.0.0.1",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    log_format: LogFormat = "text",
+) -> None:
+    """Run failed rows again: those of a stage, of a type, or (with neither) those that are marked retryable.
+
+    The job's configuration comes from the output; --set may change what has no say in the rows, such as inference.actors.
+
+    Example: batch-inference retry out/ --stage fetch
+    """
+    from uuid import uuid4
+
+    from batch_inference.generations import begin, describe, nothing_meant
+    from batch_inference.ledger import Ledger
+    from batch_inference.storage import Store
+
+    logs.configure(log_format, quiet=quiet)
+    ledger = Ledger(Store(output, _storage(settings), must_exist=True))
+    config = load_config(ledger.require_job().config, {"output": {"uri": output}}, settings or [])
+    ledger = Ledger(Store(output, config.storage))
+    stages, types = (
+        [word for value in given or [] for word in value.replace(",", " ").split()] for given in (stage, error_type)
+    )
+    if everything and (stages or types):
+        raise UserError("--all is given beside --stage or --error-type", "Keep one of them.")
+    marked = not (everything or stages or types)
+    begun = begin(ledger, stages=stages, error_types=types, retryable=marked, attempt=uuid4().hex[:8])
+    if begun is None:
+        failed = nothing_meant(ledger)
+        typer.echo(
+            json.dumps({"state": "NOTHING_TO_RETRY", "exit_code": 0, "failed": failed})
+            if as_json
+            else plain(f"nothing to retry: no failed row is meant; failed rows: {failed}")
+        )
+        return
+    if not quiet and not as_json:
+        typer.echo(f"retry {begun.generation}: {begun.rows:,} failed rows again ({describe(begun)})", err=True)
+    host = None if dashboard_host == "none" else dashboard_host
+    raise typer.Exit(run_job(config, address, host, quiet=quiet, as_json=as_json))
 
 
 @app.command()
@@ -461,7 +522,7 @@ def main(argv: list[str] | None = None) -> None:
         if (argv is not None and "--json" in argv) or "--json" in sys.argv:
             typer.echo(json.dumps(_failure_json(exc)))
         else:
-            typer.echo(f"error: {exc.message}\nremedy: {exc.remedy}", err=True)
+            typer.echo(plain(f"error: {exc.message}\nremedy: {exc.remedy}"), err=True)
         raise SystemExit(exc.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 
 from batch_inference.collection import OpenShard, by_shard
 from batch_inference.config import JobConfig
+from batch_inference.errors import CountsDoNotClose
+from batch_inference.generations import Again
 from batch_inference.inference import RESULT_SCHEMA
 from batch_inference.ledger import Commit, Ledger
 from batch_inference.storage import Store
@@ -52,27 +54,41 @@ class Writers:
         for shard, mine in by_shard(good):
             self._local.add(shard, mine)
 
-    def close(self, shard: int, errors: pa.Table) -> Commit:
+    def close(self, shard: int, errors: pa.Table, again: Again | None) -> Commit:
         """Writes a shard's files."""
         if self._local is not None:
-            return self._local.close(shard, errors)
+            return self._local.close(shard, errors, again)
         import ray
 
         handle = self.handles[shard % len(self.handles)]
-        commit: Commit = ray.get(handle.close.remote(shard, errors))
+        commit: Commit = ray.get(handle.close.remote(shard, errors, again))
         return commit
 
 
 class Closing:
-    """Writes and commits closed shards beside the main loop, so many at a time."""
+    """Writes and commits closed shards beside the main loop, so many at a time.
 
-    def __init__(self, ledger: Ledger, writers: Writers, on_commit: Callable[[Commit, bool], None]) -> None:
+    Args:
+        ledger: Of the job.
+        writers: Where the predictions are.
+        on_commit: Called with each commit, and whether it is ours or another driver's.
+        again: Shards of which only some rows are done.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        writers: Writers,
+        on_commit: Callable[[Commit, bool], None],
+        again: dict[int, Again] | None = None,
+    ) -> None:
         self.ledger = ledger
         self.lost_race = False
         self.blocked_s = 0.0
         """Seconds for which :meth:`add` waited for the store."""
         self._writers = writers
         self._on_commit = on_commit
+        self._again = again or {}
         self._pool = ThreadPoolExecutor(_CLOSING // 2, thread_name_prefix="close")
         self._running: deque[Future[tuple[Commit, bool]]] = deque()
         self._asked = 0.0
@@ -100,7 +116,8 @@ class Closing:
         if time.monotonic() - self._asked < 5:
             return False
         self._asked = time.monotonic()
-        return len(self.ledger.committed()) == shards
+        there = self.ledger.generations()
+        return len(there) == shards and all(there[s] >= again.generation for s, again in self._again.items())
 
     def _reap(self, allowed: int) -> None:
         while self._running and (len(self._running) > allowed or self._running[0].done()):
@@ -108,10 +125,19 @@ class Closing:
             self._on_commit(commit, mine)
 
     def _close(self, shard: int, errors: pa.Table) -> tuple[Commit, bool]:
-        commit = self._writers.close(shard, errors)
+        again = self._again.get(shard)
+        try:
+            commit = self._writers.close(shard, errors, again)
+        except CountsDoNotClose:
+            if again is None or self.ledger.generations()[shard] < again.generation:
+                raise
+            # Another driver has finished this retry, and swept the errors that it took the place of.
+            self.lost_race = True
+            return self.ledger.commits({shard: again.generation})[0], False
         mine = self.ledger.commit(commit)
         if not mine:
             self.lost_race = True
             # Without this the loser's rows would stand beside the winner's for whoever reads the folder.
-            self.ledger.store.delete([file.path for file in commit.files])
+            before = again.commit.files if again else ()
+            self.ledger.store.delete([file.path for file in commit.files if file not in before])
         return commit, mine

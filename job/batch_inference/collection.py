@@ -61,20 +61,32 @@ class Tally:
                 mine[kind] = mine.get(kind, 0) + count
                 self.errors += count
 
+    def remove(self, by: dict[str, dict[str, int]]) -> None:
+        """Takes failed rows back that are done again."""
+        for stage, kinds in by.items():
+            for kind, count in kinds.items():
+                self.errors_by[stage][kind] -= count
+                self.errors -= count
+                self.rows -= count
+                if not self.errors_by[stage][kind]:
+                    del self.errors_by[stage][kind]
+            if not self.errors_by[stage]:
+                del self.errors_by[stage]
+
     def check(self, limits: ErrorsConfig) -> None:
         """Raises ThresholdExceeded where more rows failed than ``limits`` allow."""
         where = "; ".join(describe_errors(self.errors_by)[:3])
         if limits.max_count is not None and self.errors > limits.max_count:
             raise ThresholdExceeded(
                 f"{self.errors:,} of {self.rows:,} rows failed, more than errors.max_count = {limits.max_count:,} ({where})",
-                "Look at the errors/ table; mend the input, or raise errors.max_count and run again: it resumes.",
+                "Look at the errors/ table; mend the cause and run batch-inference retry, or raise errors.max_count and run again.",
             )
         percent = 100 * self.errors / max(1, self.rows)
         if limits.max_percent is not None and self.rows >= limits.min_sample and percent > limits.max_percent:
             raise ThresholdExceeded(
                 f"{self.errors:,} of {self.rows:,} rows failed = {percent:.1f} %, more than errors.max_percent = "
                 f"{limits.max_percent:g} ({where})",
-                "Look at the errors/ table; mend the input, or raise errors.max_percent and run again: it resumes.",
+                "Look at the errors/ table; mend the cause and run batch-inference retry, or raise errors.max_percent and run again.",
             )
 
 
@@ -105,10 +117,19 @@ def by_shard(table: pa.Table) -> list[tuple[int, pa.Table]]:
 
 @dataclass
 class OpenShard:
-    """A shard of which rows are still missing."""
+    """A shard of which rows are still missing.
+
+    Attributes:
+        seen: Which rows are there, bool; those that are not to be done are so from the start.
+        errors: Tables of failed rows.
+        to_do: Number of rows to be done.
+        systemic: How many of them failed for a systemic reason.
+        untried: Whether no attempt was made for some.
+    """
 
     seen: np.ndarray
     errors: list[pa.Table] = field(default_factory=list)
+    to_do: int = 0
     systemic: int = 0
     untried: bool = False
 
@@ -131,13 +152,15 @@ class Collector:
     Args:
         rows: Number of inputs of each shard that is to be done.
         tally: Counts, updated here.
+        chosen: Row numbers to be done, of shards of which these are not all.
     """
 
     # So many systemic failures with nothing else between them are not a matter of single images any more.
     WINDOW = 128
 
-    def __init__(self, rows: dict[int, int], tally: Tally) -> None:
+    def __init__(self, rows: dict[int, int], tally: Tally, chosen: dict[int, np.ndarray] | None = None) -> None:
         self._rows = rows
+        self._chosen = chosen or {}
         self._open: dict[int, OpenShard] = {}
         self._held: dict[int, OpenShard] = {}
         self._given_up: list[int] = []
@@ -200,9 +223,12 @@ class Collector:
                 raise CountsDoNotClose(
                     f"rows of {manifest.shard_name(shard)} came back, which was not to be done", "This is a defect."
                 )
-            self._open[shard] = OpenShard(
-                np.zeros(self._rows.pop(shard), bool), [table.select(list(ERROR_COLUMNS)).slice(0, 0)]
-            )
+            to_do = self._rows.pop(shard)
+            seen = np.zeros(to_do, bool)
+            if shard in self._chosen:
+                seen = np.ones(int(self._chosen[shard].max()) + 1, bool)
+                seen[self._chosen[shard]] = False
+            self._open[shard] = OpenShard(seen, [table.select(list(ERROR_COLUMNS)).slice(0, 0)], to_do)
         part = self._open[shard]
         rows = table["row"].to_numpy()
         if rows.max(initial=0) >= len(part.seen) or part.seen[rows].any() or len(np.unique(rows)) < len(rows):
@@ -223,7 +249,7 @@ class Collector:
         if part.untried:
             self._given_up.append(shard)
             return []
-        if part.systemic == len(part.seen):
+        if part.systemic == part.to_do:
             self._held[shard] = part
             return []
         return [(shard, part)]

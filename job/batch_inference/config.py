@@ -41,6 +41,11 @@ class InputConfig(_Section):
         min_length=1,
         description="The manifest's column that holds the URI; its other columns pass through to the output.",
     )
+    allowed_prefixes: tuple[str, ...] | None = Field(
+        None,
+        description="Where inputs of the manifest may lie: folders, objects, or schemes alone (`s3://`); other lines become failed "
+        "rows, NOT_ALLOWED. Null: anywhere, but no local files where the manifest is on an object store.",
+    )
     bytes_column: str | None = Field(
         None,
         min_length=1,
@@ -77,6 +82,9 @@ class OutputConfig(_Section):
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="Parquet compression.")
 
 
+_CREDENTIALS = "the URL has credentials in it"
+
+
 class StorageConfig(_Section):
     """How object stores are reached. Credentials come from the environment, never from here."""
 
@@ -84,6 +92,18 @@ class StorageConfig(_Section):
         None,
         description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own.",
     )
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _without_credentials(cls, value: str | None) -> str | None:
+        # The value itself must not be in the message: it would be in the log.
+        if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                f"{_CREDENTIALS}, which would be stored with the job; give them in the environment "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
+        return value
+
     region: str | None = Field(None, description="Region of the bucket; null: from the environment (`AWS_REGION`).")
     anonymous: bool = Field(False, description="Send unsigned requests, for public buckets.")
     timeout_s: float = Field(60.0, gt=0, description="Longest time for one request, in seconds.")
@@ -437,7 +457,8 @@ def _explain(error: Any) -> str:
         return f"{key}: there is no such key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
-    shown = f" (given: {value!r})" if isinstance(value, (str, int, float, bool, list)) and len(repr(value)) < 80 else ""
+    short = isinstance(value, (str, int, float, bool, list)) and len(repr(value)) < 80
+    shown = f" (given: {value!r})" if short and _CREDENTIALS not in message else ""
     return f"{key}: {message[0].lower() + message[1:]}{shown}"
 
 

@@ -23,6 +23,7 @@ from batch_inference.errors import BatchInferenceError
 from batch_inference.planner import Plan
 from batch_inference.progress import Snapshot
 from batch_inference.storage import display
+from batch_inference.terminal import plain
 
 if TYPE_CHECKING:
     from batch_inference.preflight import Preflight
@@ -192,7 +193,7 @@ def print_verdict(lines: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for place, line in enumerate(lines):
         style = ("green" if line.startswith("SUCCEEDED") else "red") if place == 0 else ""
-        console.print(Text(line, style=style))
+        console.print(Text(plain(line), style=style))
 
 
 def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
@@ -210,7 +211,7 @@ def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(plain(name)), escape(plain(value)))
     console.print(table)
 
 
@@ -291,7 +292,7 @@ def print_preflight(found: Preflight) -> None:
     colors = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
     for check in found.checks:
         remedy = f"\nremedy: {check.remedy}" if check.remedy else ""
-        table.add_row(Text(check.state, style=colors[check.state]), check.name, Text(check.finding + remedy))
+        table.add_row(Text(check.state, style=colors[check.state]), check.name, Text(plain(check.finding + remedy)))
     console.print(table)
     console.print()
     if found.measured and found.forecast:
@@ -338,12 +339,14 @@ def print_rows(output: str) -> None:
     for name in ("image", "label", "confidence"):
         good.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")
     for row in tables["predictions"]:
-        good.add_row(escape(PurePosixPath(row["uri"]).name), escape(row["label"]), f"{100 * row['confidence']:.1f} %")
+        name, label = (escape(plain(text)) for text in (PurePosixPath(row["uri"]).name, row["label"]))
+        good.add_row(name, label, f"{100 * row['confidence']:.1f} %")
     bad = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("failed image", "stage", "type", "reason"):
         bad.add_column(name, overflow="fold")
     for row in tables["errors"]:
-        bad.add_row(escape(PurePosixPath(row["uri"]).name), row["stage"], row["error_type"], escape(row["message"]))
+        name, message = (escape(plain(text)) for text in (PurePosixPath(row["uri"]).name, row["message"]))
+        bad.add_row(name, row["stage"], row["error_type"], message)
     console.print(good)
     console.print()
     console.print(bad)

@@ -24,6 +24,7 @@ from batch_inference.collection import Collector
 from batch_inference.config import JobConfig
 from batch_inference.environment import RUN_VARIABLE
 from batch_inference.errors import BatchInferenceError, CountsDoNotClose, Interrupted, ThresholdExceeded, UserError
+from batch_inference.generations import Again, describe, select
 from batch_inference.identity import (
     Engine,
     check_columns,
@@ -33,7 +34,7 @@ from batch_inference.identity import (
     versions,
 )
 from batch_inference.inference import raise_end_of_job
-from batch_inference.ledger import Commit, Job, Ledger, now
+from batch_inference.ledger import Commit, Job, Ledger, Retry, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.progress import Snapshot
@@ -178,6 +179,7 @@ class Attempt:
         self._progress_written = 0.0
         self._load: Load | None = None
         self._balance: Balance | None = None
+        self._retry: Retry | None = None
 
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
@@ -186,6 +188,7 @@ class Attempt:
         with contextlib.ExitStack() as cluster, EngineAhead(self.config, self._engine) as ahead:
             job = ledger.job()
             done = None if job is None else ledger.success()
+            self._retry = None if job is None else ledger.retry()
             if job is not None and done is None and self.run_name and not self._force_retry:
                 refuse_hopeless(ledger, job, self.run_name)
             # Before anything is started, so that a mistyped path is answered at once.
@@ -212,18 +215,22 @@ class Attempt:
                 job = self._plan(ledger, engine, found or find_inputs(self.config))
             ledger.complete_manifest(job)
             commits = ledger.commits()
-            self._resume(job, commits)
+            again = select(ledger, self._retry, commits) if self._retry else {}
+            if again:
+                # Whoever reads the folder waits for it to come back.
+                ledger.store.delete(["_SUCCESS"])
+            self._resume(job, commits, again)
             pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
             ledger.store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
             try:
                 self.snapshot.tally.check(self.config.errors)
-                if pending:
+                if pending or again:
                     self._show("start")
                     if not early:
                         cluster.enter_context(self._cluster(address, dashboard_host))
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
                     cpus = float(os.cpu_count() or 1) if early else math.inf
-                    self._work(ledger, job, engine, pending, cpus)
+                    self._work(ledger, job, engine, pending, again, cpus)
                 cluster.close()
                 return self._finish(ledger, job)
             except BatchInferenceError as exc:
@@ -266,15 +273,21 @@ class Attempt:
             log.info(f"{job.rows} images are few: starting Ray and the model will take most of the time")
         return job
 
-    def _resume(self, job: Job, commits: list[Commit]) -> None:
+    def _resume(self, job: Job, commits: list[Commit], again: dict[int, Again]) -> None:
         snapshot = self.snapshot
         snapshot.rows_total, snapshot.shards_total = job.rows, job.shards
         snapshot.shards_done = snapshot.shards_resumed = len(commits)
         for commit in commits:
             snapshot.tally.rows += commit.rows
             snapshot.tally.add_errors(commit.errors_by)
+        for one in again.values():
+            snapshot.tally.remove(one.errors_by)
+        snapshot.shards_done = snapshot.shards_resumed = len(commits) - len(again)
+        if again and self._retry is not None:
+            rows = sum(len(one.rows) for one in again.values())
+            log.info(f"retry {self._retry.generation}: {rows:,} failed rows again, {describe(self._retry)}")
         if commits:
-            log.info("resuming", shards_done=len(commits), shards=job.shards, rows_done=snapshot.tally.rows)
+            log.info("resuming", shards_done=snapshot.shards_done, shards=job.shards, rows_done=snapshot.tally.rows)
 
     def _already_done(self, job: Job, done: dict[str, Any]) -> RunResult:
         tally = self.snapshot.tally
@@ -285,16 +298,25 @@ class Attempt:
 
     # --- the work ---
 
-    def _work(self, ledger: Ledger, job: Job, engine: Engine, pending: list[int], cpus: float = math.inf) -> None:
+    def _work(
+        self,
+        ledger: Ledger,
+        job: Job,
+        engine: Engine,
+        pending: list[int],
+        again: dict[int, Again],
+        cpus: float = math.inf,
+    ) -> None:
         self._show("start")
-        self._load = possible_load(self.config, len(pending), cpus)
+        self._load = possible_load(self.config, len(pending) + len(again), cpus)
         writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
-        rows = {shard: job.rows_of(shard) for shard in pending}
-        collector = Collector(rows, self.snapshot.tally)
+        chosen = {shard: one.rows for shard, one in again.items()}
+        rows = {shard: job.rows_of(shard) for shard in pending} | {shard: len(r) for shard, r in chosen.items()}
+        collector = Collector(rows, self.snapshot.tally, chosen)
         with (
-            Closing(ledger, writers, self._committed) as closing,
+            Closing(ledger, writers, self._committed, again) as closing,
             contextlib.closing(
-                results(ledger.store, self.config, engine, rows, writers.handles, self.attempt)
+                results(ledger.store, self.config, engine, rows, writers.handles, self.attempt, chosen)
             ) as tables,
         ):
             try:
@@ -354,8 +376,7 @@ class Attempt:
 
     def _finish(self, ledger: Ledger, job: Job) -> RunResult:
         self._show("finish")
-        commits = ledger.commits()
-        ledger.check_closed(job, commits)
+        commits = ledger.closed(job)
         # What the ledger says counts, also where another driver did part of the work.
         tally = self.snapshot.tally
         tally.rows, tally.errors, tally.errors_by = 0, 0, {}
@@ -377,7 +398,7 @@ class Attempt:
             "files": sum(len(commit.files) for commit in commits),
         }
         self._write_summary(ledger, job, commits, "SUCCEEDED", "")
-        deleted = ledger.finish(job, commits, totals)
+        deleted = ledger.finish(job, commits, totals, self._retry.generation if self._retry else 0)
         if deleted:
             log.info("deleted files that no commit names", files=deleted)
         self._show("done")

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from batch_inference.config import InferenceConfig, PreprocessConfig
 from batch_inference.decoding import decode
 from batch_inference.errors import RowError, RowFailure
+from batch_inference.inference import with_failures
 from batch_inference.preparation import pixel_column
 from batch_inference.transform import Transform
 
 if TYPE_CHECKING:
     import torch
-
-_ERROR_COLUMNS = ("stage", "error_type", "message", "retryable")
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,7 @@ class GpuJpeg:
             "width": pa.array(widths),
             "decode_s": pa.array(seconds),
         }
-        for name in _ERROR_COLUMNS if errors else ():
-            values = table[name].to_pylist()
-            for place, error in errors.items():
-                values[place] = getattr(error, name)
-            changed[name] = pa.array(values, table.schema.field(name).type)
+        changed |= with_failures(table, errors)
         arrays = [changed.get(name, table[name]) for name in table.column_names]
         return pa.Table.from_arrays(arrays, schema=table.schema)
 

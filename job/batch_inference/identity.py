@@ -105,6 +105,8 @@ def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dic
         identity["input.manifest"] = canonical_uri(section.manifest)
         identity["input.uri_column"] = section.uri_column
         identity["input.manifest_sha256"] = manifest_source
+        if section.allowed_prefixes is not None:
+            identity["input.allowed_prefixes"] = " ".join(section.allowed_prefixes)
     else:
         identity["input.uris"] = ", ".join(sorted(canonical_uri(u) for u in section.uris))
         identity["input.extensions"] = " ".join(sorted(section.extensions))

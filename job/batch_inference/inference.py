@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from batch_inference import errors as error_classes
 from batch_inference.batching import is_out_of_memory
-from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
+from batch_inference.errors import BatchInferenceError, RowError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
@@ -34,6 +34,18 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 END_OF_JOB = "END_OF_JOB"
+
+
+def with_failures(table: pa.Table, failures: dict[int, RowError]) -> dict[str, pa.Array]:
+    """The columns of a table that say why a row failed, with more failures in them, by place in the table."""
+    columns = {name: table[name] for name in ("stage", "error_type", "message", "retryable")}
+    if failures:
+        for name, column in columns.items():
+            values = column.to_pylist()
+            for place, error in failures.items():
+                values[place] = getattr(error, name)
+            columns[name] = pa.array(values, RESULT_SCHEMA.field(name).type)
+    return columns
 
 
 class InferenceActor:
@@ -87,18 +99,12 @@ class InferenceActor:
         except BatchInferenceError as exc:
             return _end_of_job(exc)
         seconds = (time.perf_counter() - start) / max(1, len(places))
-        columns = {name: table[name] for name in ("stage", "error_type", "message", "retryable")}
-        if errors:
-            values = {name: column.to_pylist() for name, column in columns.items()}
-            for index, error in errors.items():
-                for name in values:
-                    values[name][places[index]] = getattr(error, name)
-            columns = {name: pa.array(values[name], RESULT_SCHEMA.field(name).type) for name in values}
+        failures = {int(places[index]): error for index, error in errors.items()}
         infer = np.zeros(table.num_rows, np.float32)
         infer[places] = seconds
         arrays = [
             table["shard"], table["row"],
-            *columns.values(),
+            *with_failures(table, failures).values(),
             table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer), table["retries"],
         ]  # fmt: skip
         result = pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from batch_inference.config import PreprocessConfig
 from batch_inference.decoding import pixels_of
-from batch_inference.errors import RowError, RowFailure
+from batch_inference.errors import RowError, RowFailure, SystemFault
 from batch_inference.transform import Transform
 
 # Beyond the limit that the kernel enforces; then something is wrong with the helper itself.
@@ -57,6 +57,7 @@ class Helper:
 
         Raises:
             RowFailure: What that raises; and ``decode`` DECODER_CRASH, DECODE_TIMEOUT or DECODE_MEMORY where the process died.
+            SystemFault: If the helper itself does not work.
         """
         for left in reversed(range(_TRIES_IF_KILLED)):
             answer = self._ask(data)
@@ -70,7 +71,7 @@ class Helper:
         raise AssertionError  # the last try has returned or raised
 
     def _ask(self, data: bytes) -> Any:
-        """The helper's answer; or minus the exit code, or the signal, with which it died."""
+        """The helper's answer; or the signal, or minus the exit code, with which the process that decodes has died."""
         connection = self._connection or self._start()
         try:
             connection.send_bytes(data)
@@ -78,7 +79,13 @@ class Helper:
                 return connection.recv()
         except (EOFError, OSError):
             pass
-        self._stop()
+        code = self._stop()
+        if code > 0:
+            raise SystemFault(
+                f"the process that decodes images alone ended by itself, with code {code}: its messages are in the log of the "
+                "worker process",
+                "Look for too little memory or too many processes on that node; then start the same command again, it resumes.",
+            )
         return signal.SIGKILL
 
     def _start(self) -> Connection[Any, Any]:
@@ -94,16 +101,19 @@ class Helper:
         self._connection = here
         return here
 
-    def _stop(self) -> None:
+    def _stop(self) -> int:
+        """Ends the helper; its exit code, negative where a signal ended it."""
+        code = 0
         if self._process is not None and self._connection is not None:
             # The processes end when nobody is at the other side any more.
             self._connection.close()
             try:
-                self._process.wait(_GRACE_S)
+                code = self._process.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                code = self._process.wait()
             self._process = self._connection = None
+        return code
 
     def _death(self, number: int) -> RowFailure:
         config = self._preprocess

@@ -2,7 +2,8 @@
 
 Readers trust the ledger, never a folder listing. A shard is done when its commit exists; a commit is made by
 put-if-absent, so that of any number of drivers one wins and the others leave files that nobody reads. The same holds for
-``_job.json``, which makes a plan the plan.
+``_job.json``, which makes a plan the plan, and for ``_retries/N.json``, which makes the N-th generation: a shard's commit of the
+highest generation is the one that counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -27,6 +29,9 @@ _PARALLEL_REQUESTS = 16
 _FORMAT = 1
 #: Folder of the marks of tasks under way.
 BEGUN = "_begun"
+# Names of a shard's files: shard-00042.json, shard-00042-g1-4f2a91c0.parquet.
+_RETRY = re.compile(r"_retries/[1-9]\d{0,8}\.json$")
+_NAME = re.compile(r"(?:^|/)shard-(\d+)(?:-g(\d+))?(?=[-.]|$)")
 
 
 def now() -> str:
@@ -53,10 +58,11 @@ class Commit:
         rows: Inputs in it; always ``predictions + errors``.
         predictions: Rows with a prediction.
         errors: Rows with an error.
-        files: The data files, at most one of each kind.
+        files: The data files: predictions, at most one file of each generation, and at most one of errors.
         attempt: Which attempt made it.
         errors_by: ``{stage: {error_type: count}}``.
         committed_at: UTC, ISO 8601.
+        generation: 0, or the number of the retry that it belongs to.
     """
 
     shard: int
@@ -67,6 +73,7 @@ class Commit:
     attempt: str
     errors_by: dict[str, dict[str, int]] = field(default_factory=dict)
     committed_at: str = ""
+    generation: int = 0
 
     def to_json(self) -> bytes:
         """The bytes of ``_commits/shard-N.json``."""
@@ -106,6 +113,29 @@ class Job:
     def shard_size(self) -> int:
         """Inputs of every shard but the last."""
         return int(self.config["shard_size"])
+
+
+@dataclass(frozen=True)
+class Retry:
+    """What ``_retries/N.json`` says: failed rows are done again as generation N; made once, never changed.
+
+    Attributes:
+        generation: N, from 1.
+        stages: Stages whose failures are done again; empty: all.
+        error_types: Types likewise.
+        retryable: Only rows that are marked ``retryable``.
+        rows: How many rows these were when it began.
+        attempt: Who began it.
+        created_at: UTC, ISO 8601.
+    """
+
+    generation: int
+    stages: tuple[str, ...]
+    error_types: tuple[str, ...]
+    retryable: bool
+    rows: int
+    attempt: str
+    created_at: str
 
 
 def fingerprint(identity: dict[str, str]) -> str:
@@ -207,38 +237,49 @@ class Ledger:
         self.store.delete([job.plan])
 
     def _missing_manifest(self, job: Job) -> set[int]:
-        present = {_shard_of(info.path) for info in self.store.objects("_manifest") if info.path.endswith(".parquet")}
+        present = {_place(info.path)[0] for info in self.store.objects("_manifest") if info.path.endswith(".parquet")}
         return set(range(job.shards)) - present
 
     # --- commits ---
 
+    def generations(self) -> dict[int, int]:
+        """The shards that are done, each with the generation of the commit that counts; one listing."""
+        found: dict[int, int] = {}
+        for info in self.store.objects("_commits"):
+            shard, generation = _place(info.path)
+            if shard >= 0 and info.path.endswith(".json"):
+                found[shard] = max(generation, found.get(shard, 0))
+        return found
+
     def committed(self) -> set[int]:
         """Numbers of the shards that are done; one listing."""
-        found = {_shard_of(info.path) for info in self.store.objects("_commits") if info.path.endswith(".json")}
-        return found - {-1}
+        return set(self.generations())
 
-    def commits(self, shards: set[int] | None = None) -> list[Commit]:
-        """The commits of ``shards`` (default: all), in order.
+    def commits(self, generations: dict[int, int] | None = None) -> list[Commit]:
+        """The commits that count (or those of the shards and generations given), in order of their shards.
 
         Raises:
             CountsDoNotClose: If one can't be read or contradicts itself.
         """
-        wanted = sorted(self.committed() if shards is None else shards)
+        wanted = sorted((self.generations() if generations is None else generations).items())
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
             return list(pool.map(self._read_commit, wanted))
 
     def commit(self, commit: Commit) -> bool:
         """Commits a shard; False if another driver has committed it."""
-        path, data = f"_commits/{manifest.shard_name(commit.shard)}.json", commit.to_json()
+        path, data = f"_commits/{shard_name(commit.shard, commit.generation)}.json", commit.to_json()
         # A create whose answer got lost is sent again and meets itself; taken for another's, it would cost its files.
         return self.store.create(path, data) or self.store.get(path) == data
 
-    def _read_commit(self, shard: int) -> Commit:
-        path = f"_commits/{manifest.shard_name(shard)}.json"
+    def _read_commit(self, place: tuple[int, int]) -> Commit:
+        path = f"_commits/{shard_name(*place)}.json"
         try:
             commit = Commit.from_json(self.store.get(path))
             named = sum(f.rows for f in commit.files)
-            if commit.shard != shard or not commit.rows == commit.predictions + commit.errors == named:
+            if (
+                commit.shard,
+                commit.generation,
+            ) != place or not commit.rows == commit.predictions + commit.errors == named:
                 raise ValueError(
                     f"rows {commit.rows}, predictions {commit.predictions}, errors {commit.errors}, in files {named}"
                 )
@@ -249,7 +290,45 @@ class Ledger:
             ) from None
         return commit
 
+    # --- retries ---
+
+    def retry(self) -> Retry | None:
+        """The latest retry, or None if there was none; raises CountsDoNotClose if it can't be read."""
+        numbers = [
+            int(i.path[len("_retries/") : -len(".json")])
+            for i in self.store.objects("_retries")
+            if _RETRY.match(i.path)
+        ]
+        if not numbers:
+            return None
+        path = f"_retries/{max(numbers)}.json"
+        try:
+            raw = json.loads(self.store.get(path))
+            return Retry(**{**raw, "stages": tuple(raw["stages"]), "error_types": tuple(raw["error_types"])})
+        except (ValueError, TypeError, KeyError, FileNotFoundError) as exc:
+            raise CountsDoNotClose(
+                f"{path} is not readable: {exc}", f"Delete {path}, and start the retry again."
+            ) from None
+
+    def begin_retry(self, retry: Retry) -> bool:
+        """Begins a generation; False if another driver has begun one of the same number."""
+        return self.store.create(f"_retries/{retry.generation}.json", json.dumps(asdict(retry), indent=1).encode())
+
     # --- the end ---
+
+    def closed(self, job: Job) -> list[Commit]:
+        """The commits that count, checked as :meth:`check_closed` does."""
+        while True:
+            generations = self.generations()
+            commits = self.commits(generations)
+            try:
+                self.check_closed(job, commits)
+            except CountsDoNotClose:
+                # A retry that ended meanwhile has deleted what its commits do not name any more.
+                if self.generations() == generations:
+                    raise
+            else:
+                return commits
 
     def check_closed(self, job: Job, commits: list[Commit]) -> None:
         """Checks that every input is accounted for once, and that the files the ledger names are there.
@@ -284,32 +363,45 @@ class Ledger:
                 "anew.",
             )
 
-    def finish(self, job: Job, commits: list[Commit], totals: dict[str, Any]) -> int:
+    def finish(self, job: Job, commits: list[Commit], totals: dict[str, Any], generation: int = 0) -> int:
         """Deletes what no commit names, then writes ``_SUCCESS``.
 
-        Safe beside another driver: once every shard is committed, no file that is unnamed now can be named later.
+        Safe beside another driver: once every shard is committed, no file that is unnamed now can be named later, but for those
+        of a retry that this driver does not know of.
+
+        Args:
+            job: The job.
+            commits: Those that count.
+            totals: For ``_SUCCESS``.
+            generation: The latest that this driver knew when it read the commits.
 
         Returns:
             Number of files deleted.
         """
-        deleted = self.delete_unnamed(commits)
+        deleted = self.delete_unnamed(commits, generation)
         self.store.delete(["_FAILED"])
-        record = {"fingerprint": job.fingerprint, **totals, "finished_at": now()}
-        self.store.create("_SUCCESS", json.dumps(record, indent=1).encode())
+        record = {"fingerprint": job.fingerprint, "generation": generation, **totals, "finished_at": now()}
+        data = json.dumps(record, indent=1).encode()
+        if not self.store.create("_SUCCESS", data) and self._success().get("generation", 0) < generation:
+            # Of the generation before, by a driver that was slow.
+            self.store.put("_SUCCESS", data)
         return deleted
 
     def data_files(self) -> int:
         """Number of data files there are, named by a commit or not."""
         return sum(1 for kind in ("predictions", "errors") for _ in self.store.objects(kind))
 
-    def delete_unnamed(self, commits: list[Commit]) -> int:
-        """Deletes data files that no commit names and plans that did not win; returns how many.
+    def delete_unnamed(self, commits: list[Commit], generation: int = 0) -> int:
+        """Deletes data files up to a generation that no commit names, and plans that did not win; returns how many.
 
         Only right when every shard is committed: before, a file may be waiting for its commit.
         """
         named = {file.path for commit in commits for file in commit.files}
         garbage = [
-            i.path for kind in ("predictions", "errors") for i in self.store.objects(kind) if i.path not in named
+            i.path
+            for kind in ("predictions", "errors")
+            for i in self.store.objects(kind)
+            if i.path not in named and _place(i.path)[1] <= generation
         ]
         garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
         garbage += [i.path for i in self.store.objects(BEGUN)]
@@ -317,18 +409,31 @@ class Ledger:
         return len(garbage)
 
     def success(self) -> dict[str, Any] | None:
-        """What ``_SUCCESS`` says, or None; raises CountsDoNotClose if it can't be read."""
+        """What ``_SUCCESS`` says; None if there is none, or a retry has begun since; raises CountsDoNotClose if it can't be read."""
+        found = self._success()
+        retry = self.retry() if found else None
+        return None if not found or (retry and found.get("generation", 0) < retry.generation) else found
+
+    def _success(self) -> dict[str, Any]:
         data = self.store.get_or_none("_SUCCESS")
         try:
-            return None if data is None else dict(json.loads(data))
+            return {} if data is None else dict(json.loads(data))
         except (ValueError, TypeError) as exc:
             raise CountsDoNotClose(
                 f"_SUCCESS is not readable: {exc}", "Delete _SUCCESS and run the same command again; it recounts."
             ) from None
 
 
-def _shard_of(path: str) -> int:
-    """The shard number in a file name such as ``_commits/shard-00042.json``; -1 for other names."""
-    stem = path.rpartition("/")[2].partition(".")[0]
-    number = stem.removeprefix("shard-").partition("-")[0]
-    return int(number) if number.isdigit() else -1
+def shard_name(shard: int, generation: int) -> str:
+    """How the names of a shard's files of a generation begin.
+
+    >>> shard_name(42, 0), shard_name(42, 1)
+    ('shard-00042', 'shard-00042-g1')
+    """
+    return manifest.shard_name(shard) + (f"-g{generation}" if generation else "")
+
+
+def _place(path: str) -> tuple[int, int]:
+    """Shard and generation in a file name such as ``_commits/shard-00042-g1.json``; -1 and 0 for other names."""
+    found = _NAME.search(path)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)

@@ -8,6 +8,8 @@ from typing import Any
 
 import structlog
 
+from batch_inference.terminal import plain
+
 
 class _Stderr:
     """Prints to whatever stderr is now: a live display puts itself in between."""
@@ -16,6 +18,10 @@ class _Stderr:
         print(message, file=sys.stderr, flush=True)
 
     log = debug = info = warning = warn = error = critical = msg
+
+
+def _made_plain(logger: Any, method: str, event: Any) -> Any:
+    return {key: plain(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 def configure(style: str, *, quiet: bool = False) -> None:
@@ -31,6 +37,7 @@ def configure(style: str, *, quiet: bool = False) -> None:
     else:
         colors = sys.stderr.isatty()
         tail = [
+            _made_plain,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, pad_level=False),
         ]

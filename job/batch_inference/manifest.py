@@ -337,18 +337,24 @@ def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
     ending = posixpath.splitext(uri.lower())[1]
     try:
         if ending == ".parquet":
-            return read_parquet(data)
+            return _valid(read_parquet(data))
         if ending == ".txt":
             lines = data.decode("utf-8-sig").replace("\r", "\n").split("\n")
             return pa.table({uri_column: pa.array([line.strip() for line in lines if line.strip()], pa.string())})
         if ending == ".csv":
             return _parse_csv(data)
-        return _parse_json(data)
+        return _valid(_parse_json(data))
     except (pa.ArrowException, UnicodeDecodeError, OSError, ValueError) as exc:
         raise UserError(
             f"{display(uri)} is not a readable {ending.lstrip('.')} manifest: {' '.join(str(exc).split())[:300]}",
             "Mend the file, or name it by its real format.",
         ) from None
+
+
+def _valid(table: pa.Table) -> pa.Table:
+    """A table whose texts are UTF-8, which Arrow does not look at when it reads; raises ArrowInvalid for any other."""
+    table.validate(full=True)
+    return table
 
 
 def _parse_json(data: bytes) -> pa.Table:

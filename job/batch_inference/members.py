@@ -11,11 +11,14 @@ from batch_inference import parquet_files, tar_files
 from batch_inference.containers import NO_SUCH_MEMBER, split_member
 from batch_inference.errors import RowFailure, UserError
 from batch_inference.fetcher import Answer, Fetcher, Request
+from batch_inference.prefixes import Prefixes
 from batch_inference.runs import Failed, Fetched, Member, Run
 from batch_inference.storage import canonical_uri
 
 
-def runs(uris: list[str], places: pa.Table | None, fetcher: Fetcher, max_bytes: int) -> Iterator[Run]:
+def runs(
+    uris: list[str], places: pa.Table | None, fetcher: Fetcher, max_bytes: int, prefixes: Prefixes | None = None
+) -> Iterator[Run]:
     """Cuts a shard's inputs into runs.
 
     Objects by themselves keep their order; members of a file are taken together where its first one stands, in the order of
@@ -26,17 +29,23 @@ def runs(uris: list[str], places: pa.Table | None, fetcher: Fetcher, max_bytes: 
         places: Where members lie: columns of ``PLACE_SCHEMA``; None if there are none.
         fetcher: Reads them.
         max_bytes: Larger inputs are not read.
+        prefixes: Inputs that lie elsewhere are not read; None: no limit.
     """
+
+    def one(row: int) -> Run:
+        refusal = prefixes.refusal(uris[row]) if prefixes else None
+        return Failed([row], refusal) if refusal else _Object(row, uris[row], fetcher, max_bytes)
+
     if places is None:
-        for row, uri in enumerate(uris):
-            yield _Object(row, uri, fetcher, max_bytes)
+        yield from map(one, range(len(uris)))
         return
     files: dict[str, list[Member]] = {}
     order: list[int | str] = []
     columns = [places[name].to_pylist() for name in ("_offset", "_size", "_etag", "_column")]
     for row, (uri, offset, size, etag, column) in enumerate(zip(uris, *columns, strict=True)):
         split = None if offset is None else split_member(uri)
-        if split is None:
+        # The plan has no place for members of files that are not allowed; whoever changed it gets no further than here.
+        if split is None or (prefixes and prefixes.refusal(uri)):
             order.append(row)
             continue
         if split[0] not in files:
@@ -44,7 +53,7 @@ def runs(uris: list[str], places: pa.Table | None, fetcher: Fetcher, max_bytes: 
         files.setdefault(split[0], []).append(Member(row, offset, size, etag or "", column or ""))
     for item in order:
         if isinstance(item, int):
-            yield _Object(item, uris[item], fetcher, max_bytes)
+            yield one(item)
             continue
         members = sorted(files[item], key=lambda member: member.offset)
         missing = [member.row for member in members if member.offset == NO_SUCH_MEMBER]

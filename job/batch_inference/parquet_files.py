@@ -79,7 +79,14 @@ def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
             f"{display(uri)} is not a readable Parquet file: {' '.join(str(exc).split())[:200]}",
             "Make it anew, or leave it out.",
         ) from None
-    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    if any([group.column(n).path_in_schema for n in range(group.num_columns)] != paths for group in groups):
+        raise UserError(
+            f"{display(uri)} is a damaged Parquet file: its row groups have other columns than its schema",
+            "Make it anew, or leave it out.",
+        )
+    rows = [group.num_rows for group in groups]
     return Footer(metadata, file.etag, np.cumsum([0, *rows]))
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from batch_inference.config import JobConfig
@@ -26,7 +27,13 @@ _RAISED = re.compile(r"^\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Fault)\b: .+)$", 
 
 
 def results(
-    store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any], attempt: str
+    store: Store,
+    config: JobConfig,
+    engine: Engine,
+    rows: dict[int, int],
+    writers: list[Any],
+    attempt: str,
+    chosen: dict[int, np.ndarray] | None = None,
 ) -> Generator[pa.Table, None, None]:
     """The pipeline: shards in, result rows out, streaming.
 
@@ -34,25 +41,33 @@ def results(
         store: The output folder.
         config: The job.
         engine: Model or predictor.
-        rows: Number of inputs of each shard that is to be done.
+        rows: Number of inputs to do of each shard that is to be done.
         writers: Ray actors that take the predictions; empty where they come with the rows.
         attempt: The driver's.
+        chosen: Their row numbers, of shards of which these are not all.
 
     Yields:
         Tables of ``RESULT_SCHEMA``, in no particular order.
     """
-    dataset = build(store, config, engine, rows, writers, attempt)
+    dataset = build(store, config, engine, rows, writers, attempt, chosen)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 def build(
-    store: Store, config: JobConfig, engine: Engine, rows: dict[int, int], writers: list[Any], attempt: str
+    store: Store,
+    config: JobConfig,
+    engine: Engine,
+    rows: dict[int, int],
+    writers: list[Any],
+    attempt: str,
+    chosen: dict[int, np.ndarray] | None = None,
 ) -> Any:
     """The lazy Ray dataset that :func:`results` iterates over."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     from batch_inference.inference import InferenceActor
+    from batch_inference.prefixes import Prefixes
     from batch_inference.preparation import BLOCK_BYTES, Preparation
     from batch_inference.shards import ShardDatasource
 
@@ -72,8 +87,10 @@ def build(
         # on as they are.
         target = int(0.8 * block_bytes)
     context.target_max_block_size = target
-    preparation = Preparation(config.storage, config.preprocess, engine.transform, block_bytes)
-    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt)
+    preparation = Preparation(
+        config.storage, config.preprocess, engine.transform, block_bytes, Prefixes.of(config.input)
+    )
+    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt, chosen)
     # What an actor runs at once it decides itself; a table cut into smaller batches only costs copies.
     batch_size = rows_a_block if section.batch_size == "auto" else section.batch_size
     # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:

@@ -25,6 +25,7 @@ from batch_inference.identity import Engine, check_columns, check_same_job, reso
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
 from batch_inference.ledger import Ledger, fingerprint
 from batch_inference.manifest import Inputs, find_inputs
+from batch_inference.prefixes import Prefixes
 from batch_inference.preparation import Preparation
 from batch_inference.storage import Store, display, is_local, local_path
 
@@ -287,7 +288,9 @@ class _Preflight:
         section = config.inference
         places = np.unique(np.linspace(0, found.table.num_rows - 1, self._samples).astype(np.int64))
         uris = found.table["uri"].take(pa.array(places)).to_pylist()
-        preparation = Preparation(config.storage, config.preprocess, engine.transform)
+        preparation = Preparation(
+            config.storage, config.preprocess, engine.transform, prefixes=Prefixes.of(config.input)
+        )
         trial: Any = ray.remote(num_gpus=section.gpus_per_actor, num_cpus=section.cpus_per_actor, max_restarts=0)(
             Trial
         ).remote(engine.factory, engine.decoder)

@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.decoding import GPU_FILTERS, pixels_of
-from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, RowError, RowFailure
+from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, BatchInferenceError, RowError, RowFailure
 from batch_inference.fetcher import Fetcher
 from batch_inference.images import is_plain_jpeg
 from batch_inference.isolation import Helper, Watch
 from batch_inference.members import runs
+from batch_inference.prefixes import Prefixes
 from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
 
@@ -62,12 +63,14 @@ class Preparation:
         preprocess: Limits and orientation.
         transform: Resize and crop to the model's size, or None to pass images on as they are (custom predictors).
         block_bytes: A table is passed on when its pixels have so many bytes.
+        prefixes: Where inputs may lie; None: anywhere.
     """
 
     storage: StorageConfig
     preprocess: PreprocessConfig
     transform: Transform | None
     block_bytes: int = BLOCK_BYTES
+    prefixes: Prefixes | None = None
 
     def rows(
         self, shard: int, uris: list[str], places: pa.Table | None = None, *, careful: bool = False
@@ -100,7 +103,7 @@ class Preparation:
 
     def _runs(self, uris: list[str], places: pa.Table | None, fetcher: Fetcher, streak: _Streak) -> Iterator[Run]:
         """What to fetch, up to where asking the store for more only costs time."""
-        for run in runs(uris, places, fetcher, self.preprocess.max_bytes):
+        for run in runs(uris, places, fetcher, self.preprocess.max_bytes, self.prefixes):
             if streak.hopeless and streak.last is not None:
                 # Not a fate of its own: a shard with such a row is never committed.
                 yield Failed(run.rows, replace(streak.last, error_type=NOT_TRIED))
@@ -162,6 +165,8 @@ class Preparation:
                 out.pixels = pixels(one.data)
             except RowFailure as exc:
                 out.error = exc.error
+            except BatchInferenceError:
+                raise
             except Exception as exc:  # a bug here must cost one row, not a job
                 out.error = RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
             out.decode_s = time.perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import Datasource, ReadTask
@@ -27,14 +28,22 @@ class ShardDatasource(Datasource):
         rows: Number of inputs of each.
         preparation: What to do with each image.
         attempt: Of the job's driver; a task that was begun in it and did not end has died of its shard.
+        chosen: Row numbers to do, in order, of shards of which these are not all.
     """
 
     def __init__(
-        self, store: Store, shards: list[int], rows: list[int], preparation: Preparation, attempt: str
+        self,
+        store: Store,
+        shards: list[int],
+        rows: list[int],
+        preparation: Preparation,
+        attempt: str,
+        chosen: dict[int, np.ndarray] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shards = shards
         self._rows = rows
+        self._chosen = chosen or {}
         # A hundred thousand tasks share one copy of what they need.
         self._context = ray.put((store, preparation, attempt))
 
@@ -50,24 +59,33 @@ class ShardDatasource(Datasource):
         """One task a shard, whatever parallelism Ray Data has in mind."""
         return [
             ReadTask(
-                _reader(self._context, self._shards[place]),
+                _reader(self._context, self._shards[place], self._chosen.get(self._shards[place])),
                 BlockMetadata(num_rows=self._rows[place], size_bytes=None, input_files=None, exec_stats=None),
             )
             for place in spread(range(len(self._shards)))
         ]
 
 
-def _reader(context: Any, shard: int) -> Callable[[], Iterable[pa.Table]]:
+def _reader(context: Any, shard: int, chosen: np.ndarray | None) -> Callable[[], Iterable[pa.Table]]:
     def read() -> Iterable[pa.Table]:
         store, preparation, attempt = ray.get(context)
         table, places = manifest.read_places(store, shard)
+        if chosen is not None:
+            table, places = table.take(chosen), None if places is None else places.take(chosen)
         # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
         mark = f"{BEGUN}/{manifest.shard_name(shard)}-{attempt}"
         careful = not store.create(mark, b"begun")
-        yield from preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful)
+        for prepared in preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful):
+            yield prepared if chosen is None else _renumbered(prepared, chosen)
         store.delete([mark])
 
     return read
+
+
+def _renumbered(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Places among the chosen rows become their numbers in the shard."""
+    place = table.column_names.index("row")
+    return table.set_column(place, table.schema.field(place), pa.array(rows[table["row"].to_numpy()], pa.int32()))
 
 
 def spread(shards: Sequence[int]) -> list[int]:

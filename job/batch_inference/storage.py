@@ -50,12 +50,24 @@ def canonical_uri(uri: str) -> str:
     """
     scheme, sign, rest = uri.partition("://")
     if not sign:
-        return "file://" + str(Path(uri).expanduser().absolute())
+        try:
+            return "file://" + str(Path(uri).expanduser().absolute())
+        except RuntimeError:
+            raise UserError(
+                f"{uri} begins with the home folder of somebody who is not known here", "Write its path."
+            ) from None
     scheme = _ALIASES.get(scheme.lower(), scheme.lower())
     if scheme not in SCHEMES:
         raise UserError(
             f"{uri} has the scheme {scheme}://, which is not supported",
             "Use a local path or one of " + ", ".join(s + "://" for s in SCHEMES) + ".",
+        )
+    bucket = rest.partition("/")[0]
+    if scheme in ("s3", "gs") and ":" in bucket and "@" in bucket:
+        # Not repeated here: what is printed is logged.
+        raise UserError(
+            f"a {scheme}:// URI has credentials before its bucket {bucket.rpartition('@')[2]}",
+            "Give them in the environment; a URI is stored with the job and in each row.",
         )
     if scheme == "file" and not rest.startswith("/"):
         raise UserError(f"{uri} is not an absolute file URI", f"Write file:///{rest} or a plain path.")

@@ -79,9 +79,9 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
     job = ledger.require_job()
     problems: list[str] = []
     commits: dict[int, Commit] = {}
-    for shard in sorted(ledger.committed()):
+    for shard, generation in sorted(ledger.generations().items()):
         try:
-            commits[shard] = ledger.commits({shard})[0]
+            commits[shard] = ledger.commits({shard: generation})[0]
         except CountsDoNotClose as exc:
             problems.append(exc.message)
     foreign = sorted(set(commits) - set(range(job.shards)))

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from batch_inference import manifest
 from batch_inference.collection import count_errors
 from batch_inference.errors import CountsDoNotClose, UserError
-from batch_inference.ledger import Commit, DataFile, now
+from batch_inference.generations import Again
+from batch_inference.ledger import Commit, DataFile, now, shard_name
 from batch_inference.storage import Store
 
 ERRORS_SCHEMA = pa.schema(
@@ -52,12 +53,13 @@ class ShardWriter:
         """Keeps predictions of an open shard: ``shard``, ``row``, then the predictor's columns."""
         self._open.setdefault(shard, []).append(predictions)
 
-    def close(self, shard: int, errors: pa.Table) -> Commit:
+    def close(self, shard: int, errors: pa.Table, again: Again | None = None) -> Commit:
         """Writes the files of a shard of which every row is known.
 
         Args:
             shard: Its number.
             errors: Its failed rows: ``row``, ``stage``, ``error_type``, ``message``, ``retryable``.
+            again: The rows that were done, where these were not all; the commit before accounts for the others.
 
         Returns:
             The commit, not made yet.
@@ -75,26 +77,33 @@ class ShardWriter:
             if predictions
             else errors["row"].to_numpy()
         )
-        if not np.array_equal(np.sort(rows), np.arange(inputs.num_rows)):
+        expected = np.arange(inputs.num_rows) if again is None else again.rows
+        if not np.array_equal(np.sort(rows), expected):
             raise CountsDoNotClose(
-                f"{manifest.shard_name(shard)} has {inputs.num_rows} inputs, but {len(rows)} rows came back, "
+                f"{manifest.shard_name(shard)} has {len(expected)} inputs to do, but {len(rows)} rows came back, "
                 f"{len(np.unique(rows))} of them different",
                 "This is a defect or a lost writer; the shard is not committed, and running again does it anew.",
             )
-        files = []
+        failed = _error_rows(shard, errors, inputs) if errors.num_rows or again else errors
+        if again:
+            failed = _merged(again, again.errors(self._store), failed)
+        generation = again.generation if again else 0
+        name = f"{shard_name(shard, generation)}-{self._attempt}.parquet"
+        files = [f for f in again.commit.files if f.path.startswith("predictions/")] if again else []
         if predictions is not None and predictions.num_rows:
-            files.append(self._write("predictions", shard, _with_inputs(predictions, inputs)))
-        if errors.num_rows:
-            files.append(self._write("errors", shard, _error_rows(shard, errors, inputs)))
+            files.append(self._write(f"predictions/{name}", _with_inputs(predictions, inputs)))
+        if failed.num_rows:
+            files.append(self._write(f"errors/{name}", failed))
         return Commit(
             shard,
             inputs.num_rows,
-            inputs.num_rows - errors.num_rows,
-            errors.num_rows,
+            inputs.num_rows - failed.num_rows,
+            failed.num_rows,
             tuple(files),
             self._attempt,
-            count_errors(errors),
+            count_errors(failed),
             now(),
+            generation,
         )
 
     def _predictions(self, shard: int) -> pa.Table | None:
@@ -116,11 +125,10 @@ class ShardWriter:
                 table = table.take(pa.array(len(rows) - 1 - from_behind))
         return table
 
-    def _write(self, kind: str, shard: int, table: pa.Table) -> DataFile:
+    def _write(self, path: str, table: pa.Table) -> DataFile:
         sink = io.BytesIO()
         pq.write_table(table, sink, compression=self._compression)
         data = sink.getvalue()
-        path = f"{kind}/{manifest.shard_name(shard)}-{self._attempt}.parquet"
         self._store.put(path, data)
         return DataFile(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
@@ -155,3 +163,13 @@ def _error_rows(shard: int, errors: pa.Table, inputs: pa.Table) -> pa.Table:
     for name in inputs.column_names[3:]:
         table = table.append_column(inputs.schema.field(name), inputs[name].take(errors["row"]))
     return table
+
+
+def _merged(again: Again, before: pa.Table, failed: pa.Table) -> pa.Table:
+    """The errors table of a shard after a retry: rows that were left alone, and those that failed once more."""
+    mine = pc.is_in(before["row"], pa.array(again.rows, pa.int32()))
+    tries = dict(zip(before["row"].to_pylist(), before["attempts"].to_pylist(), strict=True))
+    place = failed.column_names.index("attempts")
+    attempts = pa.array([tries[row] + 1 for row in failed["row"].to_pylist()], pa.int32())
+    failed = failed.set_column(place, failed.schema.field(place), attempts)
+    return pa.concat_tables([before.filter(pc.invert(mine)), failed]).sort_by("row")

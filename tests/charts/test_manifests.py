@@ -224,7 +224,10 @@ def test_jobs_wait_for_workers_where_these_come_on_demand(chart: str) -> None:
 def test_tokens_of_ray() -> None:
     spec = cluster({"auth": {"enabled": True, "secretName": "token"}})
     assert spec["authOptions"] == {"mode": "token", "secretName": "token"}
-    assert "authOptions" not in cluster()
+    assert cluster()["authOptions"] == {"mode": "token"}
+    assert "authOptions" not in cluster({"auth": {"enabled": False}})
+    # Where nothing is said, only where Ray knows how.
+    assert "authOptions" not in cluster({"rayVersion": "2.51.0"})
 
 
 def test_the_cluster_of_raycluster_is_that_of_rayjob() -> None:

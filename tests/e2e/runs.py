@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Kubernetes:
         """What Ray's dashboard answers, through the API server, once the head is taken for ready."""
 
         def answer() -> Any:
+            self.core.api_client.set_default_header("X-Ray-Authorization", f"Bearer {self.token(service)}")
             try:
                 reply: Any = self.core.connect_get_namespaced_service_proxy_with_path(
                     f"{service}:8265", NAMESPACE, path, _preload_content=False
@@ -54,6 +56,12 @@ class Kubernetes:
             return json.loads(reply.data)
 
         return until(f"{service} answers {path}", answer, 60)
+
+    def token(self, service: str) -> str:
+        """The token that the operator has made for a head's cluster, as the head has it."""
+        cluster = self.core.read_namespaced_service(service, NAMESPACE).spec.selector["ray.io/cluster"]
+        secret = self.core.read_namespaced_secret(cluster, NAMESPACE)
+        return base64.b64decode(secret.data["auth_token"]).decode()
 
 
 @dataclass(frozen=True)

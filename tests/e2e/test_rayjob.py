@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from tests.e2e.runs import Kubernetes, Releases, Run
-from tests.e2e.world import NAMESPACE, World, until
+from tests.e2e.world import CREDENTIALS, NAMESPACE, World, until
 
 PHOTOS, BROKEN = 20, 5
 WITHOUT_GPUS = {"job": {"inference": {"actors": 1, "gpus_per_actor": 0, "device": "auto"}}}
@@ -66,6 +66,8 @@ def test_two_actors_get_two_workers_with_a_gpu_each(world: World, kubernetes: Ku
     nodes = kubernetes.dashboard(f"{run.name}-head-svc", "api/v0/nodes")["data"]["result"]["result"]
     total = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
     assert [sum(node.get(kind, 0) for node in total) for kind in ("GPU", "CPU")] == [2, 4]
+    ray_answers_nobody_without_its_token(world, run)
+    credentials_are_in_no_object(world, run)
     run.succeeded()
     print(f"the cluster was gone {run.until_cluster_is_gone():.0f} s after the end")
     assert run.object["metadata"]["name"] == run.name
@@ -100,6 +102,29 @@ def test_two_actors_get_two_workers_with_a_gpu_each(world: World, kubernetes: Ku
     notes_commands_work(world, releases.printed[-1])
 
 
+def ray_answers_nobody_without_its_token(world: World, run: Run) -> None:
+    """A request from within the cluster, whose network enforces no policies."""
+    code = (
+        "import os, sys, urllib.request, urllib.error\n"
+        "head = sys.argv[1]\n"
+        "try: print(urllib.request.urlopen(f'http://{head}:8265/api/jobs/', timeout=20).status)\n"
+        "except urllib.error.HTTPError as error: print(error.code)\n"
+    )
+    head = f"{run.name}-head-svc"
+    inside = ("exec", "--namespace", NAMESPACE, f"service/{head}", "--container=ray-head", "--", "python", "-c")
+    assert world.cluster.kubectl(*inside, code, head).strip() == "401"
+
+
+def credentials_are_in_no_object(world: World, run: Run) -> None:
+    """Secrets are referred to, wherever Kubernetes keeps and shows anything else."""
+    kinds = (
+        "pods,jobs,configmaps,services,events,serviceaccounts,networkpolicies,poddisruptionbudgets,rayjobs,rayclusters"
+    )
+    text = world.cluster.kubectl("get", kinds, "--namespace", NAMESPACE, "--output=json")
+    assert run.name in text and "s3-credentials" in text
+    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in text + run.log()
+
+
 def put_mobilenet(world: World) -> dict[str, Any]:
     """Puts the weights of another network into the store, and returns the job's `model`; what it predicts means nothing."""
     torch.manual_seed(0)
@@ -112,7 +137,7 @@ def put_mobilenet(world: World) -> dict[str, Any]:
 def notes_commands_work(world: World, notes: str) -> None:
     """Runs those commands of the notes that come to an end by themselves."""
     commands = [line.strip() for line in notes.splitlines() if line.strip().startswith("kubectl ")]
-    ending = [line for line in commands if not re.search(r"--watch|--follow|port-forward", line)]
+    ending = [line for line in commands if not re.search(r"--watch|--follow|port-forward| exec ", line)]
     assert len(ending) >= 4
     for line in ending:
         assert world.cluster.kubectl(*shlex.split(line)[1:])

@@ -98,17 +98,22 @@ def _ready(filer: int, url: str, bucket: str) -> bool:
 
 
 class Proxy:
-    """Stands between the program and a store: counts requests by method and path, and answers some itself.
+    """Stands between the program and a store: counts requests by method and path, and answers some itself, or badly.
 
     Args:
         target: URL of the store.
     """
 
+    #: Bad answers: the connection ends before one, in the middle of one, after the store has done what was asked; or none comes.
+    RESET, CUT, LOST, SILENT = "reset", "cut", "lost", "silent"
+
     def __init__(self, target: str) -> None:
         host, _, port = target.removeprefix("http://").partition(":")
         self.requests: list[tuple[str, str]] = []
-        self.answer: Callable[[str, str], int | None] = lambda method, path: None
-        """Status to answer with instead of asking the store, None to ask it."""
+        self.answer: Callable[[str, str], int | str | None] = lambda method, path: None
+        """Status to answer with instead of asking the store, a bad answer, or None to ask it."""
+        self.silent_s = 3.0
+        """How long a silent connection stays open."""
         self.ignore_put_if_absent = False
         """Say yes to every conditional put, as stores do that do not know the condition."""
         outer = self
@@ -123,7 +128,12 @@ class Proxy:
                 path = self.path
                 outer.requests.append((self.command, path))
                 status = outer.answer(self.command, path)
-                if status is not None:
+                if status == outer.SILENT:
+                    time.sleep(outer.silent_s)
+                if status in (outer.SILENT, outer.RESET):
+                    self._break_off()
+                    return
+                if isinstance(status, int):
                     self._reply(status, [], b"<Error><Code>Injected</Code></Error>")
                     return
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
@@ -137,12 +147,27 @@ class Proxy:
                     return
                 finally:
                     connection.close()
+                if status == outer.LOST:
+                    self._break_off()
+                    return
+                if status == outer.CUT:
+                    self._reply(response.status, response.getheaders(), data, cut=True)
+                    self._break_off()
+                    return
                 if outer.ignore_put_if_absent and response.status == 412:
                     self._reply(200, [("ETag", '"1"')], b"")
                     return
                 self._reply(response.status, response.getheaders(), data)
 
-            def _reply(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+            def _break_off(self) -> None:
+                """Ends the connection with a reset, as a machine does that goes away."""
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.wfile.flush()
+                    self.connection.shutdown(socket.SHUT_WR)
+
+            def _reply(self, status: int, headers: list[tuple[str, str]], data: bytes, cut: bool = False) -> None:
                 self.send_response_only(status)
                 length = str(len(data))
                 for key, value in headers:
@@ -153,7 +178,7 @@ class Proxy:
                 self.send_header("Content-Length", length)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(data)
+                    self.wfile.write(data[: len(data) // 2] if cut else data)
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815
 

@@ -30,6 +30,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "uris": [],
             "manifest": None,
             "uri_column": "uri",
+            "allowed_prefixes": None,
             "bytes_column": None,
             "passthrough_columns": [],
             "extensions": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
@@ -312,3 +313,10 @@ def test_schema_accepts_what_the_model_accepts(data: dict[str, Any]) -> None:
 def test_schema_refuses_what_the_model_refuses(data: dict[str, Any]) -> None:
     refused(data)
     assert not SCHEMA.is_valid(data)
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match=r"storage\.endpoint_url: the URL has credentials in it") as caught:
+        parse_config({"storage": {"endpoint_url": "https://key:hunter2@minio.example:9000"}})
+    assert "hunter2" not in str(caught.value)
+    assert parse_config({"storage": {"endpoint_url": "https://minio.example/a@b"}}).storage.endpoint_url

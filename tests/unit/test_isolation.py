@@ -12,7 +12,7 @@ import pytest
 
 from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.decoding import pixels_of
-from batch_inference.errors import RowFailure
+from batch_inference.errors import RowFailure, SystemFault
 from batch_inference.isolation import Helper
 from batch_inference.preparation import Preparation
 from batch_inference.transform import Transform
@@ -65,6 +65,15 @@ def test_an_image_larger_than_the_memory_is_one_row(helper: Helper) -> None:
         helper.pixels(large)
     assert caught.value.error.error_type == "DECODE_MEMORY"
     assert helper.pixels(GOOD).shape == (224, 224, 3)
+
+
+def test_a_helper_that_does_not_start_is_no_image_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the attempt, which is worth a retry; else every image of the shard would be a failed row for good."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (tmp_path / "0.jpg").write_bytes(GOOD)
+    with pytest.raises(SystemFault, match="ended by itself, with code 1") as caught:
+        list(Preparation(StorageConfig(), CONFIG, Transform()).rows(0, [f"file://{tmp_path}/0.jpg"], careful=True))
+    assert "resumes" in caught.value.remedy
 
 
 def test_no_process_stays(helper: Helper) -> None:

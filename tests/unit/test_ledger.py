@@ -270,7 +270,7 @@ def test_a_writer_refuses_what_is_not_every_row_once(tmp_path: Path) -> None:
         part = {"shard": pa.array([0] * count, pa.int32()), "row": pa.array(rows, pa.int32()), "value": [1] * count}
         if rows:
             writer.add(0, pa.table(part))
-        with pytest.raises(CountsDoNotClose, match="shard-00000 has 5 inputs, but"):
+        with pytest.raises(CountsDoNotClose, match="shard-00000 has 5 inputs to do, but"):
             writer.close(0, errors)
     assert list(ledger.store.objects("predictions")) == []
 

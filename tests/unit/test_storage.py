@@ -458,3 +458,10 @@ def test_many_threads_write_into_a_local_folder_at_once(tmp_path: Path) -> None:
             pass
     assert len(list((tmp_path / "data").iterdir())) == 2000
     assert not (tmp_path / "_staging").exists()
+
+
+def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match="credentials before its bucket photos") as caught:
+        canonical_uri("s3://key:hunter2@photos/1.jpg")
+    assert "hunter2" not in str(caught.value)
+    assert canonical_uri("az://container@account.example/1.jpg")

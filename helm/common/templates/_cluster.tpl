@@ -1,3 +1,9 @@
+{{- /* Whether Ray asks for a token: where nothing is said, wherever both can. The operator gives it to pods and submitters. */}}
+{{- define "common.authEnabled" -}}
+{{- $able := and (semverCompare ">=2.52.0-0" .Values.rayVersion) (semverCompare ">=1.6.0-0" .Values.kuberayVersion) -}}
+{{- if ternary $able .Values.auth.enabled (kindIs "invalid" .Values.auth.enabled) }}true{{ end -}}
+{{- end }}
+
 {{- /*
 The specification of a Ray cluster: a head that runs no tasks, the workers that hold the actors, and CPU workers if wanted.
 What the CRD would fill in within lists is spelled out, so that GitOps sees no difference where there is none.
@@ -12,13 +18,13 @@ enableInTreeAutoscaling: {{ $scaling.enabled }}
 autoscalerOptions:
   {{- include "common.autoscaler" . | nindent 2 }}
 {{- end }}
-{{- with .root.Values.auth }}{{ if .enabled }}
+{{- if include "common.authEnabled" .root }}
 authOptions:
   mode: token
-  {{- with .secretName }}
+  {{- with .root.Values.auth.secretName }}
   secretName: {{ . | quote }}
   {{- end }}
-{{- end }}{{ end }}
+{{- end }}
 headGroupSpec:
   {{- include "common.head" (merge (dict "role" "head" "size" $capacity.head) .) | nindent 2 }}
 workerGroupSpecs:

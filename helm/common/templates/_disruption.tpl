@@ -1,0 +1,21 @@
+{{- /*
+Keeps the head's pod where it is while nodes are drained: the attempt ends with it, whereas workers are replaced.
+minAvailable and not maxUnavailable: Kubernetes does not know how many pods a RayCluster wants.
+*/}}
+{{- define "common.disruptionBudget" -}}
+{{- if .Values.podDisruptionBudget.enabled }}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "common.name" . | quote }}
+  namespace: {{ .Release.Namespace | quote }}
+  labels:
+    {{- include "common.labels" . | nindent 4 }}
+spec:
+  minAvailable: 1
+  selector:
+    matchLabels:
+      {{- include "common.selectorLabels" . | nindent 6 }}
+      app.kubernetes.io/component: head
+{{- end }}
+{{- end }}

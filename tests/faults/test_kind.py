@@ -1,0 +1,198 @@
+"""At least three injections of each kind into jobs on a real cluster; `make test-faults` writes the table."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.charts.render import merged
+from tests.e2e.cluster.process import CommandError
+from tests.e2e.runs import Kubernetes, Releases, Run
+from tests.e2e.test_rayjob import BROKEN, PHOTOS, SLOW, verified
+from tests.e2e.world import NAMESPACE, World, until
+from tests.faults.report import Outcome
+
+Record = Callable[[Outcome], None]
+TIMES = 3
+ROUNDS = 20
+# In the middle of shards, and with many of them.
+JOB = merged(SLOW, {"job": {"shard_size": 20, "inference": {"actors": 1}}})
+
+
+@pytest.fixture
+def many(world: World, slow_predictor: Path) -> int:
+    """A manifest that names the photos again and again; how many rows it has."""
+    names = [item.path for item in world.store("s3://images/photos/").objects()]
+    rows = [f"s3://images/photos/{name},{i}" for i in range(ROUNDS) for name in sorted(names)]
+    world.store("s3://images").put("many.csv", "\n".join(["uri,round", *rows]).encode())
+    return len(rows)
+
+
+def committed(world: World, release: str) -> int:
+    return len(list(world.store(f"s3://images/out/{release}").objects("_commits")))
+
+
+def goes_on(world: World, run: Run, release: str, before: int, seconds: float = 300) -> float:
+    """Waits until a shard more is committed than there was; returns how long it took."""
+    begun = time.monotonic()
+    until(f"{run.name} commits again", lambda: committed(world, release) > before, seconds)
+    return time.monotonic() - begun
+
+
+def ends_well(world: World, run: Run, release: str, rows: int) -> None:
+    run.succeeded()
+    verified(world, f"s3://images/out/{release}/", rows, rows // PHOTOS * BROKEN)
+
+
+def pod_of(run: Run, component: str) -> str:
+    def running() -> str | None:
+        for pod in run.pods:
+            there = (
+                pod.metadata.labels["app.kubernetes.io/component"] == component and not pod.metadata.deletion_timestamp
+            )
+            if (
+                there
+                and all(s.ready for s in pod.status.container_statuses or [None] if s is not None)
+                and pod.status.phase == "Running"
+            ):
+                return str(pod.metadata.name)
+        return None
+
+    return until(f"a {component} pod of {run.name}", running, 300)
+
+
+def kill_in_node(world: World, words: str, number: str = "KILL") -> None:
+    world.cluster.in_node("pkill", f"-{number}", "--full", words)
+
+
+@pytest.mark.parametrize("component", ["workers", "submitter", "operator", "drain", "store"])
+def test_the_attempt_goes_on(
+    component: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
+) -> None:
+    """What is not the head or the driver may go at any time."""
+    release = f"fault-{component}"
+    run = releases.rayjob(release, JOB)
+    run.until_running()
+    longest = goes_on(world, run, release, 0)
+    longest = 0.0
+    for _ in range(TIMES):
+        before = committed(world, release)
+        with FAULTS[component](world, kubernetes, run):
+            pass
+        longest = max(longest, goes_on(world, run, release, before))
+        assert run.status["jobStatus"] in ("RUNNING", "SUCCEEDED")
+    ends_well(world, run, release, many)
+    assert run.status.get("failed", 0) == 0
+    record(Outcome(NAMES[component], "the same attempt goes on", TIMES, TIMES, 0, 0, longest))
+
+
+@contextlib.contextmanager
+def _worker(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
+    kubernetes.core.delete_namespaced_pod(pod_of(run, "workers"), NAMESPACE, grace_period_seconds=0)
+    yield
+
+
+@contextlib.contextmanager
+def _submitter(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
+    last = until("a submitter", lambda: [p for p in run.submitters if p.status.phase == "Running"], 120)[-1]
+    kubernetes.core.delete_namespaced_pod(last.metadata.name, NAMESPACE, grace_period_seconds=0)
+    yield
+    until("another submitter", lambda: run.submitters and run.submitters[-1].metadata.name != last.metadata.name, 180)
+
+
+@contextlib.contextmanager
+def _operator(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
+    found = world.cluster.kubectl(
+        "get", "deployments", "--all-namespaces", "--selector", "app.kubernetes.io/component=kuberay-operator",
+        "--output=jsonpath={.items[0].metadata.namespace} {.items[0].metadata.name}",
+    )  # fmt: skip
+    namespace, name = found.split()
+    world.cluster.kubectl("rollout", "restart", f"deployment/{name}", f"--namespace={namespace}")
+    world.cluster.kubectl(
+        "rollout", "status", f"deployment/{name}", f"--namespace={namespace}", "--timeout=180s", timeout=200
+    )
+    yield
+
+
+@contextlib.contextmanager
+def _drain(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
+    """Of the run's pods: the worker goes, the head stays."""
+    node = kubernetes.core.read_namespaced_pod(pod_of(run, "workers"), NAMESPACE).spec.node_name
+    head = pod_of(run, "head")
+    options = ("--ignore-daemonsets", "--delete-emptydir-data", "--force")
+
+    def drain(component: str, seconds: int) -> None:
+        selector = f"--pod-selector=app.kubernetes.io/component={component}"
+        world.cluster.kubectl("drain", node, *options, selector, f"--timeout={seconds}s", timeout=seconds + 60)
+
+    try:
+        drain("workers", 120)
+        with pytest.raises(CommandError, match="disruption budget"):
+            drain("head", 15)
+    finally:
+        world.cluster.kubectl("uncordon", node)
+    assert pod_of(run, "head") == head
+    yield
+
+
+@contextlib.contextmanager
+def _store(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
+    kill_in_node(world, "weed server", "STOP")
+    try:
+        time.sleep(30)
+    finally:
+        kill_in_node(world, "weed server", "CONT")
+    yield
+
+
+FAULTS: dict[str, Any] = {
+    "workers": _worker, "submitter": _submitter, "operator": _operator, "drain": _drain, "store": _store
+}  # fmt: skip
+NAMES = {
+    "workers": "worker pod killed", "submitter": "submitter killed", "operator": "operator restarted",
+    "drain": "node drained", "store": "store stopped for 30 s",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("victim", ["driver", "head"])
+@pytest.mark.timeout(2400)
+def test_the_next_attempt_resumes(
+    victim: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
+) -> None:
+    """With the head goes the attempt; KubeRay makes another cluster, which does what is left."""
+    release = f"fault-{victim}"
+    run = releases.rayjob(release, merged(JOB, {"run": {"backoffLimit": TIMES}}))
+    longest = 0.0
+    for time_ in range(TIMES):
+        run.until_running()
+        before = committed(world, release)
+        goes_on(world, run, release, before, 400)
+        cluster, before = run.status["rayClusterName"], committed(world, release)
+        begun = time.monotonic()
+        if victim == "driver":
+            kill_in_node(world, "batch-inference run --config")
+        else:
+            kubernetes.core.delete_namespaced_pod(pod_of(run, "head"), NAMESPACE, grace_period_seconds=0)
+        until("another cluster", lambda old=cluster: run.status.get("rayClusterName") not in (None, "", old), 600)
+        goes_on(world, run, release, before, 400)
+        longest = max(longest, time.monotonic() - begun)
+        print(f"{victim} killed, time {time_ + 1}: a shard more after {time.monotonic() - begun:.0f} s")
+    ends_well(world, run, release, many)
+    record(Outcome(f"{victim} killed", "another attempt resumes by itself", TIMES, TIMES, 0, 0, longest))
+
+
+def test_gpus_that_nobody_has_end_the_job_with_the_reason(releases: Releases, record: Record) -> None:
+    longest = 0.0
+    for number in range(TIMES):
+        begun = time.monotonic()
+        values = {"job": {"inference": {"actors": 8}}, "run": {"preRunningDeadlineSeconds": 20}}
+        run = releases.rayjob(f"fault-gpus-{number}", values)
+        status = run.until_ended()
+        assert (status["jobDeploymentStatus"], status["reason"]) == ("Failed", "PreRunningDeadlineExceeded")
+        longest = max(longest, time.monotonic() - begun)
+    record(Outcome("GPU pods never scheduled", "the job ends with the reason in time", TIMES, TIMES, 0, 0, longest))

@@ -1,0 +1,45 @@
+"""Text of strangers on a terminal."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_inference import logs
+from batch_inference.terminal import plain
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("photos/ünïcode 猫.jpg", "photos/ünïcode 猫.jpg"),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("\x1b[2J\x1b[31mred", r"\x1b[2J\x1b[31mred"),
+        ("over\rwritten", r"over\rwritten"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("gpj.\u202egnp", r"gpj.\u202egnp"),
+        ("\x9b31m", r"\x9b31m"),
+        ("half \ud800", r"half \ud800"),
+    ],
+)
+def test_what_controls_a_terminal_becomes_visible(text: str, shown: str) -> None:
+    assert plain(text) == shown
+
+
+@given(st.text())
+def test_nothing_gets_through_and_nothing_else_changes(text: str) -> None:
+    shown = plain(text)
+    assert all(char in "\n\t" or char.isprintable() or char.isspace() or ord(char) > 0xA0 for char in shown)
+    assert "\x1b" not in shown and "\r" not in shown and "\u202e" not in shown
+    assert plain(shown) == shown
+
+
+def test_log_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    import structlog
+
+    logs.configure("text")
+    structlog.get_logger().info("reading \x1b[2Ja.jpg", uri="s3://b/\x1b[31m.jpg")
+    shown = capsys.readouterr().err
+    assert r"\x1b[2Ja.jpg" in shown
+    assert "\x1b" not in shown
