@@ -258,7 +258,7 @@ CASES = [
     Case(17, "Redis' user by parameter", {"head": {"rayStartParams": {"redis-username": "x"}}}, "sets redis-username",
          put(f"{HEAD}.rayStartParams.redis-username", "x"), "cannot set redis username"),
     Case(17, "fault tolerance options", {"gcsFaultToleranceOptions": {}}, UNKNOWN),
-    Case(18, "the operator's network policy", {"networkPolicy": {}}, UNKNOWN, put(f"{CLUSTER}.networkPolicy", {}), "unknown field"),
+    Case(18, "the operator's network policy", {"networkPolicy": {"mode": "DenyAll"}}, UNKNOWN, put(f"{CLUSTER}.networkPolicy", {}), "unknown field"),
     Case(18, "TLS by the operator", {"tlsOptions": {"enabled": True}}, UNKNOWN, put(f"{CLUSTER}.tlsOptions", {}), "unknown field"),
     Case(18, "history server", {"historyServerOptions": {}}, UNKNOWN, put(f"{CLUSTER}.historyServerOptions", {}), "unknown field"),
     Case(19, "name of the ServiceAccount too long", {"serviceAccount": {"name": "a" * 51}}, "maxLength"),

@@ -353,7 +353,8 @@ def test_helm_test_of_a_cluster_has_its_token() -> None:
     assert own["RAY_AUTH_TOKEN"] == {"secretKeyRef": key}
     given = environment(hook("raycluster", {"auth": {"enabled": True, "secretName": "mine"}})["spec"])
     assert given["RAY_AUTH_TOKEN"] == {"secretKeyRef": {**key, "name": "mine"}}
-    assert "RAY_AUTH_TOKEN" not in environment(hook("raycluster")["spec"])
+    assert environment(hook("raycluster")["spec"])["RAY_AUTH_TOKEN"] == {"secretKeyRef": key}
+    assert "RAY_AUTH_TOKEN" not in environment(hook("raycluster", {"auth": {"enabled": False}})["spec"])
 
 
 @pytest.mark.parametrize(
