@@ -17,10 +17,10 @@ from tests.e2e.conftest import (
     world,
 )
 from tests.faults import report
-from tests.job.conftest import cluster, photos, program, proxy, s3
+from tests.job.conftest import cluster, program, proxy, s3
 
 __all__ = [
-    "all_releases", "cluster", "kubernetes", "photos", "program", "proxy", "pytest_collection_modifyitems",
+    "all_releases", "cluster", "kubernetes", "program", "proxy", "pytest_collection_modifyitems",
     "pytest_runtest_makereport", "releases", "s3", "slow_predictor", "world",
 ]  # fmt: skip
 

@@ -108,9 +108,9 @@ STORE_FAULTS = [
     ("input: no answer within the time limit", Proxy.SILENT, "GET", "/in/", 20, 5),
     ("manifest shard: 503", 503, "GET", "/_manifest/", 20, 1),
     ("data file: 500", 500, "PUT", "/predictions/", 20, 2),
-    ("data file: written, answer lost", Proxy.LOST, "PUT", "/predictions/", 20, 1),
+    ("data file: written, answer lost", Proxy.LOST, "PUT", "/predictions/", 20, 2),
     ("commit: 503", 503, "PUT", "/_commits/", 20, 2),
-    ("commit: made, answer lost", Proxy.LOST, "PUT", "/_commits/", 20, 1),
+    ("commit: made, answer lost", Proxy.LOST, "PUT", "/_commits/", 20, 2),
     ("commit: connection reset", Proxy.RESET, "PUT", "/_commits/", 20, 2),
 ]
 
