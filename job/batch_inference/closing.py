@@ -44,7 +44,7 @@ class Writers:
         # Beside the driver: an attempt that loses a writer ends, and of the nodes that may go at any time the driver's is none.
         beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         count = -(-config.inference.actors // _ACTORS_PER_WRITER)
-        remote = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside)(ShardWriter)
+        remote = ray.remote(num_cpus=0, max_restarts=0)(ShardWriter).options(scheduling_strategy=beside)
         return cls(None, [remote.remote(store, attempt, config.output.compression) for _ in range(count)])
 
     def keep(self, table: pa.Table) -> None:
