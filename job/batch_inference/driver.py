@@ -251,7 +251,7 @@ class Attempt:
         check_columns(self.config, found.table.column_names)
         rows = found.table.num_rows
         job = Job(
-            config=self.config.model_dump(mode="json"),
+            config=_kept(self.config),
             fingerprint="",
             identity=job_identity(self.config, engine, found.manifest_sha256),
             shards=-(-rows // self.config.shard_size),
@@ -481,6 +481,15 @@ class Attempt:
             # A report that can't be written is no reason to stop; a commit that can't be is.
             with contextlib.suppress(BatchInferenceError):
                 store.put("_report/progress.json", json.dumps(self.snapshot.to_dict(), indent=1).encode())
+
+
+def _kept(config: JobConfig) -> dict[str, Any]:
+    """A configuration as the output keeps it: inputs by their canonical URIs, so that it means the same from any folder."""
+    section = config.input
+    uris = tuple(canonical_uri(uri) for uri in section.uris)
+    manifest = canonical_uri(section.manifest) if section.manifest else None
+    section = section.model_copy(update={"uris": uris, "manifest": manifest})
+    return config.model_copy(update={"input": section}).model_dump(mode="json")
 
 
 @contextlib.contextmanager
