@@ -31,7 +31,8 @@ RAY_READY_S = 90
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, below the range that the kernel gives to outgoing connections."""
     ports: list[int] = []
-    candidate = 20000 + os.getpid() % 8000
+    # Far from those of a process beside this one, whose number is the next.
+    candidate = 20000 + os.getpid() * 101 % 8000
     while len(ports) < count:
         candidate += 1
         with socket.socket() as probe:
