@@ -276,13 +276,12 @@ class Attempt:
     def _resume(self, job: Job, commits: list[Commit], again: dict[int, Again]) -> None:
         snapshot = self.snapshot
         snapshot.rows_total, snapshot.shards_total = job.rows, job.shards
-        snapshot.shards_done = snapshot.shards_resumed = len(commits)
+        snapshot.shards_done = snapshot.shards_resumed = len(commits) - len(again)
         for commit in commits:
             snapshot.tally.rows += commit.rows
             snapshot.tally.add_errors(commit.errors_by)
         for one in again.values():
             snapshot.tally.remove(one.errors_by)
-        snapshot.shards_done = snapshot.shards_resumed = len(commits) - len(again)
         if again and self._retry is not None:
             rows = sum(len(one.rows) for one in again.values())
             log.info(f"retry {self._retry.generation}: {rows:,} failed rows again, {describe(self._retry)}")

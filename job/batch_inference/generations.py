@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_inference import manifest
-from batch_inference.collection import count_errors, describe_errors
+from batch_inference.collection import Tally, count_errors, describe_errors
 from batch_inference.errors import STAGES, CountsDoNotClose, UserError
 from batch_inference.ledger import Commit, Ledger, Retry, now
 from batch_inference.storage import Store, display
@@ -85,7 +85,7 @@ def begin(
     rows = sum(len(again.rows) for again in select(ledger, retry, commits).values())
     if not rows:
         return last if unfinished else None
-    retry = Retry(number, wanted, types, retryable, rows, attempt, retry.created_at)
+    retry = replace(retry, rows=rows)
     if not ledger.begin_retry(retry):
         raise UserError(
             f"another retry of {display(ledger.store.uri)} has begun at the same moment", "Wait until it has ended."
@@ -163,10 +163,7 @@ def _errors(store: Store, commit: Commit) -> pa.Table:
 
 def nothing_meant(ledger: Ledger) -> str:
     """What failed in a job, for whoever asked for something else."""
-    by: dict[str, dict[str, int]] = {}
+    tally = Tally()
     for commit in ledger.commits():
-        for stage, kinds in commit.errors_by.items():
-            for kind, count in kinds.items():
-                mine = by.setdefault(stage, {})
-                mine[kind] = mine.get(kind, 0) + count
-    return ", ".join(describe_errors(by)) or "none"
+        tally.add_errors(commit.errors_by)
+    return ", ".join(describe_errors(tally.errors_by)) or "none"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from batch_inference.collection import Tally
 from batch_inference.config import StorageConfig
 from batch_inference.ledger import Commit, Ledger
 from batch_inference.storage import Store
@@ -73,13 +74,10 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
     done = ledger.success() is not None
     rows = sum(c.rows for c in commits)
     attempts: dict[str, int] = {}
-    errors_by: dict[str, dict[str, int]] = {}
+    tally = Tally()
     for commit in commits:
         attempts[commit.attempt] = attempts.get(commit.attempt, 0) + 1
-        for stage, kinds in commit.errors_by.items():
-            for kind, count in kinds.items():
-                errors_by.setdefault(stage, {})
-                errors_by[stage][kind] = errors_by[stage].get(kind, 0) + count
+        tally.add_errors(commit.errors_by)
     rate, age = _rate(commits)
     return Status(
         state="succeeded" if done else "failed" if failed else "unfinished" if commits else "planned",
@@ -87,7 +85,7 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
         rows=job.rows,
         predictions=sum(c.predictions for c in commits),
         errors=sum(c.errors for c in commits),
-        errors_by=errors_by,
+        errors_by=tally.errors_by,
         shards=job.shards,
         shards_done=len(commits),
         attempts=attempts,
