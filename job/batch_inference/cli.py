@@ -153,7 +153,7 @@ def run_job(
         display.update(snapshot)
 
     try:
-        with Display(quiet=quiet) as display:
+        with Display(quiet=quiet) as display, logs.stdout_as_lines():
             result = driver.run(
                 config,
                 address=address,
@@ -250,9 +250,9 @@ def preflight(
     from batch_inference.preflight import preflight as try_job
 
     logs.configure("text", quiet=True)
-    found = try_job(
-        _config(inputs, output, manifest, model, weights, config, settings), address=address, samples=samples
-    )
+    checked = _config(inputs, output, manifest, model, weights, config, settings)
+    with logs.stdout_as_lines():
+        found = try_job(checked, address=address, samples=samples)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import structlog
@@ -47,3 +50,27 @@ def configure(style: str, *, quiet: bool = False) -> None:
         logger_factory=lambda *args: _Stderr(),
         cache_logger_on_first_use=False,
     )
+
+
+@contextlib.contextmanager
+def stdout_as_lines() -> Iterator[None]:
+    """Makes log lines of what is written to stdout meanwhile.
+
+    Ray prints there what its nodes report (a task that is tried again, a worker killed for want of memory), whatever
+    ``log_to_driver`` says; it would stand among the lines of the verdict, or within a JSON answer.
+    """
+    with contextlib.redirect_stdout(_Lines()):
+        yield
+
+
+class _Lines(io.TextIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        from rich.text import Text
+
+        for line in Text.from_ansi(text).plain.splitlines():
+            if line.strip():
+                structlog.get_logger().info("from Ray", text=line.strip())
+        return len(text)

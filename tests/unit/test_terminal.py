@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_inference import logs
+from batch_inference import cli, driver, logs
+from batch_inference.config import parse_config
+from batch_inference.errors import ThresholdExceeded
 from batch_inference.terminal import plain
 
 
@@ -43,3 +47,20 @@ def test_log_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().err
     assert r"\x1b[2Ja.jpg" in shown
     assert "\x1b" not in shown
+
+
+def test_what_ray_prints_is_no_line_of_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private.worker import print_to_stdstream
+
+    def fail(*args: object, **kwargs: object) -> None:
+        print_to_stdstream({"lines": ["Task f() failed."], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        raise ThresholdExceeded("too many errors", "Look at them.")
+
+    monkeypatch.setattr(driver, "run", fail)
+    logs.configure("json")
+    assert cli.run_job(parse_config({"output": {"uri": "out"}}), None, None) == 3
+    out, err = capsys.readouterr()
+    assert out.startswith("FAILED (exit 3): too many errors\n") and "Task" not in out
+    assert json.loads(err)["text"] == "(raylet) Task f() failed."
