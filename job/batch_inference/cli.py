@@ -363,8 +363,11 @@ def retry(
     """
     from uuid import uuid4
 
+    from batch_inference.cluster import is_client_address
     from batch_inference.generations import begin, describe, nothing_meant
+    from batch_inference.identity import check_same_job
     from batch_inference.ledger import Ledger
+    from batch_inference.startup import EngineAhead
     from batch_inference.storage import Store
 
     logs.configure(log_format, quiet=quiet)
@@ -377,6 +380,10 @@ def retry(
     if everything and (stages or types):
         raise UserError("--all is given beside --stage or --error-type", "Keep one of them.")
     marked = not (everything or stages or types)
+    if not is_client_address(address):  # there the model is where the driver runs
+        # Before the output says that rows are to be done again, which then only a run that works puts right.
+        with EngineAhead(config) as ahead:
+            check_same_job(config, ahead.result(), ledger.require_job(), ledger.store)
     begun = begin(ledger, stages=stages, error_types=types, retryable=marked, attempt=uuid4().hex[:8])
     if begun is None:
         failed = nothing_meant(ledger)

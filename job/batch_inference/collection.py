@@ -13,6 +13,8 @@ from batch_inference import manifest
 from batch_inference.config import ErrorsConfig
 from batch_inference.errors import (
     NOT_TRIED,
+    PREDICTOR_ERROR_TYPES,
+    STORE_ERROR_TYPES,
     SYSTEMIC_ERROR_TYPES,
     BatchInferenceError,
     CountsDoNotClose,
@@ -123,13 +125,15 @@ class OpenShard:
         seen: Which rows are there, bool; those that are not to be done are so from the start.
         errors: Tables of failed rows.
         to_do: Number of rows to be done.
-        systemic: How many of them failed for a systemic reason.
+        failed: How many of them failed.
+        systemic: How many of those for a systemic reason.
         untried: Whether no attempt was made for some.
     """
 
     seen: np.ndarray
     errors: list[pa.Table] = field(default_factory=list)
     to_do: int = 0
+    failed: int = 0
     systemic: int = 0
     untried: bool = False
 
@@ -146,8 +150,11 @@ class OpenShard:
 class Collector:
     """Takes result rows in any order and tells which shards they complete.
 
-    Shards of which every row failed for a systemic reason are held back until any other row shows that the system is
-    well; where none does, the job stops with that one reason instead of writing it once for each image.
+    Shards without a prediction, in which a row failed for a systemic reason, are held back until other rows show that the
+    store answers and the predictor works; where none does, the job stops with that one reason instead of writing it once
+    for each image. An image that cannot be decoded shows that the store answers, and says nothing of the predictor.
+
+    Of failed rows that run again, nothing is held back: there is an error in their place already.
 
     Args:
         rows: Number of inputs of each shard that is to be done.
@@ -164,9 +171,10 @@ class Collector:
         self._open: dict[int, OpenShard] = {}
         self._held: dict[int, OpenShard] = {}
         self._given_up: list[int] = []
-        self._recent: deque[int] = deque(maxlen=self.WINDOW)
-        self._well = False
-        self._last_systemic: tuple[str, str, str] | None = None
+        # Whether each of the last rows failed of the store, and of those that came to the predictor whether of that.
+        self._store: deque[bool] = deque(maxlen=self.WINDOW)
+        self._predictor: deque[bool] = deque(maxlen=self.WINDOW)
+        self._last: dict[str, tuple[str, str, str]] = {}
         self.tally = tally
 
     def add(self, table: pa.Table) -> list[tuple[int, OpenShard]]:
@@ -186,7 +194,7 @@ class Collector:
         for shard, mine in by_shard(table):
             done += self._add_shard(shard, mine)
         self._judge(table)
-        if self._well and self._held:
+        if self._held and self._well:
             done += self._held.items()
             self._held = {}
         return done
@@ -242,6 +250,7 @@ class Collector:
             kinds = bad["error_type"].to_pylist()
             part.errors.append(bad)
             part.untried |= NOT_TRIED in kinds
+            part.failed += len(kinds)
             part.systemic += sum(kind in SYSTEMIC_ERROR_TYPES for kind in kinds)
         if not part.complete:
             return []
@@ -249,30 +258,48 @@ class Collector:
         if part.untried:
             self._given_up.append(shard)
             return []
-        if part.systemic == part.to_do:
+        if part.systemic and part.failed == part.to_do and shard not in self._chosen:
             self._held[shard] = part
             return []
         return [(shard, part)]
 
     def _judge(self, table: pa.Table) -> None:
         if table["error_type"].null_count == table.num_rows:
-            self._recent.extend([False] * min(table.num_rows, self.WINDOW))
-            self._well = self._well or table.num_rows > 0
+            good = [False] * min(table.num_rows, self.WINDOW)
+            self._store.extend(good)
+            self._predictor.extend(good)
             return
-        kinds = table["error_type"].to_pylist()
-        self._recent.extend(kind in SYSTEMIC_ERROR_TYPES for kind in kinds)
-        self._well = len(self._recent) > 0 and not all(self._recent)
+        kinds, stages = table["error_type"].to_pylist(), table["stage"].to_pylist()
+        self._store.extend(kind in STORE_ERROR_TYPES for kind in kinds)
+        self._predictor.extend(
+            kind in PREDICTOR_ERROR_TYPES
+            for kind, stage in zip(kinds, stages, strict=True)
+            if kind is None or stage in ("infer", "postprocess")
+        )
         for place, kind in enumerate(kinds):
             if kind in SYSTEMIC_ERROR_TYPES and kind != NOT_TRIED:
-                self._last_systemic = (table["stage"][place].as_py(), kind, table["message"][place].as_py())
-        if len(self._recent) == self.WINDOW and all(self._recent):
+                whose = "store" if kind in STORE_ERROR_TYPES else "predictor"
+                self._last[whose] = (stages[place], kind, table["message"][place].as_py())
+        if self._hopeless:
             raise self._stop()
 
+    @property
+    def _well(self) -> bool:
+        """Whether the store answers and the predictor works, as far as the last rows tell."""
+        return not (all(self._store) or (self._predictor and all(self._predictor)))
+
+    @property
+    def _hopeless(self) -> bool:
+        return any(len(last) == self.WINDOW and all(last) for last in (self._store, self._predictor))
+
     def _stop(self) -> BatchInferenceError:
-        stage, kind, message = self._last_systemic or ("fetch", "STORE_UNREACHABLE", "")
+        whose = "predictor" if self._predictor and all(self._predictor) else "store"
+        stage, kind, message = self._last.get(whose) or ("fetch", "STORE_UNREACHABLE", "")
         where = f"every row of {manifest.shard_name(self._given_up[0])}" if self._given_up else "everything"
-        if len(self._recent) == self.WINDOW and all(self._recent):
+        if self._hopeless:
             where = f"every one of the last {self.WINDOW} rows"
+        elif whose == "predictor":
+            where = "every image that could be read"
         fact = f"{where} failed at {stage} with {kind}: {message}"
         if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
             return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")

@@ -92,19 +92,12 @@ class RowFailure(Exception):  # noqa: N818
         self.error = RowError(stage, error_type, line[:500], retryable)
 
 
-# Error types that say more about the system than about the image. A shard in which nothing but these happened is not
-# committed: the job stops with one sentence instead of writing them once for each image.
 # A row that no attempt was made for, after too many others of its shard had failed for one of the reasons below.
 NOT_TRIED = "NOT_TRIED"
-SYSTEMIC_ERROR_TYPES = frozenset(
-    {
-        NOT_TRIED,
-        "ACCESS_DENIED",
-        "UNAUTHENTICATED",
-        "STORE_UNREACHABLE",
-        "TIMEOUT",
-        "THROTTLED",
-        "PREDICTOR_ERROR",
-        "OUTPUT_MISMATCH",
-    }
+# Error types that say more about the system than about the image. A shard in which nothing but these happened is not
+# committed: the job stops with one sentence instead of writing them once for each image.
+STORE_ERROR_TYPES = frozenset(
+    {NOT_TRIED, "ACCESS_DENIED", "UNAUTHENTICATED", "STORE_UNREACHABLE", "TIMEOUT", "THROTTLED"}
 )
+PREDICTOR_ERROR_TYPES = frozenset({"PREDICTOR_ERROR", "OUTPUT_MISMATCH"})
+SYSTEMIC_ERROR_TYPES = STORE_ERROR_TYPES | PREDICTOR_ERROR_TYPES

@@ -35,6 +35,10 @@ def test_rows_that_failed_are_done_again_from_whatever_folder(
     done = program(*again, "--stage", "decode", env=path, cwd=tmp_path)
     assert done.returncode == 0
     assert f"nothing to retry: no failed row is meant; failed rows: fetch NOT_FOUND {len(late)}" in done.stdout
+    # A predictor that cannot be found leaves the output finished.
+    done = program(*again, "--stage", "fetch", env={"PYTHONPATH": ""}, cwd=tmp_path)
+    assert done.returncode == 2 and "predictors" in done.stderr
+    assert (output / "_SUCCESS").exists() and not (output / "_retries").exists()
     late[0].write_bytes(content[late[0]])
     done = program(*again, "--stage", "fetch", "--json", env=path, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

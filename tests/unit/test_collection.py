@@ -224,6 +224,34 @@ def test_without_a_witness_the_job_stops_in_the_end_and_commits_nothing() -> Non
         collector.finish()
 
 
+PREDICTOR = ("infer", "PREDICTOR_ERROR")
+
+
+def test_images_that_cannot_be_decoded_do_not_vouch_for_the_predictor() -> None:
+    rows: list[Row] = [(0, r, TORN if r % 4 else PREDICTOR) for r in range(40)]
+    collector = Collector({0: 40, 1: 5}, Tally())
+    assert collect(collector, rows) == []
+    with pytest.raises(UserError, match="every image that could be read failed at infer with PREDICTOR_ERROR") as caught:
+        collector.finish()
+    assert "Mend the predictor" in caught.value.remedy
+    collector = Collector({0: 40, 1: 5}, Tally())
+    assert {s for s, _ in collect(collector, rows, whole(1, 5))} == {0, 1}
+
+
+def test_among_images_that_cannot_be_decoded_a_predictor_that_fails_stops_the_job() -> None:
+    collector = Collector({0: 4000}, Tally())
+    with pytest.raises(UserError, match=f"the last {Collector.WINDOW} rows failed at infer"):
+        for row in range(4000):
+            collect(collector, [(0, row, TORN if row % 4 else PREDICTOR)])
+    assert collector.tally.rows == 4 * Collector.WINDOW - 3
+
+
+def test_a_failed_row_that_fails_again_is_an_error_row_again() -> None:
+    collector = Collector({0: 1, 1: 1}, Tally(), {0: np.array([7]), 1: np.array([3])})
+    assert [s for s, _ in collect(collector, [(0, 7, PREDICTOR)], [(1, 3, DENIED)])] == [0, 1]
+    collector.finish()
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "remedy"),
     [
