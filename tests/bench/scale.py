@@ -71,10 +71,11 @@ def _engine() -> Any:
 
 def _result_table(rows: int) -> pa.Table:
     """Rows as the actors send them: the built-in classifier's columns with five classes each, one in a hundred failed."""
-    from batch_inference.inference import CLASSIFIER_SCHEMA, RESULT_SCHEMA, _classifier_table
+    from batch_inference.factories import CLASSIFIER_SCHEMA, _classifier_table
+    from batch_inference.inference import RESULT_SCHEMA
 
     rng = np.random.default_rng(0)
-    labels = tuple(f"label number {i}" for i in range(CLASSES))
+    labels = pa.array([f"label number {i}" for i in range(CLASSES)])
     top = rng.integers(0, CLASSES, (rows, 5)).astype(np.int32)
     scores = np.sort(rng.random((rows, 5), np.float32), axis=1)[:, ::-1].copy()
     predictions = _classifier_table(
@@ -188,7 +189,7 @@ def _collect(folder: Path, keep: Callable[[int, int], bool], block: int) -> tupl
 
     with mock.patch.object(driver, "results", fake):
         begun = time.perf_counter()
-        attempt._work(ledger, job, _engine(), pending)
+        attempt._work(ledger, job, _engine(), pending, {})
         seconds = time.perf_counter() - begun
     return sum(job.rows_of(s) for s in pending), seconds
 
@@ -219,7 +220,7 @@ def step_resume(folder: Path, rows: int) -> dict[str, Any]:
     job = ledger.require_job()
     ledger.complete_manifest(job)
     commits = ledger.commits()
-    Attempt(config, lambda s: None)._resume(job, commits)
+    Attempt(config, lambda s: None)._resume(job, commits, {})
     pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
     seconds = time.perf_counter() - begun
     _collect(folder, lambda s, n: s in set(pending), SHARD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,15 @@ def test_writing_the_plan_of_a_million_lines_stays_in_bounded_memory(tmp_path: P
     assert process.returncode == 0
     assert len(list((tmp_path / "out/_manifest").glob("shard-*.parquet"))) == LINES // 1000
     assert usage.ru_maxrss / 1024 < MAX_PLAN_MIB
+
+
+def test_the_measurement_of_the_driver_runs(tmp_path: Path) -> None:
+    """`make bench-scale`, small: every step, `verify` among them, on an output made without workers."""
+    command = [sys.executable, "-m", "tests.bench.scale", "--most", "10000", "--driver-rows", "2000"]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "out" / "scale.json").read_text())
+    assert [step["step"] for step in figures["steps"]][2:] == ["plan", "collect", "status", "resume", "finish", "verify"]
+    assert figures["steps"][-1]["rows"] == 10_000
