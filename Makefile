@@ -99,6 +99,10 @@ lock: $(UV) ## Bring the lock in line with pyproject.toml; LOCK_UPGRADE=--upgrad
 BENCH_CONSTRAINTS := $(VENV)/.bench-constraints.txt
 LOCK_OPTIONS := --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url --no-annotate --quiet $(LOCK_UPGRADE)
 
+.PHONY: audit
+audit: $(VENV)/.ready ## Look up the locked packages in PyPI's list of vulnerabilities; fails where one is known, or nothing is known of a package
+	$(UV) tool run --quiet --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,requirements.lock docker/tools.lock)
+
 .PHONY: clean
 clean: ## Remove what the targets have made in this folder
 	rm -rf $(VENV) demo-output build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -77,7 +77,7 @@ SCENES = (
     Scene("resnet18", SMALL, 1000, "resnet18", _ALL),
     # With the published batches of 32 and 100 there would be too few of them to take a rate from.
     Scene(
-        "mobilenet_v3_small, 12 MP", LARGE, 64, "mobilenet_v3_small",
+        "mobilenet_v3_small, 12 MP", LARGE, 200, "mobilenet_v3_small",
         ("article", "article-2", "ray-benchmark", "ours-float32", "bound-float32"), ("--batch-size", "8"),
     ),
 )  # fmt: skip

@@ -296,6 +296,8 @@ CASES = [
     Case(25, "volume of no Secret", {"pods": {"volumes": [{"name": "a", "secret": {}}]}}, "missing propert"),
     Case(25, "host's folder", {"pods": {"volumes": [{"name": "a", "hostPath": {"path": "/"}}]}}, UNKNOWN),
     Case(26, "deadlines the wrong way round", {"run": {"activeDeadlineSeconds": 60}}, "preRunningDeadlineSeconds is 1800"),
+    Case(26, "more time to wait than to end", {"run": {"activeDeadlineSeconds": 1801}, "autoscaling": {"enabled": True, "waitSeconds": 1801}},
+         "autoscaling.waitSeconds is 1801"),
     Case(27, "job that deletes itself", deletion(rule("DeleteSelf", jobStatus="FAILED")), "value must be one of"),
     Case(0, "no input", {"job": {"input": {"uris": []}}}, "job.input.uris is empty"),
     Case(0, "two inputs", {"job": {"input": {"manifest": "s3://m.csv"}}}, "are both given"),

@@ -121,5 +121,12 @@ def test_the_measurement_of_the_driver_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "out" / "scale.json").read_text())
-    assert [step["step"] for step in figures["steps"]][2:] == ["plan", "collect", "status", "resume", "finish", "verify"]
+    assert [step["step"] for step in figures["steps"]][2:] == [
+        "plan",
+        "collect",
+        "status",
+        "resume",
+        "finish",
+        "verify",
+    ]
     assert figures["steps"][-1]["rows"] == 10_000

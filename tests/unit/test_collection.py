@@ -231,7 +231,9 @@ def test_images_that_cannot_be_decoded_do_not_vouch_for_the_predictor() -> None:
     rows: list[Row] = [(0, r, TORN if r % 4 else PREDICTOR) for r in range(40)]
     collector = Collector({0: 40, 1: 5}, Tally())
     assert collect(collector, rows) == []
-    with pytest.raises(UserError, match="every image that could be read failed at infer with PREDICTOR_ERROR") as caught:
+    with pytest.raises(
+        UserError, match="every image that could be read failed at infer with PREDICTOR_ERROR"
+    ) as caught:
         collector.finish()
     assert "Mend the predictor" in caught.value.remedy
     collector = Collector({0: 40, 1: 5}, Tally())

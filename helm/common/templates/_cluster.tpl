@@ -83,10 +83,12 @@ template:
     {{- if $values.autoscaling.enabled }}
     restartPolicy: Never
     {{- end }}
+    terminationGracePeriodSeconds: {{ int64 (get .root.Values .role).terminationGracePeriodSeconds }}
     {{- include "common.podSettings" . | nindent 4 }}
     containers:
       - name: ray-head
         {{- include "common.containerImage" .root | nindent 8 }}
+        {{- include "common.preStop" . | nindent 8 }}
         securityContext:
           {{- include "common.containerSecurityContext" . | nindent 10 }}
         env:
@@ -126,10 +128,12 @@ template:
     {{- if .root.Values.autoscaling.enabled }}
     restartPolicy: Never
     {{- end }}
+    terminationGracePeriodSeconds: {{ int64 (get .root.Values .role).terminationGracePeriodSeconds }}
     {{- include "common.podSettings" . | nindent 4 }}
     containers:
       - name: ray-worker
         {{- include "common.containerImage" .root | nindent 8 }}
+        {{- include "common.preStop" . | nindent 8 }}
         securityContext:
           {{- include "common.containerSecurityContext" . | nindent 10 }}
         env:
@@ -144,6 +148,19 @@ template:
             {{- include "common.workerResources" (dict "root" .root "size" .size "group" $group "cpus" $group.limitCpus) | nindent 12 }}
         {{- include "common.mounts" . | nindent 8 }}
     {{- include "common.volumes" . | nindent 4 }}
+{{- end }}
+
+{{- /* Kubernetes' signal reaches only the shell that Ray runs in: drivers and nodes are told by this. */}}
+{{- define "common.preStop" -}}
+lifecycle:
+  preStop:
+    exec:
+      command:
+        - python
+        - -m
+        - batch_inference.termination
+        - {{ ternary "head" "worker" (eq .role "head") }}
+        - {{ sub (int64 (get .root.Values .role).terminationGracePeriodSeconds) 5 | toString | quote }}
 {{- end }}
 
 {{- define "common.workerResources" -}}

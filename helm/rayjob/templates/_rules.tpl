@@ -69,6 +69,9 @@ run.ttlSecondsAfterFinished is {{ int64 $run.ttlSecondsAfterFinished }} and run.
 {{- if ge (int64 $run.preRunningDeadlineSeconds) (int64 $run.activeDeadlineSeconds) }}
 run.preRunningDeadlineSeconds is {{ int64 $run.preRunningDeadlineSeconds }}, run.activeDeadlineSeconds is {{ int64 $run.activeDeadlineSeconds }}, so a job that never starts would take all of its time: raise run.activeDeadlineSeconds above it
 {{- end }}
+{{- if and .Values.autoscaling.enabled (ge (int64 .Values.autoscaling.waitSeconds) (int64 $run.activeDeadlineSeconds)) }}
+autoscaling.waitSeconds is {{ int64 .Values.autoscaling.waitSeconds }}, run.activeDeadlineSeconds is {{ int64 $run.activeDeadlineSeconds }}, so a job whose workers never come would take all of its time: raise run.activeDeadlineSeconds above it
+{{- end }}
 {{- end }}
 {{- end }}
 
