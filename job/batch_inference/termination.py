@@ -9,6 +9,8 @@ never hear of it, and a worker would be given new tasks until it is killed.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import os
 import signal
 import socket
@@ -75,24 +77,21 @@ def drain(deadline: float) -> int:
 
 
 def _ask_gcs_to_drain(seconds: float) -> bool:
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-    client = GcsClient(address=os.environ["RAY_ADDRESS"])
+    # What `ray drain-node` does, which wants the node's identifier; neither module has types.
+    gcs, reasons = (importlib.import_module(name) for name in ("ray._raylet", "ray.core.generated.autoscaler_pb2"))
+    client = gcs.GcsClient(address=os.environ["RAY_ADDRESS"])
     mine = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
     accepted = False
     for node, info in client.get_all_node_info(timeout=5).items():
         if info.node_manager_address in mine and info.state == 0:  # alive
             deadline_ms = int(1000 * (time.time() + seconds))
-            reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            reason = reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
             accepted, _ = client.drain_node(node.hex(), reason, "the pod is being ended", deadline_ms)
     return accepted
 
 
 def _is_driver(command: list[str]) -> bool:
-    return any(
-        Path(a).name == "batch-inference" and b in ("run", "retry") for a, b in zip(command, command[1:], strict=False)
-    )
+    return any(Path(a).name == "batch-inference" and b in ("run", "retry") for a, b in itertools.pairwise(command))
 
 
 def _is_raylet(command: list[str]) -> bool:
