@@ -16,6 +16,7 @@ from batch_inference import errors as error_classes
 from batch_inference.batching import is_out_of_memory
 from batch_inference.errors import BatchInferenceError, RowError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
+from batch_inference.marks import Marks
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
 RESULT_SCHEMA = pa.schema(
@@ -34,6 +35,13 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 END_OF_JOB = "END_OF_JOB"
+# A process that was started again begins with what killed the one before, or with what was under way when a node was lost;
+# an actor has a few batches in hand at a time.
+_WATCHED_BATCHES = 16
+# An image alone may have been the victim of a node that was lost, or of a neighbour's memory, so that it gets another chance.
+_TRIES_ALONE = 2
+# So many images in a row that each kill the process are not a matter of single images any more.
+_HOPELESS_CRASHES = 4
 
 
 def with_failures(table: pa.Table, failures: dict[int, RowError]) -> dict[str, pa.Array]:
@@ -52,12 +60,14 @@ class InferenceActor:
     """One member of the actor pool; Ray Data calls it with tables of prepared rows.
 
     A batch that the predictor fails on is tried again in halves, down to single images, so that one image costs no other
-    its prediction.
+    its prediction. A batch that has killed the process twice is done image by image, and an image that kills it alone twice
+    is a failed row: Ray starts a process again, and gives it what it had, as often as it takes.
 
     Args:
         factory: Makes the predict function; called once.
         writers: Where predictions of any width go by themselves; empty: they return with the rows.
         decoder: Makes what decodes the files that tasks have left as they are; called once, after the factory.
+        marks: Where a process that was started again keeps what it has begun; None: nothing is kept.
     """
 
     def __init__(
@@ -65,8 +75,11 @@ class InferenceActor:
         factory: Callable[[], Predict],
         writers: list[Any],
         decoder: Callable[[], Callable[[pa.Table], pa.Table]] | None = None,
+        marks: Marks | None = None,
     ) -> None:
         self._writers = writers
+        self._marks = marks
+        self._watched = _WATCHED_BATCHES if marks is not None and _started_again() else 0
         self._failure: BatchInferenceError | None = None
         try:
             self._predict = factory()
@@ -89,48 +102,87 @@ class InferenceActor:
         """
         if self._failure is not None:
             return _end_of_job(self._failure)
-        if self._decode is not None:
-            table = self._decode(table)
-        start = time.perf_counter()
-        places, images = _images(table)
-        uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
         try:
-            good, errors, predictions = self._isolate(list(range(len(places))), images, uris)
+            result, predictions = self._carefully(table) if self._watched else self._predicted(table)
         except BatchInferenceError as exc:
             return _end_of_job(exc)
-        seconds = (time.perf_counter() - start) / max(1, len(places))
-        failures = {int(places[index]): error for index, error in errors.items()}
-        infer = np.zeros(table.num_rows, np.float32)
-        infer[places] = seconds
-        arrays = [
-            table["shard"], table["row"],
-            *with_failures(table, failures).values(),
-            table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer), table["retries"],
-        ]  # fmt: skip
-        result = pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)
-        good_places = places[good]
+        good = result["error_type"].is_null().to_numpy()
         if self._writers:
-            self._send(result.select(["shard", "row"]).take(pa.array(good_places)), predictions)
+            self._send(result.select(["shard", "row"]).filter(pa.array(good)), predictions)
             return result
         if predictions is not None and predictions.num_rows == table.num_rows:
             for name in predictions.column_names:
                 result = result.append_column(predictions.schema.field(name), predictions[name])
             return result
         # Every row has a place in the columns of predictions, null where it failed.
-        spread = np.full(table.num_rows, -1, np.int64)
-        spread[good_places] = np.arange(len(good_places))
-        index = pa.array(spread, mask=spread < 0)
+        index = pa.array(np.cumsum(good) - 1, mask=~good)
         full = predictions if predictions is not None else CLASSIFIER_SCHEMA.empty_table()
         for name in full.column_names:
             result = result.append_column(full.schema.field(name), full[name].combine_chunks().take(index))
         return result
 
-    def _isolate(
-        self, indices: list[int], images: Any, uris: list[str]
-    ) -> tuple[list[int], dict[int, Any], pa.Table | None]:
+    def _predicted(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
+        """Rows of ``RESULT_SCHEMA``, and the predictions of those without an error, in their order."""
+        if self._decode is not None:
+            table = self._decode(table)
+        start = time.perf_counter()
+        places, images = _images(table)
+        uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
+        errors, predictions = self._isolate(list(range(len(places))), images, uris)
+        seconds = (time.perf_counter() - start) / max(1, len(places))
+        infer = np.zeros(table.num_rows, np.float32)
+        infer[places] = seconds
+        return _result(table, {int(places[index]): error for index, error in errors.items()}, infer), predictions
+
+    def _carefully(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
+        """The same, in a way that a process which dies of it leaves word."""
+        assert self._marks is not None  # noqa: S101
+        self._watched -= 1
+        batch = f"batch-{table['shard'][0]}-{table['row'][0]}-{table.num_rows}"
+        suspect = self._marks.begin(batch) > 0
+        done = self._one_by_one(table, self._marks) if suspect else self._predicted(table)
+        self._marks.end(batch)
+        return done
+
+    def _one_by_one(self, table: pa.Table, marks: Marks) -> tuple[pa.Table, pa.Table | None]:
+        """The same, image by image, each with a mark of its own."""
+        results, predictions, crashes = [], [], []
+        in_a_row = 0
+        for place in range(table.num_rows):
+            row = table.slice(place, 1)
+            name = f"image-{row['shard'][0]}-{row['row'][0]}"
+            if self._decode is None and not row["pixels"][0].is_valid:
+                results.append(self._predicted(row)[0])  # it has failed before, and nobody looks at it
+                continue
+            if marks.begin(name, _TRIES_ALONE) < _TRIES_ALONE:
+                result, prediction = self._predicted(row)
+                marks.end(name, _TRIES_ALONE)
+                predictions.append(prediction)
+                in_a_row = 0
+            else:
+                # The marks stay until the batch is done, since the process may yet die of another image.
+                crashes.append(name)
+                in_a_row += 1
+                message = (
+                    f"the process that runs the predictor died of this image {_TRIES_ALONE} times, when it was alone"
+                )
+                error = RowFailure("infer", "PREDICTOR_CRASH", message).error
+                result = _result(row, {0: error}, np.zeros(1, np.float32))
+                if in_a_row == _HOPELESS_CRASHES:
+                    raise UserError(
+                        f"the process that runs the predictor died of {in_a_row} images in a row, each alone, "
+                        f"{row['uri'][0]} the last of them",
+                        "Mend the predictor; the actors' logs say what it died of. Too little memory for the model looks the same.",
+                    )
+            results.append(result)
+        for name in crashes:
+            marks.end(name, _TRIES_ALONE)
+        return pa.concat_tables(results), _joined(predictions)
+
+    def _isolate(self, indices: list[int], images: Any, uris: list[str]) -> tuple[dict[int, RowError], pa.Table | None]:
         """Predicts the images at ``indices``; halves the batch as long as it fails."""
         if not indices:
-            return [], {}, None
+            return {}, None
         try:
             if len(indices) == len(uris):
                 return self._checked(indices, self._predict(images, uris))
@@ -152,29 +204,20 @@ class InferenceActor:
             # Here, since the exception's frames held on to what did not fit.
             _free_memory()
         if len(indices) == 1:
-            return [], {indices[0]: failure.error}, None
+            return {indices[0]: failure.error}, None
         middle = len(indices) // 2
-        good, errors, left = self._isolate(indices[:middle], images, uris)
-        good_right, errors_right, right = self._isolate(indices[middle:], images, uris)
-        tables = [t for t in (left, right) if t is not None]
-        try:
-            whole = pa.concat_tables(tables, promote_options="permissive") if tables else None
-        except pa.ArrowException as exc:
-            raise UserError(
-                f"the predictor's columns differ from batch to batch: {exc}",
-                "Return the same columns with the same types for every batch.",
-            ) from None
-        return good + good_right, errors | errors_right, whole
+        errors, left = self._isolate(indices[:middle], images, uris)
+        errors_right, right = self._isolate(indices[middle:], images, uris)
+        return errors | errors_right, _joined([left, right])
 
     @staticmethod
-    def _checked(indices: list[int], table: pa.Table) -> tuple[list[int], dict[int, Any], pa.Table]:
+    def _checked(indices: list[int], table: pa.Table) -> tuple[dict[int, RowError], pa.Table]:
         """Turns a confidence or an embedding that is not finite into an error row."""
         finite = _finite(table)
         if finite is None or finite.all():
-            return indices, {}, table
+            return {}, table
         bad = RowFailure("infer", "NOT_FINITE", "the network's output is not a finite number for this image").error
-        good = [i for i, ok in zip(indices, finite, strict=True) if ok]
-        return good, {i: bad for i, ok in zip(indices, finite, strict=True) if not ok}, table.filter(pa.array(finite))
+        return {i: bad for i, ok in zip(indices, finite, strict=True) if not ok}, table.filter(pa.array(finite))
 
     def _send(self, place: pa.Table, predictions: pa.Table | None) -> None:
         """Hands predictions to the writer of their shard and waits until it has them."""
@@ -191,6 +234,39 @@ class InferenceActor:
             writer = self._writers[int(shard) % len(self._writers)]
             sent.append(writer.add.remote(int(shard), table.filter(pa.array(shards == shard))))
         ray.get(sent)
+
+
+def _started_again() -> bool:
+    """Whether another process was this actor before."""
+    import ray
+
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _result(table: pa.Table, failures: dict[int, RowError], infer_s: np.ndarray) -> pa.Table:
+    """Prepared rows as rows of :data:`RESULT_SCHEMA`, with what has failed here, by place, and seconds of each, float32 (n,)."""
+    arrays = [
+        table["shard"], table["row"],
+        *with_failures(table, failures).values(),
+        table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer_s), table["retries"],
+    ]  # fmt: skip
+    return pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)
+
+
+def _joined(tables: list[pa.Table | None]) -> pa.Table | None:
+    """Predictions of parts of a batch, one behind the other; None where there are none.
+
+    Raises:
+        UserError: If their columns differ.
+    """
+    some = [t for t in tables if t is not None]
+    try:
+        return pa.concat_tables(some, promote_options="permissive") if some else None
+    except pa.ArrowException as exc:
+        raise UserError(
+            f"the predictor's columns differ from batch to batch: {exc}",
+            "Return the same columns with the same types for every batch.",
+        ) from None
 
 
 def _end_of_job(exc: BatchInferenceError) -> pa.Table:

@@ -67,6 +67,7 @@ def build(
     from ray.data import ActorPoolStrategy, DataContext
 
     from batch_inference.inference import InferenceActor
+    from batch_inference.marks import Marks
     from batch_inference.prefixes import Prefixes
     from batch_inference.preparation import BLOCK_BYTES, Preparation
     from batch_inference.shards import ShardDatasource
@@ -99,7 +100,12 @@ def build(
         source, num_cpus=config.preprocess.cpus_per_task, override_num_blocks=len(rows)
     ).map_batches(
         InferenceActor,
-        fn_constructor_args=(engine.for_images(sum(rows.values()) // section.actors).factory, writers, engine.decoder),
+        fn_constructor_args=(
+            engine.for_images(sum(rows.values()) // section.actors).factory,
+            writers,
+            engine.decoder,
+            Marks(store, attempt),
+        ),
         batch_size=batch_size,
         batch_format="pyarrow",
         num_gpus=section.gpus_per_actor,

@@ -22,6 +22,15 @@ class MeanColor:
         return {"mean": means, "pid": np.full(len(means), os.getpid())}
 
 
+class DiesOfWhite(MeanColor):
+    """Ends its process at a white image, as a bug in native code does."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if any(image.min() > 250 for image in batch["image"]):
+            os.abort()
+        return super().__call__(batch)
+
+
 class ArticlePredictor:
     """The tutorial's class with a small network in place of ResNet-152: PIL inside, two columns out."""
 

@@ -1,4 +1,4 @@
-"""Images that kill whatever decodes them: 200 among 10,000, and the job ends by itself."""
+"""Images that kill whatever decodes them, 200 among 10,000, or the predictor: the job ends by itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.job.conftest import job_args, verified
 
@@ -65,3 +66,29 @@ def test_each_poison_image_is_one_error_row_and_its_neighbours_keep_their_predic
     assert not list((tmp_path / "with").glob("_begun/*"))
     print(f"\n{len(KINDS)} poison images among {IMAGES}: {dict(Counter(found.values()))}")
     print(f"{seconds['with']:.0f} s with them, {seconds['without']:.0f} s without")
+
+
+@pytest.mark.timeout(400)
+def test_an_image_that_kills_the_predictor_s_process_is_one_error_row(
+    photos: Callable[..., Path],
+    tmp_path: Path,
+    program: Callable[..., subprocess.CompletedProcess[str]],
+    cluster: dict[str, str],
+) -> None:
+    folder = photos(120)
+    files = sorted(folder.iterdir())
+    deadly = {files[10].name, files[70].name, files[71].name}
+    for name in deadly:
+        Image.new("RGB", (48, 32), "white").save(folder / name, "JPEG")
+    predictor = ["--set", "predictor=predictors:DiesOfWhite", "--set", "inference.batch_size=16"]
+    done = program(
+        *job_args(folder, tmp_path / "out", shard_size=40), *predictor, "--address", cluster["address"],
+        env={"PYTHONPATH": str(Path(__file__).parent)}, timeout_s=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = verified(str(tmp_path / "out"), program)
+    assert (report["predictions"], report["errors"]) == (117, 3)
+    rows = [row for file in (tmp_path / "out/errors").iterdir() for row in pq.read_table(file).to_pylist()]
+    assert {row["uri"].rpartition("/")[2] for row in rows} == deadly
+    assert {(row["stage"], row["error_type"]) for row in rows} == {("infer", "PREDICTOR_CRASH")}
+    assert not list((tmp_path / "out").glob("_begun/*"))

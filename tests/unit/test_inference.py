@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from batch_inference.config import PredictorConfig
+from batch_inference import inference
+from batch_inference.config import PredictorConfig, StorageConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, CustomFactory, _classifier_table, _label_array
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
+from batch_inference.marks import Marks
 from batch_inference.preparation import PREPARED_SCHEMA
+from batch_inference.storage import Store
 
 Call = Callable[[dict[str, Any]], Any]
 # The first pixel says which image it is.
@@ -428,3 +432,105 @@ def test_the_classifiers_columns_are_those_of_the_contract(labels: tuple[str, ..
         {"class_idx": 0, "label": "a" if labels else None, "confidence": 0.5},
         {"class_idx": 2, "label": "c" if labels else None, "confidence": 0.375},
     ]
+
+
+# --- what kills the process ----------------------------------------------------------------------------------------------
+
+
+class Death(BaseException):
+    """In place of a process that dies: nothing after it runs."""
+
+
+class Pool:
+    """An actor that is started again whenever it dies, and given the same table, as Ray does."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch, deadly: set[int]) -> None:
+        self.deaths = 0
+        self.seen: list[list[int]] = []
+        self._marks = Marks(store, "attempt1")
+        monkeypatch.setattr(inference, "_started_again", lambda: self.deaths > 0)
+        pool = self
+
+        class Predictor:
+            def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+                first = first_pixels(batch)
+                pool.seen.append(first.tolist())
+                if deadly & set(first.tolist()):
+                    raise Death
+                return {"first": first}
+
+        self._factory = CustomFactory(Predictor, PredictorConfig(path="m:Predictor"))
+        self._actor = self._start()
+
+    def _start(self) -> InferenceActor:
+        return InferenceActor(self._factory, [], marks=self._marks)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        while True:
+            try:
+                return driver_gets(self._actor, table)
+            except Death:
+                self.deaths += 1
+                assert self.deaths < 100
+                self._actor = self._start()
+
+
+def test_an_image_that_kills_the_process_is_a_failed_row_and_its_neighbours_are_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, {3, 5})
+    torn = ("decode", "TRUNCATED")
+    table = pool(prepared([image(1), image(2), image(3), torn, image(4), image(5), image(6)]))
+    crash = ("infer", "PREDICTOR_CRASH")
+    assert errors(table) == [None, None, crash, ("decode", "TRUNCATED"), None, crash, None]
+    assert table["first"].to_pylist() == [1, 2, None, None, 4, None, 6]
+    assert "died of this image 2 times, when it was alone" in table["message"][2].as_py()
+    # Twice the batch, twice each of the two alone; and nothing is left of it.
+    assert pool.deaths == 6
+    assert not list((tmp_path / "_begun").iterdir())
+    # The process lives, and works in whole batches again.
+    assert pool(prepared([image(7), image(8)]))["first"].to_pylist() == [7, 8]
+    assert pool.seen[-1] == [7, 8]
+
+
+def test_a_death_of_which_no_image_is_the_cause_costs_no_image_its_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = {2}
+    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, deadly)
+    start = pool._start
+
+    def second() -> InferenceActor:
+        if pool.deaths == 3:  # a node was lost, with the image alone, say
+            deadly.clear()
+        return start()
+
+    monkeypatch.setattr(pool, "_start", second)
+    assert errors(pool(prepared([image(1), image(2), image(3)]))) == [None] * 3
+    assert pool.deaths == 3
+    assert not list((tmp_path / "_begun").iterdir())
+
+
+def test_a_process_that_every_image_kills_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, set(range(1, 50)))
+    with pytest.raises(UserError, match="died of 4 images in a row, each alone") as caught:
+        pool(prepared([image(number) for number in range(1, 50)]))
+    assert "Mend the predictor" in caught.value.remedy
+    assert pool.deaths == 2 + 4 * 2
+
+
+def test_a_process_that_was_never_started_again_keeps_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, set())
+    pool(prepared([image(1)]))
+    assert not (tmp_path / "_begun").exists()
+
+
+def test_after_a_few_batches_nothing_is_marked_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(Marks, "begin", lambda self, what, most=1: begun.append(what) or 0)
+    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, {9})
+    monkeypatch.setattr(inference, "_started_again", lambda: True)
+    pool._actor = pool._start()
+    for _ in range(30):
+        pool(prepared([image(1)]))
+    assert len(begun) == inference._WATCHED_BATCHES
