@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -380,9 +381,10 @@ def retry(
     if everything and (stages or types):
         raise UserError("--all is given beside --stage or --error-type", "Keep one of them.")
     marked = not (everything or stages or types)
-    if not is_client_address(address):  # there the model is where the driver runs
-        # Before the output says that rows are to be done again, which then only a run that works puts right.
-        with EngineAhead(config) as ahead:
+    if config.predictor is not None or not is_client_address(address or os.environ.get("RAY_ADDRESS")):
+        # Before the output says that rows are to be done again, which then only a run that works puts right. A model's files
+        # are where the driver runs; a predictor is here.
+        with logs.stdout_as_lines(), EngineAhead(config) as ahead:
             check_same_job(config, ahead.result(), ledger.require_job(), ledger.store)
     begun = begin(ledger, stages=stages, error_types=types, retryable=marked, attempt=uuid4().hex[:8])
     if begun is None:

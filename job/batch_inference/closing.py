@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -42,7 +43,8 @@ class Writers:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # Beside the driver: an attempt that loses a writer ends, and of the nodes that may go at any time the driver's is none.
-        beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Not soft, which Ray takes for a wish where the node is slow to start a process.
+        beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         count = -(-config.inference.actors // _ACTORS_PER_WRITER)
         remote = ray.remote(num_cpus=0, max_restarts=0)(ShardWriter).options(scheduling_strategy=beside)
         return cls(None, [remote.remote(store, attempt, config.output.compression) for _ in range(count)])
@@ -99,9 +101,15 @@ class Closing:
     def __enter__(self) -> Closing:
         return self
 
-    def __exit__(self, *args: Any) -> None:
-        # What is under way is finished; what waits is done anew by the next attempt, if the job stops for another reason.
-        self._pool.shutdown(wait=True, cancel_futures=args[0] is not None)
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Whoever interrupts a job keeps all that is complete. If it stops for another reason, what is under way is finished, and
+        # what waits is done anew by the next attempt.
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None and not issubclass(kind, KeyboardInterrupt))
+        for future in self._running:
+            if not future.cancelled() and future.exception() is None:
+                self._on_commit(*future.result())
 
     def add(self, shard: int, part: OpenShard) -> None:
         """Starts closing a shard; waits where too many are on their way."""

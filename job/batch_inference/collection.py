@@ -154,18 +154,22 @@ class Collector:
     store answers and the predictor works; where none does, the job stops with that one reason instead of writing it once
     for each image. An image that cannot be decoded shows that the store answers, and says nothing of the predictor.
 
-    Of failed rows that run again, nothing is held back: there is an error in their place already.
+    Of failed rows that run again, nothing is held back: there is an error in their place already, and that the predictor
+    fails on them is known.
 
     Args:
         rows: Number of inputs of each shard that is to be done.
         tally: Counts, updated here.
         chosen: Row numbers to be done, of shards of which these are not all.
+        worked: Whether the predictor has worked in an attempt before.
     """
 
     # So many systemic failures with nothing else between them are not a matter of single images any more.
     WINDOW = 128
 
-    def __init__(self, rows: dict[int, int], tally: Tally, chosen: dict[int, np.ndarray] | None = None) -> None:
+    def __init__(
+        self, rows: dict[int, int], tally: Tally, chosen: dict[int, np.ndarray] | None = None, *, worked: bool = False
+    ) -> None:
         self._rows = rows
         self._chosen = chosen or {}
         self._open: dict[int, OpenShard] = {}
@@ -173,7 +177,7 @@ class Collector:
         self._given_up: list[int] = []
         # Whether each of the last rows failed of the store, and of those that came to the predictor whether of that.
         self._store: deque[bool] = deque(maxlen=self.WINDOW)
-        self._predictor: deque[bool] = deque(maxlen=self.WINDOW)
+        self._predictor: deque[bool] = deque([False] * worked, maxlen=self.WINDOW)
         self._last: dict[str, tuple[str, str, str]] = {}
         self.tally = tally
 
@@ -273,8 +277,8 @@ class Collector:
         self._store.extend(kind in STORE_ERROR_TYPES for kind in kinds)
         self._predictor.extend(
             kind in PREDICTOR_ERROR_TYPES
-            for kind, stage in zip(kinds, stages, strict=True)
-            if kind is None or stage in ("infer", "postprocess")
+            for kind, stage, shard in zip(kinds, stages, table["shard"].to_pylist(), strict=True)
+            if kind is None or (stage in ("infer", "postprocess") and shard not in self._chosen)
         )
         for place, kind in enumerate(kinds):
             if kind in SYSTEMIC_ERROR_TYPES and kind != NOT_TRIED:
@@ -290,16 +294,23 @@ class Collector:
 
     @property
     def _hopeless(self) -> bool:
-        return any(len(last) == self.WINDOW and all(last) for last in (self._store, self._predictor))
+        return any(self._all_of(last) for last in (self._store, self._predictor))
+
+    def _all_of(self, last: deque[bool]) -> bool:
+        return len(last) == self.WINDOW and all(last)
 
     def _stop(self) -> BatchInferenceError:
-        whose = "predictor" if self._predictor and all(self._predictor) else "store"
+        if self._all_of(self._store):
+            whose, where = "store", f"every one of the last {self.WINDOW} rows"
+        elif self._given_up:
+            whose, where = "store", f"every row of {manifest.shard_name(self._given_up[0])}"
+        elif self._all_of(self._predictor):
+            whose, where = "predictor", f"every one of the last {self.WINDOW} images that came to the predictor"
+        elif self._predictor and all(self._predictor):
+            whose, where = "predictor", "every image that could be read"
+        else:
+            whose, where = "store", "everything"
         stage, kind, message = self._last.get(whose) or ("fetch", "STORE_UNREACHABLE", "")
-        where = f"every row of {manifest.shard_name(self._given_up[0])}" if self._given_up else "everything"
-        if self._hopeless:
-            where = f"every one of the last {self.WINDOW} rows"
-        elif whose == "predictor":
-            where = "every image that could be read"
         fact = f"{where} failed at {stage} with {kind}: {message}"
         if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
             return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")

@@ -311,7 +311,8 @@ class Attempt:
         writers = Writers.start(ledger.store, self.config, self.attempt, custom=engine.custom)
         chosen = {shard: one.rows for shard, one in again.items()}
         rows = {shard: job.rows_of(shard) for shard in pending} | {shard: len(r) for shard, r in chosen.items()}
-        collector = Collector(rows, self.snapshot.tally, chosen)
+        worked = self.snapshot.tally.predictions > 0
+        collector = Collector(rows, self.snapshot.tally, chosen, worked=worked)
         with (
             Closing(ledger, writers, self._committed, again) as closing,
             contextlib.closing(
@@ -406,6 +407,7 @@ class Attempt:
 
     def _failed(self, ledger: Ledger, job: Job, exc: BatchInferenceError) -> None:
         """Leaves the verdict beside the output, if the store still takes it."""
+        self._show(self.snapshot.phase)  # with what was committed last
         if isinstance(exc, Interrupted) or ledger.store.get_or_none("_SUCCESS") is not None:
             return
         record = {

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import structlog
 
 from batch_inference import errors as error_classes
 from batch_inference.batching import is_out_of_memory
 from batch_inference.errors import BatchInferenceError, RowError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
-from batch_inference.marks import Marks
+from batch_inference.marks import Journal
+from batch_inference.storage import Store
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
 RESULT_SCHEMA = pa.schema(
@@ -35,13 +39,38 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 END_OF_JOB = "END_OF_JOB"
-# A process that was started again begins with what killed the one before, or with what was under way when a node was lost;
-# an actor has a few batches in hand at a time.
-_WATCHED_BATCHES = 16
 # An image alone may have been the victim of a node that was lost, or of a neighbour's memory, so that it gets another chance.
 _TRIES_ALONE = 2
-# So many images in a row that each kill the process are not a matter of single images any more.
+# So many images that each kill the process, with none between them that does not, are not a matter of single images any more.
 _HOPELESS_CRASHES = 4
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where an actor keeps its journal, once a process of its has died.
+
+    Attributes:
+        store: The output folder.
+        attempt: Of the job's driver.
+        gives_up: Whether images that kill the process one after the other end the job; those that are done again are
+            known to fail.
+    """
+
+    store: Store
+    attempt: str
+    gives_up: bool = True
+
+    def journal(self) -> Journal | None:
+        """The journal of this actor; None in its first process."""
+        import ray
+
+        context = ray.get_runtime_context()
+        try:
+            if not context.was_current_actor_reconstructed:
+                return None
+        except Exception as exc:  # who can't be asked just now; a journal too many does no harm
+            structlog.get_logger().warning("unknown whether this actor had a process before", error=str(exc))
+        return Journal(self.store, str(context.get_actor_id()), self.attempt, _TRIES_ALONE)
 
 
 def with_failures(table: pa.Table, failures: dict[int, RowError]) -> dict[str, pa.Array]:
@@ -60,14 +89,14 @@ class InferenceActor:
     """One member of the actor pool; Ray Data calls it with tables of prepared rows.
 
     A batch that the predictor fails on is tried again in halves, down to single images, so that one image costs no other
-    its prediction. A batch that has killed the process twice is done image by image, and an image that kills it alone twice
+    its prediction. A batch that a process has died of is done image by image, and an image that two processes die of alone
     is a failed row: Ray starts a process again, and gives it what it had, as often as it takes.
 
     Args:
         factory: Makes the predict function; called once.
         writers: Where predictions of any width go by themselves; empty: they return with the rows.
         decoder: Makes what decodes the files that tasks have left as they are; called once, after the factory.
-        marks: Where a process that was started again keeps what it has begun; None: nothing is kept.
+        keeping: Where a process that was started again keeps what it has begun; None: nowhere.
     """
 
     def __init__(
@@ -75,13 +104,20 @@ class InferenceActor:
         factory: Callable[[], Predict],
         writers: list[Any],
         decoder: Callable[[], Callable[[pa.Table], pa.Table]] | None = None,
-        marks: Marks | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self._writers = writers
-        self._marks = marks
-        self._watched = _WATCHED_BATCHES if marks is not None and _started_again() else 0
+        self._journal: Journal | None = None
         self._failure: BatchInferenceError | None = None
         try:
+            self._journal = keeping.journal() if keeping else None
+            if keeping and self._journal and self._journal.fatal >= _HOPELESS_CRASHES and keeping.gives_up:
+                raise SystemFault(
+                    f"the process that runs the predictor died of {self._journal.fatal} images one after the other, each alone, on "
+                    f"node {platform.node()}",
+                    "Look in the actors' logs for what it died of: a GPU that does not work, or too little memory, ends with the "
+                    "node, and the same command resumes; a fault of the predictor's own has to be mended.",
+                )
             self._predict = factory()
             self._decode = decoder() if decoder else None
         except BatchInferenceError as exc:
@@ -103,7 +139,7 @@ class InferenceActor:
         if self._failure is not None:
             return _end_of_job(self._failure)
         try:
-            result, predictions = self._carefully(table) if self._watched else self._predicted(table)
+            result, predictions = self._carefully(table, self._journal) if self._journal else self._predicted(table)
         except BatchInferenceError as exc:
             return _end_of_job(exc)
         good = result["error_type"].is_null().to_numpy()
@@ -134,49 +170,42 @@ class InferenceActor:
         infer[places] = seconds
         return _result(table, {int(places[index]): error for index, error in errors.items()}, infer), predictions
 
-    def _carefully(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
-        """The same, in a way that a process which dies of it leaves word."""
-        assert self._marks is not None  # noqa: S101
-        self._watched -= 1
-        batch = f"batch-{table['shard'][0]}-{table['row'][0]}-{table.num_rows}"
-        suspect = self._marks.begin(batch) > 0
-        done = self._one_by_one(table, self._marks) if suspect else self._predicted(table)
-        self._marks.end(batch)
+    def _carefully(self, table: pa.Table, journal: Journal) -> tuple[pa.Table, pa.Table | None]:
+        """The same, in a way that a process which dies of it leaves word.
+
+        A task may be begun again with batches that are done, so that what is known of them is kept.
+        """
+        if not table.num_rows:
+            return self._predicted(table)
+        batch = f"batch {table['shard'][0]} {table['row'][0]} {table.num_rows}"
+        if journal.deaths(batch):
+            return self._one_by_one(table, journal)
+        journal.begin(batch)
+        done = self._predicted(table)
+        journal.went_well()
         return done
 
-    def _one_by_one(self, table: pa.Table, marks: Marks) -> tuple[pa.Table, pa.Table | None]:
-        """The same, image by image, each with a mark of its own."""
-        results, predictions, crashes = [], [], []
-        in_a_row = 0
+    def _one_by_one(self, table: pa.Table, journal: Journal) -> tuple[pa.Table, pa.Table | None]:
+        """The same, image by image."""
+        results, predictions = [], []
         for place in range(table.num_rows):
             row = table.slice(place, 1)
-            name = f"image-{row['shard'][0]}-{row['row'][0]}"
             if self._decode is None and not row["pixels"][0].is_valid:
                 results.append(self._predicted(row)[0])  # it has failed before, and nobody looks at it
                 continue
-            if marks.begin(name, _TRIES_ALONE) < _TRIES_ALONE:
+            image = f"image {row['shard'][0]} {row['row'][0]}"
+            if journal.deaths(image) < _TRIES_ALONE:
+                journal.begin(image)
                 result, prediction = self._predicted(row)
-                marks.end(name, _TRIES_ALONE)
+                journal.went_well()
                 predictions.append(prediction)
-                in_a_row = 0
             else:
-                # The marks stay until the batch is done, since the process may yet die of another image.
-                crashes.append(name)
-                in_a_row += 1
                 message = (
                     f"the process that runs the predictor died of this image {_TRIES_ALONE} times, when it was alone"
                 )
-                error = RowFailure("infer", "PREDICTOR_CRASH", message).error
-                result = _result(row, {0: error}, np.zeros(1, np.float32))
-                if in_a_row == _HOPELESS_CRASHES:
-                    raise UserError(
-                        f"the process that runs the predictor died of {in_a_row} images in a row, each alone, "
-                        f"{row['uri'][0]} the last of them",
-                        "Mend the predictor; the actors' logs say what it died of. Too little memory for the model looks the same.",
-                    )
+                crash = RowFailure("infer", "PREDICTOR_CRASH", message).error
+                result = _result(row, {0: crash}, np.zeros(1, np.float32))
             results.append(result)
-        for name in crashes:
-            marks.end(name, _TRIES_ALONE)
         return pa.concat_tables(results), _joined(predictions)
 
     def _isolate(self, indices: list[int], images: Any, uris: list[str]) -> tuple[dict[int, RowError], pa.Table | None]:
@@ -234,13 +263,6 @@ class InferenceActor:
             writer = self._writers[int(shard) % len(self._writers)]
             sent.append(writer.add.remote(int(shard), table.filter(pa.array(shards == shard))))
         ray.get(sent)
-
-
-def _started_again() -> bool:
-    """Whether another process was this actor before."""
-    import ray
-
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _result(table: pa.Table, failures: dict[int, RowError], infer_s: np.ndarray) -> pa.Table:

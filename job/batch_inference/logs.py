@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import structlog
@@ -59,18 +58,28 @@ def stdout_as_lines() -> Iterator[None]:
     Ray prints there what its nodes report (a task that is tried again, a worker killed for want of memory), whatever
     ``log_to_driver`` says; it would stand among the lines of the verdict, or within a JSON answer.
     """
-    with contextlib.redirect_stdout(_Lines()):
+    with contextlib.redirect_stdout(_Lines(sys.stdout)):
         yield
 
 
-class _Lines(io.TextIOBase):
-    def writable(self) -> bool:
-        return True
+class _Lines:
+    """Is like the stream in every other respect: a user's module may want to set it up."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         from rich.text import Text
 
-        for line in Text.from_ansi(text).plain.splitlines():
-            if line.strip():
-                structlog.get_logger().info("from Ray", text=line.strip())
+        # A message comes whole; some bring the last lines of a log along, which are in Ray's log files, too.
+        first, *more = [line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()] or [""]
+        if first:
+            structlog.get_logger().warning("from Ray", text=first, **({"more_lines": len(more)} if more else {}))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)

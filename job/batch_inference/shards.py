@@ -12,7 +12,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batch_inference import manifest
-from batch_inference.marks import Marks
+from batch_inference.marks import Mark
 from batch_inference.preparation import Preparation
 from batch_inference.storage import Store
 
@@ -73,11 +73,11 @@ def _reader(context: Any, shard: int, chosen: np.ndarray | None) -> Callable[[],
         if chosen is not None:
             table, places = table.take(chosen), None if places is None else places.take(chosen)
         # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
-        marks, name = Marks(store, attempt), manifest.shard_name(shard)
-        careful = marks.begin(name) > 0
+        mark = Mark(store, manifest.shard_name(shard), attempt)
+        careful = mark.begin()
         for prepared in preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful):
             yield prepared if chosen is None else _renumbered(prepared, chosen)
-        marks.end(name)
+        mark.end()
 
     return read
 

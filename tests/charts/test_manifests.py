@@ -538,12 +538,17 @@ def test_pods_keep_the_name_that_the_operator_gives_them(chart: str) -> None:
 
 @pytest.mark.parametrize("role", ["head", "workers", "cpuWorkers"])
 def test_each_pod_ends_its_work_within_the_time_it_has(role: str) -> None:
-    """By the hook, for Kubernetes' signal reaches the shell only that Ray runs in."""
+    """The driver by the head's hook, for Kubernetes' signal reaches Ray only; workers by Ray, which drains its node."""
     grace = {"head": 60, "workers": 30, "cpuWorkers": 30}
     for seconds in (grace[role], 10, 3600):
         values = merged({"cpuWorkers": {"replicas": 1}}, {role: {"terminationGracePeriodSeconds": seconds}})
         pod = pods(values)[{"head": "head", "workers": "gpu", "cpuWorkers": "cpu"}[role]]
         assert pod["terminationGracePeriodSeconds"] == seconds
-        command = container(pod)["lifecycle"]["preStop"]["exec"]["command"]
-        what = "head" if role == "head" else "worker"
-        assert command == ["python", "-m", "batch_inference.termination", what, str(seconds - 5)]
+        drains = environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        if role == "head":
+            command = container(pod)["lifecycle"]["preStop"]["exec"]["command"]
+            assert command == ["python", "-m", "batch_inference.termination", str(seconds - 5)]
+            assert drains == "0"
+        else:
+            assert "lifecycle" not in container(pod)
+            assert drains == str(seconds - 5)

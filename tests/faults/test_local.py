@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from batch_inference.config import StorageConfig
 from batch_inference.storage import Store
@@ -160,6 +161,32 @@ def test_an_object_that_cannot_be_had_is_one_row(
         Outcome(f"input: {fault}", f"one row {expected}, its neighbours keep theirs", len(chosen), held, lost, doubled)
     )
     assert failed == dict.fromkeys(chosen, expected)
+    assert (lost, doubled) == (0, 0)
+
+
+def test_an_image_that_kills_the_predictor_is_one_row(inputs: Inputs, program: Program, record: Record) -> None:
+    chosen = sorted(random.Random(3).sample(inputs.names, TIMES))
+    white = io.BytesIO()
+    Image.new("RGB", (48, 32), "white").save(white, "JPEG")
+    store = Store(f"{inputs.uri}/in", inputs.direct)
+    for name in chosen:
+        store.delete([name])
+        store.put(name, white.getvalue())
+    begun = time.monotonic()
+    done = program(*inputs.args("out", "--set", "predictor=predictors:DiesOfWhite"), timeout_s=580)
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout + done.stderr
+    inputs.verified(program)
+    lost, doubled = inputs.missing_and_double()
+    _, failed = inputs.rows()
+    held = sum(failed.get(name) == "PREDICTOR_CRASH" for name in chosen)
+    record(
+        Outcome(
+            "an image kills the predictor's process", "one row, its neighbours keep theirs",
+            len(chosen), held, lost, doubled, seconds,
+        )
+    )  # fmt: skip
+    assert failed == dict.fromkeys(chosen, "PREDICTOR_CRASH")
     assert (lost, doubled) == (0, 0)
 
 

@@ -242,10 +242,41 @@ def test_images_that_cannot_be_decoded_do_not_vouch_for_the_predictor() -> None:
 
 def test_among_images_that_cannot_be_decoded_a_predictor_that_fails_stops_the_job() -> None:
     collector = Collector({0: 4000}, Tally())
-    with pytest.raises(UserError, match=f"the last {Collector.WINDOW} rows failed at infer"):
+    with pytest.raises(UserError, match=f"the last {Collector.WINDOW} images that came to the predictor failed"):
         for row in range(4000):
             collect(collector, [(0, row, TORN if row % 4 else PREDICTOR)])
     assert collector.tally.rows == 4 * Collector.WINDOW - 3
+
+
+def test_what_ends_a_job_is_named_though_the_other_had_failed_too() -> None:
+    collector = Collector({0: 1000}, Tally())
+    with pytest.raises(SystemFault, match=f"the last {Collector.WINDOW} rows failed at fetch with STORE_UNREACHABLE"):
+        for row in range(1000):
+            collect(collector, [(0, row, PREDICTOR if row == 0 else DOWN)])
+    collector = Collector({0: 100}, Tally())
+    collect(
+        collector,
+        [
+            (0, r, PREDICTOR if r == 0 else ("fetch", "NOT_TRIED" if r > 64 else "STORE_UNREACHABLE"))
+            for r in range(100)
+        ],
+    )
+    with pytest.raises(SystemFault, match="every row of shard-00000 failed at fetch"):
+        collector.finish()
+
+
+def test_a_predictor_that_worked_before_the_job_was_interrupted_has_shown_that_it_works() -> None:
+    rows: list[Row] = [(0, r, TORN if r else PREDICTOR) for r in range(40)]
+    collector = Collector({0: 40}, Tally(), worked=True)
+    assert [s for s, _ in collect(collector, rows)] == [0]
+    collector.finish()
+
+
+def test_any_number_of_failed_rows_may_fail_again() -> None:
+    chosen = {0: np.arange(500)}
+    collector = Collector({0: 500}, Tally(), chosen)
+    done = [s for row in range(500) for s, _ in collect(collector, [(0, row, PREDICTOR)])]
+    assert done == [0]
 
 
 def test_a_failed_row_that_fails_again_is_an_error_row_again() -> None:
@@ -273,7 +304,8 @@ def test_a_job_in_which_nothing_works_stops_early_with_the_one_reason(
     for row in range(window - 1):
         assert collect(collector, [(0, row, error)]) == []
     with pytest.raises(
-        kind, match=f"every one of the last {window} rows failed at {error[0]} with {error[1]}"
+        kind,
+        match=f"every one of the last {window} (rows|images that came to the predictor) failed at {error[0]} with {error[1]}",
     ) as caught:
         collect(collector, [(0, window - 1, error)])
     assert type(caught.value) is kind

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from batch_inference import inference
 from batch_inference.config import PredictorConfig, StorageConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, CustomFactory, _classifier_table, _label_array
-from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
-from batch_inference.marks import Marks
+from batch_inference.inference import RESULT_SCHEMA, InferenceActor, Keeping, raise_end_of_job
+from batch_inference.marks import Journal
 from batch_inference.preparation import PREPARED_SCHEMA
 from batch_inference.storage import Store
 
@@ -442,13 +441,18 @@ class Death(BaseException):
 
 
 class Pool:
-    """An actor that is started again whenever it dies, and given the same table, as Ray does."""
+    """An actor that is started again whenever it dies, and given its task of one or more batches again, as Ray does."""
 
-    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch, deadly: set[int]) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, deadly: set[int], *, gives_up: bool = True
+    ) -> None:
         self.deaths = 0
         self.seen: list[list[int]] = []
-        self._marks = Marks(store, "attempt1")
-        monkeypatch.setattr(inference, "_started_again", lambda: self.deaths > 0)
+        store = Store(str(folder), StorageConfig())
+        self._keeping = Keeping(store, "attempt1", gives_up=gives_up)
+        monkeypatch.setattr(
+            Keeping, "journal", lambda keeping: Journal(store, "actor1", "attempt1", 2) if self.deaths else None
+        )
         pool = self
 
         class Predictor:
@@ -460,77 +464,100 @@ class Pool:
                 return {"first": first}
 
         self._factory = CustomFactory(Predictor, PredictorConfig(path="m:Predictor"))
-        self._actor = self._start()
+        self._actor = self.start()
 
-    def _start(self) -> InferenceActor:
-        return InferenceActor(self._factory, [], marks=self._marks)
+    def start(self) -> InferenceActor:
+        return InferenceActor(self._factory, [], keeping=self._keeping)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, *batches: pa.Table) -> list[pa.Table]:
         while True:
             try:
-                return driver_gets(self._actor, table)
+                return [driver_gets(self._actor, batch) for batch in batches]
             except Death:
                 self.deaths += 1
                 assert self.deaths < 100
-                self._actor = self._start()
+                self._actor = self.start()
+
+
+CRASH = ("infer", "PREDICTOR_CRASH")
 
 
 def test_an_image_that_kills_the_process_is_a_failed_row_and_its_neighbours_are_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, {3, 5})
+    pool = Pool(tmp_path, monkeypatch, {3, 5})
     torn = ("decode", "TRUNCATED")
-    table = pool(prepared([image(1), image(2), image(3), torn, image(4), image(5), image(6)]))
-    crash = ("infer", "PREDICTOR_CRASH")
-    assert errors(table) == [None, None, crash, ("decode", "TRUNCATED"), None, crash, None]
+    (table,) = pool(prepared([image(1), image(2), image(3), torn, image(4), image(5), image(6)]))
+    assert errors(table) == [None, None, CRASH, torn, None, CRASH, None]
     assert table["first"].to_pylist() == [1, 2, None, None, 4, None, 6]
     assert "died of this image 2 times, when it was alone" in table["message"][2].as_py()
-    # Twice the batch, twice each of the two alone; and nothing is left of it.
+    # Twice of the batch, twice of each of the two alone.
     assert pool.deaths == 6
-    assert not list((tmp_path / "_begun").iterdir())
     # The process lives, and works in whole batches again.
-    assert pool(prepared([image(7), image(8)]))["first"].to_pylist() == [7, 8]
-    assert pool.seen[-1] == [7, 8]
+    (table,) = pool(prepared([image(7)] * 9))
+    assert pool.seen[-1] == [7] * 9
+
+
+def test_batches_of_one_task_cost_their_own_deaths_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task is begun again from its start whenever the process dies, with batches that were done before."""
+    pool = Pool(tmp_path, monkeypatch, {5, 15, 25, 35})
+    task = prepared([image(number) for number in range(40)])
+    tables = pool(*[task.slice(start, 4) for start in range(0, 40, 4)])
+    found = [error for table in tables for error in errors(table)]
+    assert [number for number, error in enumerate(found) if error] == [5, 15, 25, 35]
+    assert set(found) == {None, CRASH}
+    assert pool.deaths == 4 * 3 + 1  # once more of the first batch, which nobody watched
+
+
+def test_a_deadly_image_far_behind_in_a_task_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(tmp_path, monkeypatch, {150})
+    task = prepared([image(number) for number in range(200)])
+    tables = pool(*[task.slice(start, 1) for start in range(200)])
+    assert [errors(table)[0] for table in tables].index(CRASH) == 150
+    assert pool.deaths == 4
 
 
 def test_a_death_of_which_no_image_is_the_cause_costs_no_image_its_prediction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deadly = {2}
-    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, deadly)
-    start = pool._start
+    pool = Pool(tmp_path, monkeypatch, deadly)
+    start = pool.start
 
-    def second() -> InferenceActor:
-        if pool.deaths == 3:  # a node was lost, with the image alone, say
+    def then_well() -> InferenceActor:
+        if pool.deaths == 3:  # a node was lost when the image was alone, say
             deadly.clear()
         return start()
 
-    monkeypatch.setattr(pool, "_start", second)
-    assert errors(pool(prepared([image(1), image(2), image(3)]))) == [None] * 3
+    monkeypatch.setattr(pool, "start", then_well)
+    (table,) = pool(prepared([image(1), image(2), image(3)]))
+    assert errors(table) == [None] * 3
     assert pool.deaths == 3
-    assert not list((tmp_path / "_begun").iterdir())
 
 
-def test_a_process_that_every_image_kills_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, set(range(1, 50)))
-    with pytest.raises(UserError, match="died of 4 images in a row, each alone") as caught:
-        pool(prepared([image(number) for number in range(1, 50)]))
-    assert "Mend the predictor" in caught.value.remedy
-    assert pool.deaths == 2 + 4 * 2
+@pytest.mark.parametrize("size", [1, 2, 50])
+def test_a_process_that_every_image_kills_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    pool = Pool(tmp_path, monkeypatch, set(range(1, 50)))
+    task = prepared([image(number) for number in range(1, 50)])
+    with pytest.raises(SystemFault, match="died of 4 images one after the other, each alone, on node") as caught:
+        pool(*[task.slice(start, size) for start in range(0, task.num_rows, size)])
+    assert "GPU that does not work" in caught.value.remedy
+    assert pool.deaths <= 4 * 3 + 1
 
 
-def test_a_process_that_was_never_started_again_keeps_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, set())
+def test_images_that_are_known_to_fail_may_all_kill_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(tmp_path, monkeypatch, set(range(1, 10)), gives_up=False)
+    (table,) = pool(prepared([image(number) for number in range(1, 10)]))
+    assert errors(table) == [CRASH] * 9
+
+
+def test_a_process_that_was_never_started_again_keeps_no_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(tmp_path, monkeypatch, set())
     pool(prepared([image(1)]))
     assert not (tmp_path / "_begun").exists()
-
-
-def test_after_a_few_batches_nothing_is_marked_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[str] = []
-    monkeypatch.setattr(Marks, "begin", lambda self, what, most=1: begun.append(what) or 0)
-    pool = Pool(Store(str(tmp_path), StorageConfig()), monkeypatch, {9})
-    monkeypatch.setattr(inference, "_started_again", lambda: True)
-    pool._actor = pool._start()
-    for _ in range(30):
-        pool(prepared([image(1)]))
-    assert len(begun) == inference._WATCHED_BATCHES

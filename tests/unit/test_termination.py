@@ -1,9 +1,7 @@
-"""What a pod does before it ends; on a real cluster in tests/e2e and tests/faults."""
+"""What the head does before it ends; on a real cluster in tests/faults."""
 
 from __future__ import annotations
 
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -56,7 +54,7 @@ def test_drivers_are_told_and_waited_for(tmp_path: Path, started: list[subproces
     other = start([*script(tmp_path, "something-else", "sys.exit(0)"), "run"])
     started += [driver, other]
     begun = time.monotonic()
-    assert not termination.end_drivers(time.monotonic() + 20)
+    assert termination.end_drivers(20) == 0
     assert time.monotonic() - begun < 15
     reaped(started)
     assert driver.wait(5) == 130
@@ -67,67 +65,17 @@ def test_a_driver_that_does_not_end_is_not_waited_for_longer_than_there_is_time(
     tmp_path: Path, started: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     started.append(start([*script(tmp_path, "batch-inference", "None"), "retry", "out/"]))
-    assert termination.main(["head", "0.5"]) == 1
+    assert termination.main(["0.5"]) == 1
     assert "1 drivers have not ended" in capsys.readouterr().err
 
 
 def test_without_a_driver_a_head_goes_at_once(started: list[subprocess.Popen[bytes]]) -> None:
     begun = time.monotonic()
-    assert termination.main(["head", "50"]) == 0
+    assert termination.main(["50"]) == 0
     assert time.monotonic() - begun < 5
 
 
-def raylet(folder: Path, on_term: str) -> list[str]:
-    """A process whose name is raylet: a link to the interpreter."""
-    (folder / "raylet").symlink_to(shutil.which(sys.executable) or sys.executable)
-    return [str(folder / "raylet"), *script(folder, "main.py", on_term)[1:]]
-
-
-def test_a_node_that_is_drained_ends_by_itself(
-    tmp_path: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process = start(raylet(tmp_path, "sys.exit(9)"))
-    started.append(process)
-
-    def ask(seconds: float) -> bool:
-        assert 15 < seconds <= 20
-        process.send_signal(signal.SIGKILL)  # as the GCS would have it end
-        process.wait()
-        return True
-
-    monkeypatch.setattr(termination, "_ask_gcs_to_drain", ask)
-    assert termination.main(["worker", "20"]) == 0
-
-
-def test_a_node_that_works_on_is_ended_when_the_time_is_over(
-    tmp_path: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started.append(start(raylet(tmp_path, "sys.exit(9)")))
-    monkeypatch.setattr(termination, "_ask_gcs_to_drain", lambda seconds: True)
-    assert termination.main(["worker", "0.5"]) == 0
-    assert started[0].wait(10) == 9
-
-
-def test_a_node_without_a_gcs_is_ended_at_once(
-    tmp_path: Path,
-    started: list[subprocess.Popen[bytes]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    started.append(start(raylet(tmp_path, "sys.exit(9)")))
-
-    def ask(seconds: float) -> bool:
-        raise ConnectionError("the GCS has ended")
-
-    monkeypatch.setattr(termination, "_ask_gcs_to_drain", ask)
-    begun = time.monotonic()
-    assert termination.main(["worker", "60"]) == 0
-    assert time.monotonic() - begun < 30
-    assert started[0].wait(10) == 9
-    assert "without being drained: the GCS has ended" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("args", [[], ["head"], ["tail", "5"], ["head", "soon"]])
+@pytest.mark.parametrize("args", [[], ["soon"], ["5", "6"]])
 def test_mistaken_arguments(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert termination.main(args) == 2
     assert "usage" in capsys.readouterr().err

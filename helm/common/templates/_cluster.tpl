@@ -88,12 +88,20 @@ template:
     containers:
       - name: ray-head
         {{- include "common.containerImage" .root | nindent 8 }}
-        {{- include "common.preStop" . | nindent 8 }}
+        {{- /* Kubernetes' signal reaches Ray only; this one the driver. */}}
+        lifecycle:
+          preStop:
+            exec:
+              command:
+                - python
+                - -m
+                - batch_inference.termination
+                - {{ sub (int64 $values.head.terminationGracePeriodSeconds) 5 | toString | quote }}
         securityContext:
           {{- include "common.containerSecurityContext" . | nindent 10 }}
         env:
           {{- $void := list (dict "name" "NVIDIA_VISIBLE_DEVICES" "value" "void") }}
-          {{- include "common.env" (merge (dict "defaults" (concat (fromJsonArray (include "common.rayEnv" .root)) $void)) .) | nindent 10 }}
+          {{- include "common.env" (merge (dict "defaults" (concat (fromJsonArray (include "common.rayEnv" .)) $void)) .) | nindent 10 }}
         {{- include "common.envFrom" . | nindent 8 }}
         ports:
           - {name: gcs, containerPort: 6379, protocol: TCP}
@@ -133,11 +141,10 @@ template:
     containers:
       - name: ray-worker
         {{- include "common.containerImage" .root | nindent 8 }}
-        {{- include "common.preStop" . | nindent 8 }}
         securityContext:
           {{- include "common.containerSecurityContext" . | nindent 10 }}
         env:
-          {{- include "common.env" (merge (dict "defaults" (fromJsonArray (include "common.rayEnv" .root))) .) | nindent 10 }}
+          {{- include "common.env" (merge (dict "defaults" (fromJsonArray (include "common.rayEnv" .))) .) | nindent 10 }}
         {{- include "common.envFrom" . | nindent 8 }}
         ports:
           - {name: metrics, containerPort: 8080, protocol: TCP}
@@ -148,19 +155,6 @@ template:
             {{- include "common.workerResources" (dict "root" .root "size" .size "group" $group "cpus" $group.limitCpus) | nindent 12 }}
         {{- include "common.mounts" . | nindent 8 }}
     {{- include "common.volumes" . | nindent 4 }}
-{{- end }}
-
-{{- /* Kubernetes' signal reaches only the shell that Ray runs in: drivers and nodes are told by this. */}}
-{{- define "common.preStop" -}}
-lifecycle:
-  preStop:
-    exec:
-      command:
-        - python
-        - -m
-        - batch_inference.termination
-        - {{ ternary "head" "worker" (eq .role "head") }}
-        - {{ sub (int64 (get .root.Values .role).terminationGracePeriodSeconds) 5 | toString | quote }}
 {{- end }}
 
 {{- define "common.workerResources" -}}
@@ -187,14 +181,18 @@ object-store-memory: {{ mul (int64 .size.objectStoreMiB) 1048576 | toString | qu
 
 {{- /* The root file system is read-only, so home and caches are elsewhere. */}}
 {{- define "common.rayEnv" -}}
+{{- $values := .root.Values -}}
+{{- /* At SIGTERM Ray gives a node nothing new and waits for what runs there. On the head, whose driver has ended before, nothing does. */}}
+{{- $drain := sub (int64 (get $values .role).terminationGracePeriodSeconds) 5 -}}
 {{- $env := list
   (dict "name" "HOME" "value" "/tmp")
-  (dict "name" "XDG_CACHE_HOME" "value" .Values.modelCache.mountPath)
+  (dict "name" "XDG_CACHE_HOME" "value" $values.modelCache.mountPath)
   (dict "name" "RAY_USAGE_STATS_ENABLED" "value" "0")
+  (dict "name" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "value" (ternary 0 $drain (eq .role "head") | toString))
 -}}
 {{- /* Jobs inherit it from the head: theirs is the cluster to say whether workers come on demand. */}}
-{{- if .Values.autoscaling.enabled -}}
-{{- $env = append $env (dict "name" "BATCH_INFERENCE_WAIT_FOR_WORKERS_S" "value" (int64 .Values.autoscaling.waitSeconds | toString)) -}}
+{{- if $values.autoscaling.enabled -}}
+{{- $env = append $env (dict "name" "BATCH_INFERENCE_WAIT_FOR_WORKERS_S" "value" (int64 $values.autoscaling.waitSeconds | toString)) -}}
 {{- end -}}
 {{- toJson $env -}}
 {{- end }}
