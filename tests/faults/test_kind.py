@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kubernetes import client
 
 from tests.charts.render import merged
 from tests.e2e.cluster.process import CommandError
@@ -159,13 +160,28 @@ NAMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("victim", ["driver", "head"])
+def evicted(kubernetes: Kubernetes, run: Run) -> None:
+    """The head goes as at a drain: its driver is told, and has ended long before its time is over."""
+    (submitter,) = [pod for pod in run.submitters if pod.status.phase == "Running"]
+    head = pod_of(run, "head")
+    kubernetes.core.delete_namespaced_pod(head, NAMESPACE)
+
+    def said() -> str:
+        """By the job's status, or in the log; the operator removes both with the attempt."""
+        with contextlib.suppress(client.ApiException):
+            return str(run.status.get("message")) + run.log(submitter)
+        return ""
+
+    until("the driver's end is known", lambda: "failed with exit code 130" in said(), 50, every=0.2)
+
+
+@pytest.mark.parametrize("victim", ["driver", "head", "head evicted"])
 @pytest.mark.timeout(2400)
 def test_the_next_attempt_resumes(
     victim: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
 ) -> None:
     """With the head goes the attempt; KubeRay makes another cluster, which does what is left."""
-    release = f"fault-{victim}"
+    release = f"fault-{victim.replace(' ', '-')}"
     run = releases.rayjob(release, merged(JOB, {"run": {"backoffLimit": TIMES}}))
     longest = 0.0
     for time_ in range(TIMES):
@@ -176,14 +192,19 @@ def test_the_next_attempt_resumes(
         begun = time.monotonic()
         if victim == "driver":
             kill_in_node(world, "batch-inference run --config")
-        else:
+        elif victim == "head":
             kubernetes.core.delete_namespaced_pod(pod_of(run, "head"), NAMESPACE, grace_period_seconds=0)
+        else:
+            evicted(kubernetes, run)
         until("another cluster", lambda old=cluster: run.status.get("rayClusterName") not in (None, "", old), 600)
         goes_on(world, run, release, before, 400)
         longest = max(longest, time.monotonic() - begun)
-        print(f"{victim} killed, time {time_ + 1}: a shard more after {time.monotonic() - begun:.0f} s")
+        print(f"{victim}, time {time_ + 1}: a shard more after {time.monotonic() - begun:.0f} s")
     ends_well(world, run, release, many)
-    record(Outcome(f"{victim} killed", "another attempt resumes by itself", TIMES, TIMES, 0, 0, longest))
+    name = {"driver": "driver killed", "head": "head pod killed", "head evicted": "head pod evicted, with time to end"}[
+        victim
+    ]
+    record(Outcome(name, "another attempt resumes by itself", TIMES, TIMES, 0, 0, longest))
 
 
 def test_gpus_that_nobody_has_end_the_job_with_the_reason(releases: Releases, record: Record) -> None:

@@ -17,9 +17,13 @@ from tests.unit.outputs import commit_shard, finished, planned, write
 URIS = [f"s3://b/{'bad-' if i % 4 == 3 else ''}{i}.jpg" for i in range(20)]
 
 
+# One moment for all commits: however slow a test is, they lie as far apart as it says.
+NOW = datetime.now(timezone.utc)
+
+
 def commit_at(ledger: Ledger, shard: int, seconds_ago: float, attempt: str = "first") -> None:
     writer, errors = write(ledger.store, shard, attempt)
-    moment = datetime.now(timezone.utc) - timedelta(seconds=seconds_ago)
+    moment = NOW - timedelta(seconds=seconds_ago)
     commit: Commit = replace(writer.close(shard, errors), committed_at=moment.isoformat(timespec="milliseconds"))
     assert ledger.commit(commit)
 
@@ -58,7 +62,7 @@ def test_an_unfinished_job_has_a_rate_and_a_time_of_arrival(tmp_path: Path) -> N
     # The first commit only starts the clock: two shards of four in twenty seconds.
     assert found.images_per_s == pytest.approx(0.4, rel=0.01)
     assert found.eta_s == pytest.approx(20, rel=0.01)
-    assert found.last_commit_age_s == pytest.approx(10, abs=3)
+    assert found.last_commit_age_s is not None and found.last_commit_age_s >= 10
     assert found.attempts == {"first": 3}
 
 
