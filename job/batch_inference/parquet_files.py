@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from batch_inference.errors import RowError, RowFailure, UserError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
+from batch_inference.footers import Trial
 from batch_inference.ranges import RangeFile
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, changed, read_range
 from batch_inference.storage import display
@@ -24,6 +25,8 @@ _TAIL_BYTES = 64 * 1024
 _PAGE_BYTES = 1024 * 1024
 # A task reads a row group from its start to the rows that it wants.
 LARGE_ROW_GROUP_BYTES = 256 * 1024 * 1024
+
+_trial = Trial()
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,11 @@ def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
 
     Raises:
         UserError: If it is not a Parquet file.
-        RowFailure: If it can't be read.
+        RowFailure: If it can't be read, or is another version.
     """
     file = RangeFile(fetcher, uri, tail=_TAIL_BYTES)
+    if etag and file.etag != etag:
+        raise changed(uri)
     try:
         metadata = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as exc:
@@ -79,6 +84,12 @@ def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
             f"{display(uri)} is not a readable Parquet file: {' '.join(str(exc).split())[:200]}",
             "Make it anew, or leave it out.",
         ) from None
+    # A version that is meant has been looked at when the inputs were listed.
+    if not etag and not _trial.survives(_raw(file)):
+        raise UserError(
+            f"{display(uri)} is a damaged Parquet file: what it says of its columns cannot be read",
+            "Make it anew, or leave it out.",
+        )
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     if any([group.column(n).path_in_schema for n in range(group.num_columns)] != paths for group in groups):
@@ -88,6 +99,14 @@ def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
         )
     rows = [group.num_rows for group in groups]
     return Footer(metadata, file.etag, np.cumsum([0, *rows]))
+
+
+def _raw(file: RangeFile) -> bytes:
+    """The end of a Parquet file from its metadata on, which pyarrow has found to be there."""
+    file.seek(-8, io.SEEK_END)
+    length = int.from_bytes(file.read(4), "little") + 8
+    file.seek(-length, io.SEEK_END)
+    return file.read(length)
 
 
 def bytes_column(found: Footer, uri: str, wanted: str | None) -> str:
@@ -166,8 +185,6 @@ def row_groups(uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int
     rows = [member.row for member in members]
     try:
         found = footer(fetcher, uri, members[0].etag)
-        if members[0].etag and found.etag != members[0].etag:
-            raise changed(uri)
     except RowFailure as exc:
         yield Failed(rows, exc.error)
         return

@@ -52,7 +52,7 @@ def canonical_uri(uri: str) -> str:
     if not sign:
         try:
             return "file://" + str(Path(uri).expanduser().absolute())
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             raise UserError(
                 f"{uri} begins with the home folder of somebody who is not known here", "Write its path."
             ) from None

@@ -30,6 +30,12 @@ def test_damaged_inputs_are_answered() -> None:
     assert f"| all | {150 * len(targets()):,} |" in done.stdout
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests/fuzz/found").glob("*/*")), ids=lambda file: file.name)
+def test_what_was_found_once_is_mended(file: Path) -> None:
+    done = run("-m", "tests.fuzz", "--replay", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_crashes_hangs_and_exceptions_are_found() -> None:
     code = """
 import os, signal, time
