@@ -100,10 +100,11 @@ def _worker(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _submitter(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
+    before = {pod.metadata.name for pod in run.submitters}
     last = until("a submitter", lambda: [p for p in run.submitters if p.status.phase == "Running"], 120)[-1]
     kubernetes.core.delete_namespaced_pod(last.metadata.name, NAMESPACE, grace_period_seconds=0)
     yield
-    until("another submitter", lambda: run.submitters and run.submitters[-1].metadata.name != last.metadata.name, 180)
+    until("another submitter", lambda: {pod.metadata.name for pod in run.submitters} - before, 180)
 
 
 @contextlib.contextmanager
