@@ -18,10 +18,10 @@ if phase == "Complete" then
   if job == "SUCCEEDED" then
     return { status = "Healthy", message = "the job has succeeded" }
   end
-  return { status = "Degraded", message = "the job is " .. (job == "" and "over" or job) .. ": " .. last_lines(status.message, 6) }
+  return { status = "Degraded", message = "the job is " .. (job == "" and "over" or job) .. ": " .. last_lines(status.message, 5) }
 end
 if phase == "Failed" or phase == "ValidationFailed" then
-  return { status = "Degraded", message = (status.reason or phase) .. ": " .. last_lines(status.message, 6) }
+  return { status = "Degraded", message = (status.reason or phase) .. ": " .. last_lines(status.message, 5) }
 end
 if phase == "Suspended" or (phase == "" and spec.suspend) then
   return { status = "Suspended", message = "the job is suspended; it waits in a queue, or for spec.suspend to become false" }
