@@ -107,7 +107,7 @@ STORE_FAULTS = [
     ("input: connection reset before the answer", Proxy.RESET, "GET", "/in/", 40, 3),
     ("input: connection cut in the middle of the body", Proxy.CUT, "GET", "/in/", 40, 3),
     ("input: no answer within the time limit", Proxy.SILENT, "GET", "/in/", 20, 5),
-    ("manifest shard: 503", 503, "GET", "/_manifest/", 20, 1),
+    ("manifest shard: 503", 503, "GET", "/_manifest/shard-", 20, 2),
     ("data file: 500", 500, "PUT", "/predictions/", 20, 2),
     ("data file: written, answer lost", Proxy.LOST, "PUT", "/predictions/", 20, 2),
     ("commit: 503", 503, "PUT", "/_commits/", 20, 2),
