@@ -181,7 +181,7 @@ def evicted(kubernetes: Kubernetes, run: Run) -> None:
 def test_the_next_attempt_resumes(
     victim: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
 ) -> None:
-    """With the head goes the attempt; KubeRay makes another cluster, which does what is left."""
+    """With the head goes the attempt. KubeRay makes another head or another cluster, where what is left is done."""
     release = f"fault-{victim.replace(' ', '-')}"
     run = releases.rayjob(release, merged(JOB, {"run": {"backoffLimit": TIMES}}))
     longest = 0.0
@@ -191,13 +191,16 @@ def test_the_next_attempt_resumes(
         goes_on(world, run, release, before, 400)
         cluster, before = run.status["rayClusterName"], committed(world, release)
         begun = time.monotonic()
+        head = pod_of(run, "head")
         if victim == "driver":
             kill_in_node(world, "batch-inference run --config")
+            until("another cluster", lambda old=cluster: run.status.get("rayClusterName") not in (None, "", old), 600)
         elif victim == "head":
-            kubernetes.core.delete_namespaced_pod(pod_of(run, "head"), NAMESPACE, grace_period_seconds=0)
+            kubernetes.core.delete_namespaced_pod(head, NAMESPACE, grace_period_seconds=0)
         else:
             evicted(kubernetes, run)
-        until("another cluster", lambda old=cluster: run.status.get("rayClusterName") not in (None, "", old), 600)
+        if victim != "driver":
+            until("another head", lambda old=head: pod_of(run, "head") != old, 600)
         goes_on(world, run, release, before, 400)
         longest = max(longest, time.monotonic() - begun)
         print(f"{victim}, time {time_ + 1}: a shard more after {time.monotonic() - begun:.0f} s")
