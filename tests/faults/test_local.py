@@ -338,9 +338,12 @@ def _kill(process: subprocess.Popen[bytes], cluster: dict[str, str], title: str 
     if title is None:
         process.send_signal(number)
         return True
-    with contextlib.suppress(AssertionError, ProcessLookupError):
-        os.kill(find(cluster, title).pid, number)
-        return True
+    # Tasks are short: between two of them nobody is there to be killed.
+    until = time.monotonic() + 3
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(AssertionError, ProcessLookupError):
+            os.kill(find(cluster, title).pid, number)
+            return True
     return False
 
 
