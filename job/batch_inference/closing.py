@@ -43,7 +43,7 @@ class Writers:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # Beside the driver: an attempt that loses a writer ends, and of the nodes that may go at any time the driver's is none.
-        # Not soft, which Ray takes for a wish where the node is slow to start a process.
+        # Not soft: with that Ray was seen to put one on a worker, which was killed.
         beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         count = -(-config.inference.actors // _ACTORS_PER_WRITER)
         remote = ray.remote(num_cpus=0, max_restarts=0)(ShardWriter).options(scheduling_strategy=beside)
