@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from batch_inference import logs
 from batch_inference.config import JobConfig, json_schema, load_config
@@ -24,7 +26,31 @@ from batch_inference.errors import (
 )
 from batch_inference.terminal import plain
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command.
+
+        Typer takes any broken pipe for that of our output, and ends with 1 and without a word: right where nobody reads
+        on, but not where a process or a socket of Ray's went away.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:
+            if _reader_is_gone():
+                raise
+            raise RuntimeError("a process that the program was talking to went away") from exc
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="batch-inference",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -477,6 +477,25 @@ def test_a_defect_of_ours_ends_with_5_and_says_so(
     assert "this is a defect of batch-inference" in said.err
 
 
+def test_a_broken_pipe_is_no_silent_end(program: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(verifier, "verify", fail)
+    said = program("verify", "out")
+    assert said.code == 5
+    assert "a process that the program was talking to went away" in said.err
+
+
+def test_where_nobody_reads_on_it_ends_quietly() -> None:
+    command = [sys.executable, "-m", "batch_inference", "schema"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert (process.stderr.read() if process.stderr else "") == ""
+    assert process.wait(30) == 1
+
+
 def test_one_source_replaces_the_other_of_the_file_and_two_are_refused(
     folder: Path, tmp_path: Path, program: Callable[..., Said]
 ) -> None:
