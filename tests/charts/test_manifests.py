@@ -254,6 +254,21 @@ def test_any_gpu_resource_is_told_to_ray_as_gpus(resource: str) -> None:
     )
 
 
+def test_claimed_gpus_are_told_to_ray_too() -> None:
+    (group,) = cluster({"workers": {"gpusPerWorker": 2, "gpuClaimTemplate": "two-gpus"}})["workerGroupSpecs"]
+    spec = group["template"]["spec"]
+    resources = spec["containers"][0]["resources"]
+    assert spec["resourceClaims"] == [{"name": "gpus", "resourceClaimTemplateName": "two-gpus"}]
+    assert resources["claims"] == [{"name": "gpus"}]
+    assert not {"nvidia.com/gpu"} & (resources["requests"].keys() | resources["limits"].keys())
+    assert group["rayStartParams"]["num-gpus"] == "2"
+
+
+def test_who_needs_no_gpus_claims_none() -> None:
+    values = {"workers": {"gpuClaimTemplate": "two-gpus"}, "job": {"inference": {"gpus_per_actor": 0}}}
+    assert "resourceClaims" not in cluster(values)["workerGroupSpecs"][0]["template"]["spec"]
+
+
 def test_overcommitted_cpus_are_ray_s_and_not_kubernetes() -> None:
     spec = cluster({"cpuOvercommit": 4})
     (group,) = spec["workerGroupSpecs"]

@@ -138,6 +138,10 @@ template:
     {{- end }}
     terminationGracePeriodSeconds: {{ int64 (get .root.Values .role).terminationGracePeriodSeconds }}
     {{- include "common.podSettings" . | nindent 4 }}
+    {{- if and $group.gpuClaimTemplate (gt $gpus (int64 0)) }}
+    resourceClaims:
+      - {name: gpus, resourceClaimTemplateName: {{ $group.gpuClaimTemplate | quote }}}
+    {{- end }}
     containers:
       - name: ray-worker
         {{- include "common.containerImage" .root | nindent 8 }}
@@ -153,6 +157,10 @@ template:
             {{- include "common.workerResources" (dict "root" .root "size" .size "group" $group "cpus" true) | nindent 12 }}
           limits:
             {{- include "common.workerResources" (dict "root" .root "size" .size "group" $group "cpus" $group.limitCpus) | nindent 12 }}
+          {{- if and $group.gpuClaimTemplate (gt $gpus (int64 0)) }}
+          claims:
+            - {name: gpus}
+          {{- end }}
         {{- include "common.mounts" . | nindent 8 }}
     {{- include "common.volumes" . | nindent 4 }}
 {{- end }}
@@ -162,7 +170,7 @@ template:
 cpu: {{ include "common.requestedCpus" (dict "root" .root "cpus" .size.cpus) }}
 {{ end -}}
 memory: {{ int64 .size.memoryMiB }}Mi
-{{- if gt (int64 (default 0 .size.gpus)) (int64 0) }}
+{{- if and (gt (int64 (default 0 .size.gpus)) (int64 0)) (not .group.gpuClaimTemplate) }}
 {{ .group.gpuResource }}: {{ int64 .size.gpus | toString | quote }}
 {{- end }}
 {{- end }}
