@@ -8,6 +8,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import typer
@@ -224,29 +225,50 @@ def plan(
             "--values", "-f", metavar="FILE", help="Values of the rayjob chart, with the job in them; may be repeated."
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Values for the GPU nodes of a platform, before those of --values: gke, eks-spot, …"
+        ),
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="PRICE", help="Price of a GPU for an hour, to show what the job costs."),
+    ] = None,
+    images_per_s: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9,
+            metavar="RATE",
+            help="Images a second of one actor, as preflight shows it, to show hours and cost.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the inputs, count, and show what would run and what does not fit; writes and runs nothing.
 
-    With --values it shows the pods that the chart would make, and exits 2 where the chart would refuse.
+    With --values or --preset it shows the pods that the chart would make, and exits 2 where the chart would refuse.
 
-    Example: batch-inference plan photos/ --model resnet18
+    Example: batch-inference plan photos/ --model resnet18 --preset gke-spot --gpu-hour-price 0.70
     """
+    from batch_inference import planner
     from batch_inference.display import print_plan
-    from batch_inference.planner import plan as make_plan
-    from batch_inference.planner import read_values
 
-    given = read_values(values) if values else None
-    if given is not None and config:
+    files = [*([planner.preset(preset)] if preset else []), *(values or [])]
+    given = planner.read_values(files) if files else None
+    if images_per_s is not None and gpu_hour_price is None:
+        raise UserError(f"--images-per-s {images_per_s:g} is given without a price", "Add --gpu-hour-price.")
+    if values and config:
         raise UserError(
             f"both --config {config} and --values are given", "Keep --values: its `job` is the configuration."
         )
-    job = _config(inputs, output, manifest, model, weights, config if given is None else given.get("job", {}), settings)
-    found = make_plan(job, given)
+    base = given["job"] if given and "job" in given else config
+    found = planner.plan(_config(inputs, output, manifest, model, weights, base, settings), given)
+    cost = None if gpu_hour_price is None else planner.Cost.of(found, gpu_hour_price, images_per_s)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        typer.echo(json.dumps(found.to_dict() | ({"cost": asdict(cost)} if cost else {})))
     else:
-        print_plan(found, for_chart=given is not None)
+        print_plan(found, for_chart=given is not None, cost=cost)
     if given is not None and found.kubernetes and found.kubernetes.problems:
         raise typer.Exit(EXIT_USER)
 

@@ -20,7 +20,7 @@ from batch_inference.capacity import Capacity, Size
 from batch_inference.collection import describe_errors
 from batch_inference.driver import RunResult
 from batch_inference.errors import BatchInferenceError
-from batch_inference.planner import Plan
+from batch_inference.planner import Cost, Plan
 from batch_inference.progress import Snapshot
 from batch_inference.storage import display
 from batch_inference.terminal import plain
@@ -215,7 +215,7 @@ def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     console.print(table)
 
 
-def print_plan(found: Plan, *, for_chart: bool) -> None:
+def print_plan(found: Plan, *, for_chart: bool, cost: Cost | None = None) -> None:
     """Prints a plan on stdout; where values of the chart are given, its pods take the place of this machine."""
     notes = [("left out", f"{n:,} files ending with {e or 'nothing'}") for e, n in sorted(found.skipped.items())[:5]]
     if found.duplicates:
@@ -244,8 +244,18 @@ def print_plan(found: Plan, *, for_chart: bool) -> None:
                 f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task",
             ),
             *where,
+            *([("cost", _cost(cost))] if cost else []),
         ],
     )
+
+
+def _cost(cost: Cost) -> str:
+    each = f"{cost.gpus:g} GPUs at {cost.gpu_hour_price:,.2f} are {cost.per_hour:,.2f} an hour"
+    if cost.hours is None or cost.total is None:
+        return f"{each}; --images-per-s RATE, which preflight measures, shows the whole"
+    time = f"{cost.hours:,.1f} hours" if cost.hours >= 1 else f"{60 * cost.hours:,.1f} minutes"
+    whole = f"{time} of images are {cost.gpus * cost.hours:,.2f} GPU-hours and {cost.total:,.2f}"
+    return f"{each}; {whole}, start-up not counted"
 
 
 def _pods(found: Capacity | None) -> list[tuple[str, str]]:

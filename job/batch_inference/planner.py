@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,6 +16,35 @@ from batch_inference.config import JobConfig, read_yaml
 from batch_inference.errors import UserError
 from batch_inference.identity import check_columns, resolve_engine
 from batch_inference.manifest import find_inputs
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the GPUs of a job cost.
+
+    Attributes:
+        gpus: GPUs that are paid for, those that no actor uses included.
+        gpu_hour_price: Price of one GPU for an hour, in any currency.
+        per_hour: Price of all of them for an hour.
+        hours: Hours from the first image to the last, None where no rate was given. Start-up comes on top.
+        total: Price of that time, None where no rate was given.
+    """
+
+    gpus: float
+    gpu_hour_price: float
+    per_hour: float
+    hours: float | None = None
+    total: float | None = None
+
+    @classmethod
+    def of(cls, found: Plan, gpu_hour_price: float, images_per_s: float | None = None) -> Cost:
+        """Args: a plan, the price, and images a second that one actor does, as ``preflight`` measures it."""
+        gpus = float(found.kubernetes.total("gpus")) if found.kubernetes else found.gpus
+        hours = found.inputs / (images_per_s * found.actors) / 3600 if images_per_s else None
+        per_hour = gpus * gpu_hour_price
+        return cls(gpus, gpu_hour_price, per_hour, hours, None if hours is None else hours * per_hour)
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,20 @@ def read_values(paths: Sequence[str]) -> dict[str, Any]:
             f"job is {values['job']!r} in the values, not keys and values", "Put the configuration under it."
         )
     return values
+
+
+def preset(name: str) -> str:
+    """Returns the file of values for the GPU nodes of a platform, such as ``gke-spot``.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if name not in names:
+        raise UserError(
+            f"there is no preset {name}", f"Take one of {', '.join(names)}; or a file of yours with --values."
+        )
+    return str(PRESETS / f"{name}.yaml")
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

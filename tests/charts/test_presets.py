@@ -16,7 +16,7 @@ from .render import Manifest, find, rayjob, render
 PRESETS = sorted((Path(__file__).parents[2] / "k8s" / "presets").glob("*.yaml"))
 README = Path(__file__).parents[2] / "k8s" / "README.md"
 # All that a preset may change: where workers go, what a GPU is called there, and how long a node waits for them.
-MAY_DIFFER = {"affinity", "nodeSelector", "terminationGracePeriodSeconds", "tolerations"}
+MAY_DIFFER = {"affinity", "nodeSelector", "resourceClaims", "terminationGracePeriodSeconds", "tolerations"}
 presets = pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 
 
@@ -57,7 +57,12 @@ def test_presets_differ_in_where_workers_go_and_nothing_else(file: Path) -> None
     assert differing - {"containers"} <= MAY_DIFFER
     (container,), (other,) = mine["containers"], plain["containers"]
     resource = given["workers"].get("gpuResource", "nvidia.com/gpu")
-    for kind in ("requests", "limits"):
+    if claim := given["workers"].get("gpuClaimTemplate"):
+        assert mine["resourceClaims"] == [{"name": "gpus", "resourceClaimTemplateName": claim}]
+        assert container["resources"].pop("claims") == [{"name": "gpus"}]
+        for kind in ("requests", "limits"):
+            del other["resources"][kind]["nvidia.com/gpu"]
+    for kind in ("requests", "limits") if not claim else ():
         assert container["resources"][kind].pop(resource) == other["resources"][kind].pop("nvidia.com/gpu") == "1"
     # Ray's own time to drain follows the pod's.
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
@@ -80,7 +85,7 @@ def test_the_table_says_what_each_preset_expects() -> None:
     assert set(rows) >= {file.stem for file in PRESETS}
     for file in PRESETS:
         workers = values(file)["workers"]
-        words = [f"`{key}={value}`" for key, value in workers["nodeSelector"].items()]
+        words = [f"`{key}={value}`" for key, value in workers.get("nodeSelector", {}).items()]
         words += [f"`{t['key']}" for t in workers["tolerations"]]
-        words += [f"`{workers['gpuResource']}`"] if "gpuResource" in workers else []
+        words += [f"`{workers[key]}`" for key in ("gpuResource", "gpuClaimTemplate") if key in workers]
         assert [word for word in words if word not in rows[file.stem]] == [], file.stem

@@ -1,16 +1,27 @@
-"""Writes KubeRay's schemas as JSON Schema into schemas/: python -m tests.charts.vendor, after the operator's version changed."""
+"""Writes the schemas of custom resources as JSON Schema into schemas/: python -m tests.charts.vendor [CRD VERSION]...
+
+KubeRay's come from the operator's module, and Karpenter's from theirs. Those that are in no Go module are given as files of their
+CRDs, each with what its version is:
+
+- ``pkg/apis/crds/karpenter.azure.com_aksnodeclasses.yaml`` of Azure/karpenter-provider-azure
+- ``crds/container_v1beta1_containernodepool.yaml`` of GoogleCloudPlatform/k8s-config-connector
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.e2e.cluster.programs import module_folder, version
+from tests.e2e.cluster.process import run
+from tests.e2e.cluster.programs import go, module_folder, version
 
 SCHEMAS = Path(__file__).parent / "schemas"
+KARPENTER = "github.com/aws/karpenter-provider-aws", "v1.14.0"
+KARPENTER_CRDS = ("karpenter.sh_nodepools.yaml", "karpenter.k8s.aws_ec2nodeclasses.yaml")
 
 
 def strict(schema: Any) -> Any:
@@ -28,18 +39,40 @@ def strict(schema: Any) -> Any:
     return kept
 
 
-def main() -> None:
-    """Reads the CRDs that the operator's module ships."""
+def plain(schema: Any) -> Any:
+    """Leaves out descriptions, which are most of a CRD."""
+    if isinstance(schema, dict):
+        return {
+            key: plain(value) for key, value in schema.items() if key != "description" or not isinstance(value, str)
+        }
+    return [plain(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def write(file: Path, origin: str, *, described: bool = False) -> None:
+    """Writes the schema of the version of a CRD that is stored."""
+    crd = yaml.safe_load(file.read_text())
+    stored = next(item for item in crd["spec"]["versions"] if item["storage"])
+    schema = strict(stored["schema"]["openAPIV3Schema"])
+    schema["properties"].pop("status", None)
+    schema["properties"]["metadata"] = {"type": "object"}
+    plural, group = crd["spec"]["names"]["plural"], crd["spec"]["group"]
+    schema["$comment"] = f"{origin}, {plural}.{group}/{stored['name']}; written by vendor.py"
+    text = json.dumps(schema if described else plain(schema), sort_keys=True, separators=(",", ":"))
+    (SCHEMAS / f"{plural}.json").write_text(text + "\n")
+
+
+def main(arguments: list[str]) -> None:
+    """Reads CRDs that modules ship, and those that are given."""
     bases = module_folder("kuberay-operator") / "config" / "crd" / "bases"
     for kind in ("rayjobs", "rayclusters"):
-        crd = yaml.safe_load((bases / f"ray.io_{kind}.yaml").read_text())
-        served = next(item for item in crd["spec"]["versions"] if item["name"] == "v1")["schema"]["openAPIV3Schema"]
-        schema = strict(served)
-        del schema["properties"]["status"]
-        schema["properties"]["metadata"] = {"type": "object"}
-        schema["$comment"] = f"KubeRay {version('kuberay-operator')}, {kind}.ray.io/v1; written by vendor.py"
-        (SCHEMAS / f"{kind}.json").write_text(json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n")
+        write(bases / f"ray.io_{kind}.yaml", f"KubeRay {version('kuberay-operator')}", described=True)
+    module, release = KARPENTER
+    found = json.loads(run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=SCHEMAS, timeout=600))
+    for name in KARPENTER_CRDS:
+        write(Path(found["Dir"]) / "pkg" / "apis" / "crds" / name, f"Karpenter for AWS {release}")
+    for file, origin in zip(arguments[::2], arguments[1::2], strict=True):
+        write(Path(file), origin)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

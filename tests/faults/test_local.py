@@ -358,6 +358,7 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
         subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.timeout(1200)
 def test_a_full_disk_ends_the_attempt_and_the_next_one_resumes(
     photos: Callable[..., Path], cluster: dict[str, str], program: Program, record: Record, tmp_path: Path
 ) -> None:

@@ -185,6 +185,18 @@ def test_plan_with_values_of_the_chart_shows_its_pods(
     assert "workers 1 to 2, as Ray asks for them: 2 GPUs" in program("plan", "-f", first, "-f", second).text
 
 
+def test_plan_with_a_preset_and_a_price_shows_pods_and_cost(folder: Path, program: Callable[..., Said]) -> None:
+    args = ["plan", folder, "--model", "resnet18", "--set", "inference.actors=3", "--preset", "gke-spot"]
+    said = program(*args, "--gpu-hour-price", "0.7")
+    assert "workers 3: 1 GPUs" in said.text
+    assert "3 GPUs at 0.70 are 2.10 an hour; --images-per-s RATE" in said.text
+    found = json.loads(program(*args, "--gpu-hour-price", "0.7", "--images-per-s", "0.01", "--json").out)
+    hours = found["inputs"] / 0.03 / 3600
+    assert found["cost"] == pytest.approx(
+        {"gpus": 3.0, "gpu_hour_price": 0.7, "per_hour": 2.1, "hours": hours, "total": 2.1 * hours}
+    )
+
+
 def test_plan_refuses_what_the_chart_refuses_in_its_words(
     folder: Path, tmp_path: Path, program: Callable[..., Said]
 ) -> None:
@@ -506,6 +518,12 @@ def test_one_source_replaces_the_other_of_the_file_and_two_are_refused(
     said = program("plan", folder, "--manifest", tmp_path / "list.txt")
     assert said.code == 2
     assert "both INPUT and --manifest" in said.text
+
+
+def test_an_unknown_preset_is_named_with_those_there_are(folder: Path, program: Callable[..., Said]) -> None:
+    said = program("plan", folder, *SMALL, "--preset", "gcp")
+    assert said.code == 2
+    assert "there is no preset gcp\nremedy: Take one of aks, aks-karpenter" in said.err
 
 
 def test_an_unknown_log_format_is_refused(program: Callable[..., Said]) -> None:
