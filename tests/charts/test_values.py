@@ -27,6 +27,7 @@ TOGETHER: dict[str, Values] = {
         "clusterSelector": "",
         "job": {"input": {"manifest": None}},
         "run": {"suspend": False, "shutdownAfterJobFinishes": True, "deletionRules": []},
+        "schedule": {"cron": ""},
     },
     "raycluster": {"cluster": {"suspend": False}},
 }

@@ -1,10 +1,10 @@
-{{- /* Names of the release's other runs that stay: those that have not ended, and of the others the newest. */}}
+{{- /* Names of the release's other runs that stay: those that have not ended, and of the others the newest. Those of a schedule are their Jobs'. */}}
 {{- define "rayjob.earlierRuns" -}}
 {{- $current := include "rayjob.name" . }}{{ $ended := list -}}
 {{- range (lookup "ray.io/v1" "RayJob" .Release.Namespace "").items -}}
 {{- $status := dig "status" "jobDeploymentStatus" "" . -}}
 {{- $mine := eq (dig "metadata" "labels" "app.kubernetes.io/instance" "" .) $.Release.Name -}}
-{{- if and $mine (ne .metadata.name $current) (not .metadata.deletionTimestamp) -}}
+{{- if and $mine (ne .metadata.name $current) (not .metadata.deletionTimestamp) (not .metadata.ownerReferences) -}}
 {{- if has $status (list "Complete" "Failed" "ValidationFailed") -}}
 {{- $ended = append $ended (printf "%s %s" .metadata.creationTimestamp .metadata.name) -}}
 {{- else }}

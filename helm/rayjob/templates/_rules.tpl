@@ -3,6 +3,7 @@
 {{- include "rayjob.rules.name" . -}}
 {{- include "rayjob.rules.going" . -}}
 {{- include "rayjob.rules.input" . -}}
+{{- include "rayjob.rules.schedule" . -}}
 {{- include "rayjob.rules.run" . -}}
 {{- include "rayjob.rules.deletion" . -}}
 {{- include "rayjob.rules.shared" . -}}
@@ -25,6 +26,19 @@ the name {{ $name }} is not of a-z, 0-9 and -, starting with a letter: set nameO
 {{- $there := lookup "ray.io/v1" "RayJob" .Release.Namespace (include "rayjob.name" .) -}}
 {{- if dig "metadata" "deletionTimestamp" "" $there }}
 the run {{ $there.metadata.name }} of an earlier release with the same values is being deleted since {{ $there.metadata.deletionTimestamp }}: wait for it (kubectl wait --for=delete rayjob/{{ $there.metadata.name }}), or set run.id
+{{- end }}
+{{- end }}
+
+{{- define "rayjob.rules.schedule" -}}
+{{- $time := regexMatch "\\{time(-[0-9]+[dhm])?:%[^}]*\\}" .Values.job.output.uri -}}
+{{- if and .Values.schedule.cron (not $time) }}
+schedule.cron is {{ .Values.schedule.cron }} and job.output.uri is the same for each run, so that all but the first would find their job done: put the time into it, such as {{ .Values.job.output.uri | default "s3://bucket/predictions/" | trimSuffix "/" }}/{time:%Y-%m-%d-%H%M}/
+{{- end }}
+{{- if and (not .Values.schedule.cron) (contains "{time" (include "rayjob.jobYaml" .)) }}
+job has a {time:…}, which only runs of a schedule know: set schedule.cron, or write the time out
+{{- end }}
+{{- if and .Values.schedule.cron .Values.run.suspend }}
+schedule.cron is {{ .Values.schedule.cron }} and run.suspend is true, so that each run would wait for someone: set schedule.suspend to start none
 {{- end }}
 {{- end }}
 
