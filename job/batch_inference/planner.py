@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
+import zoneinfo
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +19,7 @@ from batch_inference.config import JobConfig, read_yaml
 from batch_inference.errors import UserError
 from batch_inference.identity import check_columns, resolve_engine
 from batch_inference.manifest import find_inputs
+from batch_inference.scheduler import filled_in
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -103,7 +107,21 @@ def read_values(paths: Sequence[str]) -> dict[str, Any]:
         raise UserError(
             f"job is {values['job']!r} in the values, not keys and values", "Put the configuration under it."
         )
+    schedule = values.get("schedule")
+    if isinstance(schedule, dict) and schedule.get("cron") and "job" in values:
+        values["job"] = _as_if_now(values["job"], str(schedule.get("timeZone", "UTC")))
     return values
+
+
+def _as_if_now(job: Any, zone: str) -> Any:
+    """A job of a schedule, as its run is that starts now."""
+    try:
+        now = datetime.datetime.now(zoneinfo.ZoneInfo(zone))
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+        raise UserError(
+            f"schedule.timeZone is {zone!r}, which is no time zone", "Write one such as Europe/Berlin."
+        ) from None
+    return json.loads(filled_in(json.dumps(job), now))
 
 
 def preset(name: str) -> str:

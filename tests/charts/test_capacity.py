@@ -281,7 +281,7 @@ def test_the_all_keys_file_is_planned() -> None:
     together = {"input": {"manifest": None}, "task": "classify", "preprocess": {"gpu_jpeg": False}}
     job = merged(values["job"], together)
     run = {"suspend": False, "shutdownAfterJobFinishes": True, "deletionRules": []}
-    own = merged(values, {"clusterSelector": "", "job": together, "run": run})
+    own = merged(values, {"clusterSelector": "", "job": together, "run": run, "schedule": {"cron": ""}})
     found = pods(parse_config(job), own)
     assert found
     assert rendered(find(render("rayjob", own), "RayJob")) == computed(found)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -195,6 +196,18 @@ def test_plan_with_a_preset_and_a_price_shows_pods_and_cost(folder: Path, progra
     assert found["cost"] == pytest.approx(
         {"gpus": 3.0, "gpu_hour_price": 0.7, "per_hour": 2.1, "hours": hours, "total": 2.1 * hours}
     )
+
+
+def test_plan_of_a_schedule_is_that_of_the_run_that_starts_now(tmp_path: Path, program: Callable[..., Said]) -> None:
+    today = datetime.datetime.now(datetime.timezone.utc)
+    (tmp_path / f"{today:%Y}").mkdir()
+    (tmp_path / f"{today:%Y}" / "a.jpg").write_bytes(jpeg(1))
+    values = tmp_path / "values.yaml"
+    uris = f"{{input: {{uris: ['{tmp_path}/{{time:%Y}}/']}}, output: {{uri: 's3://o/{{time:%Y}}/'}}}}"
+    values.write_text(f"schedule: {{cron: '@daily'}}\njob: {uris}\n")
+    assert "1 images in 1 shards" in program("plan", "--values", values, *SMALL).text
+    values.write_text(f"schedule: {{cron: '@daily', timeZone: Mars}}\njob: {uris}\n")
+    assert "schedule.timeZone is 'Mars', which is no time zone" in program("plan", "--values", values, *SMALL).text
 
 
 def test_plan_refuses_what_the_chart_refuses_in_its_words(
