@@ -88,6 +88,7 @@ PROGRAMS = {
         r"v4\.",
         ("helm.sh/helm/v4/internal/version.version={version}",),
     ),
+    "actionlint": Program("actionlint", "github.com/rhysd/actionlint/cmd/actionlint", "github.com/rhysd/actionlint"),
 }
 
 
