@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -20,12 +20,16 @@ from batch_inference.errors import (
     EXIT_COUNTS,
     EXIT_INTERRUPTED,
     EXIT_SYSTEM,
+    EXIT_THRESHOLD,
     EXIT_USER,
     BatchInferenceError,
     Interrupted,
     UserError,
 )
 from batch_inference.terminal import plain
+
+if TYPE_CHECKING:
+    from batch_inference.planner import Plan
 
 
 class _Commands(TyperGroup):
@@ -98,6 +102,9 @@ DashboardHost = Annotated[
         metavar="HOST", help="Address that Ray's dashboard listens on; 0.0.0.0 for all, none for no dashboard."
     ),
 ]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N inputs (input.limit).")]
+Sample = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only N inputs chosen at random (input.sample).")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="SEED", help="Chooses the sample (input.sample_seed).")]
 OutputArgument = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the output.")]
 
 
@@ -129,6 +136,12 @@ def run(
     settings: Settings = None,
     address: Address = None,
     dashboard_host: DashboardHost = "127.0.0.1",
+    limit: Limit = None,
+    sample: Sample = None,
+    seed: Seed = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, as plan does; write and run nothing.")
+    ] = False,
     force_retry: Annotated[
         bool,
         typer.Option(
@@ -145,7 +158,11 @@ def run(
     Example: batch-inference run photos/ --output out/ --model resnet18 --set inference.gpus_per_actor=0 --set inference.actors=1
     """
     logs.configure(log_format, quiet=quiet)
-    job = _config(inputs, output, manifest, model, weights, config, settings)
+    few = _few(limit, sample, seed)
+    job = _config(inputs, output, manifest, model, weights, config, [*(settings or []), *few])
+    if dry_run:
+        _show(job, None, None, as_json=as_json)
+        raise typer.Exit
     raise typer.Exit(
         run_job(
             job,
@@ -243,6 +260,9 @@ def plan(
             help="Images a second of one actor, as preflight shows it, to show hours and cost.",
         ),
     ] = None,
+    limit: Limit = None,
+    sample: Sample = None,
+    seed: Seed = None,
     as_json: Json = False,
 ) -> None:
     """List the inputs, count, and show what would run and what does not fit; writes and runs nothing.
@@ -252,7 +272,6 @@ def plan(
     Example: batch-inference plan photos/ --model resnet18 --preset gke-spot --gpu-hour-price 0.70
     """
     from batch_inference import planner
-    from batch_inference.display import print_plan
 
     files = [*([planner.preset(preset)] if preset else []), *(values or [])]
     given = planner.read_values(files) if files else None
@@ -263,14 +282,35 @@ def plan(
             f"both --config {config} and --values are given", "Keep --values: its `job` is the configuration."
         )
     base = given["job"] if given and "job" in given else config
-    found = planner.plan(_config(inputs, output, manifest, model, weights, base, settings), given)
-    cost = None if gpu_hour_price is None else planner.Cost.of(found, gpu_hour_price, images_per_s)
+    few = _few(limit, sample, seed)
+    job = _config(inputs, output, manifest, model, weights, base, [*(settings or []), *few])
+    found = _show(job, given, None if gpu_hour_price is None else (gpu_hour_price, images_per_s), as_json=as_json)
+    if given is not None and found.kubernetes and found.kubernetes.problems:
+        raise typer.Exit(EXIT_USER)
+
+
+def _show(
+    job: JobConfig, values: dict[str, Any] | None, price: tuple[float, float | None] | None, *, as_json: bool
+) -> Plan:
+    """Prints the plan of a job."""
+    from batch_inference import planner
+    from batch_inference.display import print_plan
+
+    found = planner.plan(job, values)
+    cost = planner.Cost.of(found, *price) if price else None
     if as_json:
         typer.echo(json.dumps(found.to_dict() | ({"cost": asdict(cost)} if cost else {})))
     else:
-        print_plan(found, for_chart=given is not None, cost=cost)
-    if given is not None and found.kubernetes and found.kubernetes.problems:
-        raise typer.Exit(EXIT_USER)
+        print_plan(found, for_chart=values is not None, cost=cost)
+    return found
+
+
+def _few(limit: int | None, sample: int | None, seed: int | None) -> list[str]:
+    """Settings for a job over some of its inputs."""
+    if seed is not None and sample is None:
+        raise UserError(f"--seed {seed} is given without a sample", "Add --sample N.")
+    given = {"input.limit": limit, "input.sample": sample, "input.sample_seed": seed}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 @app.command()
@@ -311,39 +351,32 @@ def preflight(
 
 
 @app.command()
-def status(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
+def status(
+    output: OutputArgument,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", "-w", help="Show it again and again until the job has ended; Ctrl-C stops watching."),
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often, with --watch.")] = 5.0,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
     """Show how far a job is, from its ledger alone.
 
-    Example: batch-inference status s3://bucket/predictions/
+    Example: batch-inference status s3://bucket/predictions/ --watch
     """
-    from batch_inference.collection import describe_errors
-    from batch_inference.display import duration, print_pairs
+    if watch and as_json:
+        raise UserError("both --watch and --json are given", "Keep --json, and ask again as often as you like.")
+    from batch_inference.display import print_status, watch_status
     from batch_inference.status import status as read_status
 
-    found = read_status(output, _storage(settings))
+    storage = _storage(settings)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-        return
-    done = found.predictions + found.errors
-    rate = "unknown before the second commit" if found.images_per_s is None else f"{found.images_per_s:,.1f} images/s"
-    print_pairs(
-        found.state,
-        [
-            (
-                "rows",
-                f"{done:,} of {found.rows:,} ({100 * done / max(1, found.rows):.1f} %): "
-                f"{found.predictions:,} predictions, {found.errors:,} errors",
-            ),
-            ("shards", f"{found.shards_done:,} of {found.shards:,} committed, by {len(found.attempts)} attempts"),
-            ("errors", ", ".join(describe_errors(found.errors_by)[:8]) or "none"),
-            ("rate", rate),
-            ("ETA", "-" if found.state == "succeeded" else duration(found.eta_s)),
-            ("last commit", "none" if found.last_commit_age_s is None else f"{duration(found.last_commit_age_s)} ago"),
-            *([("verdict", found.verdict)] if found.verdict else []),
-            *([("balance", found.balance)] if found.balance else []),
-            ("fingerprint", found.fingerprint[:12]),
-        ],
-    )
+        typer.echo(json.dumps(read_status(output, storage).to_dict()))
+    elif watch:
+        watch_status(lambda: read_status(output, storage), every)
+    else:
+        print_status(read_status(output, storage))
 
 
 @app.command()
@@ -381,6 +414,40 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             f"OK so far: {done:,} of {found.rows:,} inputs are there exactly once, {found.shards_done:,} of {found.shards:,} shards "
             f"are committed; the job is not finished ({len(found.uncommitted)} files belong to no commit yet)"
         )
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="OUTPUT1", help="Folder of an output.")],
+    after: Annotated[str, typer.Argument(metavar="OUTPUT2", help="Folder of another output.")],
+    column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column to compare; default: label, else predicted_class_idx."),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Parquet file for all that changed: uri, before, after.")
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, metavar="PERCENT", help="Exit 3 where more predictions than this have changed."),
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two outputs, such as those of two models over the same images: which predictions changed.
+
+    Example: batch-inference diff predictions-v1/ predictions-v2/ --to changed.parquet
+    """
+    from batch_inference.comparison import compare
+    from batch_inference.display import print_comparison
+
+    found = compare(before, after, column, _storage(settings), to)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        print_comparison(found)
+    if fail_above is not None and found.changed_percent > fail_above:
+        raise typer.Exit(EXIT_THRESHOLD)
 
 
 @app.command()

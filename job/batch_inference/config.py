@@ -62,6 +62,10 @@ class InputConfig(_Section):
     )
     recursive: bool = Field(True, description="Descend into sub-folders.")
     limit: PositiveInt | None = Field(None, description="Use only the first N inputs; null: all.")
+    sample: PositiveInt | None = Field(
+        None, description="Use only N inputs, chosen at random and kept in order; null: all. Goes before `limit`."
+    )
+    sample_seed: int = Field(0, ge=0, description="Chooses the sample: the same seed and inputs give the same one.")
 
     @field_validator("extensions")
     @classmethod

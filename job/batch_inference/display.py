@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -26,7 +28,9 @@ from batch_inference.storage import display
 from batch_inference.terminal import plain
 
 if TYPE_CHECKING:
+    from batch_inference.comparison import Comparison
     from batch_inference.preflight import Preflight
+    from batch_inference.status import Status
 
 log = structlog.get_logger()
 
@@ -198,7 +202,10 @@ def print_verdict(lines: list[str]) -> None:
 
 def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     """A small two-column table on stdout."""
-    console = Console(highlight=False)
+    Console(highlight=False).print(_pairs(title, pairs))
+
+
+def _pairs(title: str, pairs: list[tuple[str, str]]) -> Table:
     table = Table(
         box=None,
         pad_edge=False,
@@ -212,7 +219,66 @@ def print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(escape(plain(name)), escape(plain(value)))
-    console.print(table)
+    return table
+
+
+def print_status(found: Status) -> None:
+    """Prints where a job stands on stdout."""
+    print_pairs(found.state, _status(found))
+
+
+def watch_status(read: Callable[[], Status], every_s: float) -> None:
+    """Prints where a job stands until it has ended or someone interrupts: in place on a terminal, else a line each time."""
+    console = Console(highlight=False)
+    with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
+        while True:
+            found = read()
+            if live:
+                live.update(_pairs(found.state, _status(found)), refresh=True)
+            else:
+                rows = found.predictions + found.errors
+                eta = "-" if found.state == "succeeded" else duration(found.eta_s)
+                print(f"{found.state}: {rows:,} of {found.rows:,} rows, {found.errors:,} errors, ETA {eta}", flush=True)
+            if found.ended:
+                return
+            time.sleep(every_s)
+
+
+def _status(found: Status) -> list[tuple[str, str]]:
+    done = found.predictions + found.errors
+    rate = "unknown before the second commit" if found.images_per_s is None else f"{found.images_per_s:,.1f} images/s"
+    return [
+        (
+            "rows",
+            f"{done:,} of {found.rows:,} ({100 * done / max(1, found.rows):.1f} %): "
+            f"{found.predictions:,} predictions, {found.errors:,} errors",
+        ),
+        ("shards", f"{found.shards_done:,} of {found.shards:,} committed, by {len(found.attempts)} attempts"),
+        ("errors", ", ".join(describe_errors(found.errors_by)[:8]) or "none"),
+        ("rate", rate),
+        ("ETA", "-" if found.state == "succeeded" else duration(found.eta_s)),
+        ("last commit", "none" if found.last_commit_age_s is None else f"{duration(found.last_commit_age_s)} ago"),
+        *([("verdict", found.verdict)] if found.verdict else []),
+        *([("balance", found.balance)] if found.balance else []),
+        ("fingerprint", found.fingerprint[:12]),
+    ]
+
+
+def print_comparison(found: Comparison) -> None:
+    """Prints what changed between two outputs on stdout."""
+    pairs = [
+        ("same", f"{found.same:,}"),
+        ("changed", f"{found.changed:,} ({found.changed_percent:.2f} % of those predicted in both)"),
+        ("now failed", f"{found.newly_failed:,}"),
+        ("now predicted", f"{found.newly_predicted:,} that had failed"),
+        ("inputs apart", f"{found.only_before:,} only in the first, {found.only_after:,} only in the second"),
+    ]
+    if found.confidence:
+        pairs.append(("confidence", f"mean {found.confidence[0]:.4f}, then {found.confidence[1]:.4f}"))
+    if found.changes:
+        pairs.append(("most often", "\n".join(f"{rows:,} {one} → {other}" for one, other, rows in found.changes[:10])))
+        pairs.append(("such as", "\n".join(f"{e.uri}: {e.before} → {e.after}" for e in found.examples[:5])))
+    print_pairs(f"{found.column}", pairs)
 
 
 def print_plan(found: Plan, *, for_chart: bool, cost: Cost | None = None) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -101,6 +103,8 @@ def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dic
         "preprocess.max_pixels": str(pre.max_pixels),
         "preprocess.max_bytes": str(pre.max_bytes),
     }
+    if section.sample is not None:
+        identity["input.sample"] = f"{section.sample} by seed {section.sample_seed}"
     if section.manifest:
         identity["input.manifest"] = canonical_uri(section.manifest)
         identity["input.uri_column"] = section.uri_column
@@ -128,7 +132,17 @@ def versions() -> dict[str, str]:
             out[package] = version(package)
         except PackageNotFoundError:
             continue
+    if cuda := _cuda():
+        out["cuda"] = cuda
     return out
+
+
+def _cuda() -> str | None:
+    """The version of CUDA that torch was built for, without the seconds that importing torch takes."""
+    spec = importlib.util.find_spec("torch")
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    found = re.search(r"^cuda\b.*= '([\d.]+)'", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _load_class(spec: PredictorConfig) -> Any:

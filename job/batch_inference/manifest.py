@@ -8,7 +8,7 @@ import io
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -107,11 +107,13 @@ def find_inputs(config: JobConfig) -> Inputs:
         )
     if found.table.num_rows == 0:
         raise UserError(_nothing_found(section, found), "Check the location, input.extensions and input.recursive.")
+    table = found.table
+    if section.sample is not None and section.sample < table.num_rows:
+        chosen = np.random.default_rng(section.sample_seed).choice(table.num_rows, section.sample, replace=False)
+        table = table.take(np.sort(chosen))
     if section.limit is not None:
-        return Inputs(
-            found.table.slice(0, section.limit), found.skipped, found.duplicates, found.repeated, found.manifest_sha256
-        )
-    return found
+        table = table.slice(0, section.limit)
+    return replace(found, table=table)
 
 
 def source_digest(config: JobConfig) -> str:

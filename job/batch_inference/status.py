@@ -55,6 +55,11 @@ class Status:
     verdict: str = ""
     balance: str = ""
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of the last attempt."""
+        return self.state in ("succeeded", "failed")
+
     def to_dict(self) -> dict[str, Any]:
         """For ``status --json``."""
         return dict(vars(self))

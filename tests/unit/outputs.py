@@ -15,7 +15,7 @@ from batch_inference.storage import Store
 from batch_inference.writer import ShardWriter
 
 CONFIG = StorageConfig()
-_ERRORS = pa.schema(
+ERRORS = pa.schema(
     list(zip(ERROR_COLUMNS, (pa.int32(), pa.string(), pa.string(), pa.string(), pa.bool_()), strict=True))
 )
 
@@ -51,7 +51,7 @@ def write(store: Store, shard: int, attempt: str) -> tuple[ShardWriter, pa.Table
         writer.add(shard, pa.table({"shard": pa.array([shard] * len(good), pa.int32()), "row": rows, "value": values}))
     bad = [(r["row"], "decode", "TRUNCATED", "cut off", False) for r in inputs if fails(r["uri"])]
     return writer, pa.Table.from_arrays(
-        [pa.array([b[i] for b in bad], f.type) for i, f in enumerate(_ERRORS)], schema=_ERRORS
+        [pa.array([b[i] for b in bad], f.type) for i, f in enumerate(ERRORS)], schema=ERRORS
     )
 
 

@@ -4,11 +4,13 @@ import datetime
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import obstore
+import pyarrow as pa
 import pytest
 from obstore import exceptions as obx
 
@@ -23,8 +25,9 @@ from batch_inference.errors import (
     ThresholdExceeded,
     UserError,
 )
+from batch_inference.writer import ShardWriter
 from tests.conftest import jpeg
-from tests.unit.outputs import commit_shard, finished, planned
+from tests.unit.outputs import commit_shard, finished, planned, totals_of, write
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 URIS = ["s3://b/0.jpg", "s3://b/bad-1.jpg", "s3://b/2.jpg"]
@@ -125,6 +128,28 @@ def test_plan_counts_and_changes_nothing(folder: Path, tmp_path: Path, program: 
     assert "resnet18" in said.text
     assert "does not fit" not in said.text
     assert not output.exists()
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    folder: Path, tmp_path: Path, program: Callable[..., Said]
+) -> None:
+    said = program("run", folder, "--output", tmp_path / "out", *SMALL, "--limit", "2", "--dry-run")
+    assert said.code == 0
+    assert "2 images in 1 shards" in said.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_is_chosen_by_its_seed(folder: Path, program: Callable[..., Said]) -> None:
+    def first(*args: str) -> list[str]:
+        found: list[str] = json.loads(program("plan", folder, *SMALL, "--sample", "2", *args, "--json").out)["first"]
+        return found
+
+    assert len(first()) == 2
+    assert first() == first("--seed", "0")
+    assert len({tuple(first("--seed", str(seed))) for seed in range(8)}) > 1
+    assert program("plan", folder, *SMALL, "--seed", "1").err == (
+        "error: --seed 1 is given without a sample\nremedy: Add --sample N.\n"
+    )
 
 
 def test_plan_as_json(folder: Path, program: Callable[..., Said]) -> None:
@@ -274,6 +299,47 @@ def test_status_and_verify_of_a_finished_job(tmp_path: Path, program: Callable[.
         "OK: all 3 inputs are there exactly once: 2 predictions, 1 errors, 2 shards\n",
     )
     assert json.loads(program("verify", tmp_path, "--json").out)["ok"] is True
+
+
+def test_status_is_watched_until_the_end(tmp_path: Path, program: Callable[..., Said]) -> None:
+    ledger, job = planned(str(tmp_path), URIS, 2)
+    commit_shard(ledger.store, 0)
+
+    def end() -> None:
+        commits = [*ledger.commits(), commit_shard(ledger.store, 1)]
+        ledger.finish(job, commits, totals_of(job, commits))
+
+    timer = threading.Timer(1.0, end)
+    timer.start()
+    said = program("status", tmp_path, "--watch", "--every", "0.5")
+    timer.join()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("unfinished: 2 of 3 rows, 1 errors, ETA ")
+    assert lines[-1] == "succeeded: 3 of 3 rows, 1 errors, ETA -"
+    assert program("status", tmp_path, "--watch", "--json").code == 2
+
+
+def test_diff_says_what_changed_and_fails_where_it_shall(tmp_path: Path, program: Callable[..., Said]) -> None:
+    outputs = []
+    for name in ("one", "two"):
+        ledger, _ = planned(str(tmp_path / name), URIS, 2)
+        outputs.append(tmp_path / name)
+        commit_shard(ledger.store, 0)
+    said = program("diff", *outputs, "--column", "value", "--fail-above", "0")
+    assert said.code == 0
+    assert "changed 0 (0.00 % of those predicted in both)" in said.text
+    ledger, _ = planned(str(tmp_path / "three"), ["s3://b/2.jpg", "s3://b/0.jpg"], 2)
+    writer, errors = write(ledger.store, 0, "x")
+    table = pa.table({"shard": pa.array([0, 0], pa.int32()), "row": pa.array([0, 1], pa.int32()), "value": [1, 2]})
+    writer = ShardWriter(ledger.store, "x", "zstd")
+    writer.add(0, table)
+    assert ledger.commit(writer.close(0, errors))
+    said = program("diff", outputs[0], tmp_path / "three", "--column", "value", "--fail-above", "50")
+    assert said.code == 3
+    assert "changed 1 (100.00 %" in said.text
+    assert "s3://b/0.jpg: " in said.text
+    found = json.loads(program("diff", outputs[0], tmp_path / "three", "--column", "value", "--json").out)
+    assert (found["changed"], found["only_after"], found["examples"][0]["after"]) == (1, 1, "2")
 
 
 def test_status_and_verify_of_an_unfinished_job(tmp_path: Path, program: Callable[..., Said]) -> None:
