@@ -327,6 +327,16 @@ def preflight(
         typer.Option(metavar="ADDRESS", help="Ray cluster to try it on: host:6379 or auto; default: this machine."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Images to decode and predict.")] = 64,
+    golden: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="Images with the predictions that are expected, such as a file of an earlier output's predictions/.",
+        ),
+    ] = None,
+    golden_tolerance: Annotated[
+        float, typer.Option(min=0, metavar="X", help="How far numbers with fractions may be off.")
+    ] = 0.02,
     as_json: Json = False,
 ) -> None:
     """Try a job on a few images and one actor: credentials, model, decoding, forward pass, speed; exits 2 where something fails.
@@ -341,7 +351,7 @@ def preflight(
     logs.configure("text", quiet=True)
     checked = _config(inputs, output, manifest, model, weights, config, settings)
     with logs.stdout_as_lines():
-        found = try_job(checked, address=address, samples=samples)
+        found = try_job(checked, address=address, samples=samples, golden=golden, golden_tolerance=golden_tolerance)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

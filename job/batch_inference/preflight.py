@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from batch_inference.balance import Load, possible_load
 from batch_inference.cluster import Demand, connected
-from batch_inference.config import JobConfig
+from batch_inference.config import InputConfig, JobConfig
 from batch_inference.driver import open_output
-from batch_inference.errors import BatchInferenceError
-from batch_inference.identity import Engine, check_columns, check_same_job, resolve_engine
+from batch_inference.errors import BatchInferenceError, UserError
+from batch_inference.identity import Engine, check_columns, check_same_job, resolve_engine, versions
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
 from batch_inference.ledger import Ledger, fingerprint
 from batch_inference.manifest import Inputs, find_inputs
@@ -34,6 +34,9 @@ GIB = 1 << 30
 _MEASURE_S = 5.0
 # Ray's logs and what it spills go to the temporary folder, blocks on their way to shared memory.
 _TMP_GIB = {"FAIL": 1.0, "WARN": 10.0}
+_GOLDEN = 64
+# Nodes that say nothing for so long are busy or gone.
+_VERSIONS_S = 30.0
 _SHM_GIB = {"FAIL": 0.0, "WARN": 1.0}
 
 State = Literal["OK", "WARN", "FAIL"]
@@ -152,13 +155,23 @@ def forecast(measured: Measured, load: Load, rows: int, config: JobConfig) -> Fo
     )
 
 
-def preflight(config: JobConfig, *, address: str | None = None, samples: int = 64) -> Preflight:
+def preflight(
+    config: JobConfig,
+    *,
+    address: str | None = None,
+    samples: int = 64,
+    golden: str | None = None,
+    golden_tolerance: float = 0.02,
+) -> Preflight:
     """Tries everything that a job needs, in the order in which it would need it; writes nothing that stays.
 
     Args:
         config: The job.
         address: Ray cluster to try it on, as for ``run``; None starts one on this machine.
         samples: Images to decode and predict, spread evenly over the inputs.
+        golden: A manifest with the predictions that are expected, such as the rows of an earlier output: ``uri``, and columns of
+            the output. Its first 64 lines are predicted and compared.
+        golden_tolerance: How far numbers with fractions may be off; everything else has to be equal.
 
     Returns:
         A check for each part; parts that need one that failed are left out.
@@ -167,12 +180,20 @@ def preflight(config: JobConfig, *, address: str | None = None, samples: int = 6
         UserError: If no input or output is given.
         SystemFault: If Ray does not start.
     """
-    return _Preflight(config, address, samples).run()
+    return _Preflight(config, address, samples, golden, golden_tolerance).run()
 
 
 class _Preflight:
-    def __init__(self, config: JobConfig, address: str | None, samples: int) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        address: str | None,
+        samples: int,
+        golden: str | None = None,
+        golden_tolerance: float = 0.0,
+    ) -> None:
         self._config = config
+        self._golden, self._tolerance = golden, golden_tolerance
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._samples = samples
         self._checks: list[Check] = []
@@ -187,6 +208,9 @@ class _Preflight:
         if store and is_local(store.uri):
             with contextlib.suppress(OSError):  # an empty folder that this has made; a job's is not empty
                 Path(local_path(store.uri)).rmdir()
+        expected = None
+        if self._golden:
+            expected = self._try("golden samples", self._expected, lambda _: "")
         if not engine or not found:
             return Preflight(tuple(c for c in self._checks if c.finding))
         # One actor is enough to try, and fits where the whole job may not.
@@ -198,7 +222,8 @@ class _Preflight:
             engine = resolve_engine(config)
         self._begun = time.perf_counter()
         with connected(config, self._address, None):
-            measured = self._measure(config, engine, found)
+            measured = self._measure(config, engine, found, expected)
+            self._same_versions()
             load = possible_load(self._config, -(-found.table.num_rows // self._config.shard_size), self._cpus())
             self._fits(has_gpus or not wants_gpus)
         predicted = None
@@ -282,7 +307,89 @@ class _Preflight:
                 Check("room", "WARN", f"the job does not fit into {where}: {'; '.join(problems)}", remedy)
             )
 
-    def _measure(self, config: JobConfig, engine: Engine, found: Inputs) -> Measured | None:
+    def _expected(self) -> pa.Table:
+        source = InputConfig(manifest=self._golden)
+        table = find_inputs(self._config.model_copy(update={"input": source})).table.slice(0, _GOLDEN)
+        if table.num_columns == 1:
+            raise UserError(
+                f"{self._golden} has the column uri alone, and nothing to compare with",
+                "Take rows of an output's predictions, with uri and the columns that are to stay as they are.",
+            )
+        return table
+
+    def _as_expected(self, expected: pa.Table, result: pa.Table) -> None:
+        """Compares predictions with those that are expected; rows in the order of ``row``."""
+        result = result.sort_by("row")
+        columns = [
+            name for name in expected.column_names if name in result.column_names and name not in ("shard", "row")
+        ]
+        missing = [name for name in expected.column_names if name not in (*result.column_names, "uri", "row", "shard")]
+        if not columns:
+            remedy = f"The output has {', '.join(n for n in result.column_names if n not in RESULT_SCHEMA.names)}."
+            self._checks.append(
+                Check("golden samples", "FAIL", f"no column is the output's: {', '.join(missing)}", remedy)
+            )
+            return
+        off = []
+        for want, got in zip(expected.to_pylist(), result.to_pylist(), strict=True):
+            if got["error_type"] is not None:
+                off.append(f"{display(want['uri'])}: {got['stage']} {got['error_type']}")
+                continue
+            differing = [name for name in columns if not _alike(want[name], got[name], self._tolerance)]
+            if differing:
+                said = ", ".join(f"{n} is {_short(got[n])}, not {_short(want[n])}" for n in differing)
+                off.append(f"{display(want['uri'])}: {said}")
+        compared = f"{expected.num_rows} samples, {', '.join(columns)}"
+        if missing:
+            compared += f" ({', '.join(missing)} not in the output)"
+        if off:
+            more = f"; and {len(off) - 5} more" if len(off) > 5 else ""
+            self._checks.append(
+                Check(
+                    "golden samples",
+                    "FAIL",
+                    f"{len(off)} of {compared} are off: {'; '.join(off[:5])}{more}",
+                    "Look at weights, transform and inference.precision; or allow more with --golden-tolerance.",
+                )
+            )
+        else:
+            self._checks.append(Check("golden samples", "OK", f"{compared} are as expected"))
+
+    def _same_versions(self) -> None:
+        """What unpickles on a worker has to be of the driver's version, and gives other pixels where Pillow is another."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if self._own:
+            return
+        mine = versions()
+        ask: Any = ray.remote(num_cpus=0, max_retries=0)(versions)
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        asked = [
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+            for node in nodes
+        ]
+        done, waiting = ray.wait(asked, num_returns=len(asked), timeout=_VERSIONS_S)
+        differing = []
+        for node, answer in zip(nodes, asked, strict=True):
+            theirs = ray.get(answer) if answer in done else {}
+            other = [f"{k} {theirs.get(k, 'none')}, not {v}" for k, v in mine.items() if theirs.get(k) != v]
+            if theirs and other:
+                differing.append(f"{node['NodeManagerAddress']}: {', '.join(other)}")
+        if differing:
+            self._checks.append(
+                Check("versions", "FAIL", f"nodes differ from here: {'; '.join(differing[:5])}", "Give all one image.")
+            )
+        elif waiting:
+            remedy = "Look at them in Ray's dashboard; a busy cluster may need longer."
+            finding = f"{len(waiting)} of {len(nodes)} nodes did not answer in {_VERSIONS_S:g} s"
+            self._checks.append(Check("versions", "WARN", finding, remedy))
+        else:
+            self._checks.append(Check("versions", "OK", f"the same on {len(nodes)} nodes and here"))
+
+    def _measure(
+        self, config: JobConfig, engine: Engine, found: Inputs, expected: pa.Table | None = None
+    ) -> Measured | None:
         import ray
 
         section = config.inference
@@ -309,6 +416,11 @@ class _Preflight:
             self._forward(first, batch)
             if first["error_type"].null_count == 0:
                 return None
+            if expected is not None:
+                # The manifest's own preparation: prefixes are for the job's input.
+                plain = Preparation(config.storage, config.preprocess, engine.transform)
+                rows = ray.get(task.remote(plain, expected["uri"].to_pylist()))
+                self._as_expected(expected, ray.get(trial.predict.remote(rows)))
             measured: Measured = ray.get(trial.measure.remote(full, _MEASURE_S))
         except BatchInferenceError as exc:
             self._checks.append(Check("forward pass", "FAIL", exc.message, exc.remedy))
@@ -429,6 +541,28 @@ def _gpu_bytes() -> int:
 
 def _prepared(preparation: Preparation, uris: list[str]) -> pa.Table:
     return pa.concat_tables(list(preparation.rows(0, uris)))
+
+
+def _alike(want: Any, got: Any, tolerance: float) -> bool:
+    """Whether a value is what is expected; lists and structs piece by piece, None as nothing that is compared."""
+    if want is None:
+        return True
+    if isinstance(want, dict):
+        return isinstance(got, dict) and all(_alike(value, got.get(key), tolerance) for key, value in want.items())
+    if isinstance(want, list):
+        return (
+            isinstance(got, list)
+            and len(want) == len(got)
+            and all(map(lambda w, g: _alike(w, g, tolerance), want, got))
+        )
+    if isinstance(want, float) or isinstance(got, float):
+        return isinstance(got, (int, float)) and abs(want - got) <= tolerance
+    return bool(want == got) or str(want) == str(got)
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _mean(table: pa.Table, name: str) -> float:

@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+
 from tests.job.conftest import job_args
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -52,3 +54,35 @@ def test_what_fails_is_named_with_its_remedy_and_ends_with_2(
     assert "PREDICTOR_ERROR" in text
     assert "remedy: Mend the predictor" in text
     assert "Traceback" not in text
+
+
+def test_golden_samples_are_as_they_were_or_the_difference_is_named(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    folder = photos(12)
+    args = job_args(folder, tmp_path / "out", predictor="predictors:MeanColor")
+    args = [a for a in args if a not in ("--dashboard-host", "none")]
+    assert program(*args, "--address", cluster["address"]).returncode == 0
+    frame = pd.read_parquet(tmp_path / "out/predictions").drop(columns=["pid"]).reset_index(drop=True)
+    frame.to_parquet(tmp_path / "golden.parquet")
+    preflight = ["preflight", *args[1:], "--samples", "4", "--address", cluster["address"], "--json"]
+    preflight[preflight.index("--output") + 1] = str(tmp_path / "other")
+
+    def tried() -> dict[str, dict[str, str]]:
+        done = program(*preflight, "--golden", str(tmp_path / "golden.parquet"))
+        found = json.loads(done.stdout)
+        assert done.returncode == (0 if found["ok"] else 2)
+        return {check["name"]: check for check in found["checks"]}
+
+    good = tried()
+    assert (good["golden samples"]["state"], good["golden samples"]["finding"]) == (
+        "OK",
+        "12 samples, mean are as expected",
+    )
+    assert good["versions"]["state"] == "OK"
+    frame.loc[3, "mean"] += 1
+    frame.to_parquet(tmp_path / "golden.parquet")
+    bad = tried()["golden samples"]
+    assert bad["state"] == "FAIL"
+    assert bad["finding"].startswith("1 of 12 samples, mean are off: ")
+    assert frame.loc[3, "uri"].rpartition("/")[2] in bad["finding"]

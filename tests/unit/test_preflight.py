@@ -8,7 +8,7 @@ import pytest
 
 from batch_inference.balance import Load
 from batch_inference.config import JobConfig, load_config
-from batch_inference.preflight import GIB, Measured, _Preflight, forecast, preflight
+from batch_inference.preflight import GIB, Measured, _alike, _Preflight, forecast, preflight
 from tests.conftest import jpeg
 
 # A GPU that takes 2,000 images a second, CPUs that decode 500 each, a store that answers in 50 ms.
@@ -90,3 +90,15 @@ def test_room_on_the_actors_node(free: float, state: str) -> None:
     mine._room("temporary folder", int(free * GIB), {"FAIL": 1.0, "WARN": 10.0}, "Ray's logs")
     (check,) = mine._checks
     assert (check.state, bool(check.remedy)) == (state, state != "OK")
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "same"),
+    [
+        ("cat", "cat", True), ("cat", "dog", False), (3, 3, True), (3, 4, False), (None, "cat", True),
+        (0.5, 0.51, True), (0.5, 0.53, False), (0.5, None, False), ([1.0, 2.0], [1.01, 2.0], True), ([1.0], [1.0, 2.0], False),
+        ({"a": 1.0, "b": "x"}, {"a": 1.01, "b": "x"}, True), ({"a": 1.0}, {"a": 2.0}, False), ("3", 3, True),
+    ],
+)  # fmt: skip
+def test_what_is_like_what_is_expected(want: Any, got: Any, same: bool) -> None:
+    assert _alike(want, got, 0.02) is same
