@@ -162,3 +162,21 @@ def dashboard_queries(dashboard: dict[str, Any], variables: dict[str, str]) -> l
             assert "$" not in expression, expression
             found.append((panel["title"], expression))
     return found
+
+
+def compared(expression: str) -> str:
+    """What an alert's expression compares with its thresholds."""
+    return re.sub(r" (==|>=|<=|>|<) [0-9.]+", "", expression)
+
+
+def unanswered(prometheus: Prometheus, queries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those queries that give no data now; of alerts, also where one of the series that they look at is not there."""
+    left = []
+    for title, query in queries:
+        parts = [compared(query)]
+        if "\n" in query:
+            # Either of KubeRay's will do: they say the same of two ways to scrape.
+            parts += [one for one in re.findall(r"\bray_\w+\{[^}]*\}(?:\[\w+\])?", query) if not one.endswith("]")]
+        if not all(prometheus.query(part) for part in parts):
+            left.append((title, query))
+    return left

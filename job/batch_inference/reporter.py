@@ -87,6 +87,8 @@ class Reporter:
             # It may be waiting for an answer from a cluster that is gone.
             self._thread.join(_EVERY_S)
             self.count()
+            if self._begun:
+                self._show_rows()
 
     def count(self) -> None:
         """Counts what has come back since the last time."""
@@ -122,6 +124,15 @@ class Reporter:
     def _look(self) -> None:
         if not self._ready():
             return
+        self._show_rows()
+        ready, restarts = _actors()
+        meter.show("actors", self._actors, state="wanted")
+        meter.show("actors", ready, state="ready")
+        _add("retries", restarts - self._restarts, kind="actor")
+        self._restarts = restarts
+        meter.show("queued_blocks", _queue.blocks)
+
+    def _show_rows(self) -> None:
         snapshot = self._snapshot
         for name, total, done in (
             ("inputs", snapshot.rows_total, snapshot.tally.rows),
@@ -129,12 +140,6 @@ class Reporter:
         ):
             meter.show(name, done, state="done")
             meter.show(name, total - done, state="left")
-        ready, restarts = _actors()
-        meter.show("actors", self._actors, state="wanted")
-        meter.show("actors", ready, state="ready")
-        _add("retries", restarts - self._restarts, kind="actor")
-        self._restarts = restarts
-        meter.show("queued_blocks", _queue.blocks)
 
     def _ready(self) -> bool:
         """Whether Ray takes metrics; the first time, all counters appear with 0."""

@@ -1,16 +1,19 @@
-"""Writes KubeRay's schemas as JSON Schema into schemas/: python -m tests.charts.vendor, after the operator's version changed."""
+"""Writes KubeRay's and Prometheus' schemas as JSON Schema into schemas/: python -m tests.charts.vendor, after a version changed."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.e2e.cluster.programs import module_folder, version
+from tests.e2e.cluster.process import run
+from tests.e2e.cluster.programs import go, module_folder, version
 
 SCHEMAS = Path(__file__).parent / "schemas"
+PROMETHEUS_OPERATOR = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
 
 
 def strict(schema: Any) -> Any:
@@ -28,17 +31,28 @@ def strict(schema: Any) -> Any:
     return kept
 
 
+def write(folder: Path, group: str, kind: str, release: str) -> None:
+    """Writes the schema of one kind."""
+    crd = yaml.safe_load((folder / f"{group}_{kind}.yaml").read_text())
+    served = next(item for item in crd["spec"]["versions"] if item["name"] == "v1")["schema"]["openAPIV3Schema"]
+    schema = strict(served)
+    schema["properties"].pop("status", None)
+    schema["properties"]["metadata"] = {"type": "object"}
+    schema["$comment"] = f"{release}, {kind}.{group}/v1; written by vendor.py"
+    (SCHEMAS / f"{kind}.json").write_text(json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n")
+
+
 def main() -> None:
-    """Reads the CRDs that the operator's module ships."""
+    """Reads the CRDs that the operators' modules ship."""
     bases = module_folder("kuberay-operator") / "config" / "crd" / "bases"
     for kind in ("rayjobs", "rayclusters"):
-        crd = yaml.safe_load((bases / f"ray.io_{kind}.yaml").read_text())
-        served = next(item for item in crd["spec"]["versions"] if item["name"] == "v1")["schema"]["openAPIV3Schema"]
-        schema = strict(served)
-        del schema["properties"]["status"]
-        schema["properties"]["metadata"] = {"type": "object"}
-        schema["$comment"] = f"KubeRay {version('kuberay-operator')}, {kind}.ray.io/v1; written by vendor.py"
-        (SCHEMAS / f"{kind}.json").write_text(json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n")
+        write(bases, "ray.io", kind, f"KubeRay {version('kuberay-operator')}")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # Outside any module, since nothing here depends on this one.
+        downloaded = run(go(), "mod", "download", "-json", PROMETHEUS_OPERATOR, cwd=Path(elsewhere), timeout=600)
+    crds = Path(json.loads(downloaded)["Dir"]) / "example" / "prometheus-operator-crd"
+    for kind in ("podmonitors", "prometheusrules"):
+        write(crds, "monitoring.coreos.com", kind, f"Prometheus operator {PROMETHEUS_OPERATOR.rpartition('@')[2]}")
 
 
 if __name__ == "__main__":

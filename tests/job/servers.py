@@ -208,7 +208,7 @@ def ray_cluster(
     cpus: int, folder: Path, *, dashboard: bool = False, token: str | None = None
 ) -> Iterator[dict[str, str]]:
     """A Ray cluster in processes of its own; yields its ``address``, its ``client`` address, its
-    ``dashboard``'s URL, the ``metrics``' host and port, and the ID of the ``process`` that is above all others.
+    ``dashboard``'s URL, the ``metrics``' host and port, the folder of its ``logs``, and the ID of the ``process`` that is above all others.
 
     Without ``dashboard`` it starts faster, and there is no job server. With ``token`` it asks for that one.
     """
@@ -243,6 +243,7 @@ def ray_cluster(
             "client": f"ray://127.0.0.1:{client}",
             "dashboard": f"http://127.0.0.1:{web}",
             "metrics": f"127.0.0.1:{metrics}",
+            "logs": f"{temporary}/session_latest/logs",
             "process": str(process.pid),
         }
 
