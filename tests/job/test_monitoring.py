@@ -21,7 +21,6 @@ from batch_inference.storage import Store
 from tests.charts.render import HELM, find, render
 from tests.job.conftest import job_args, start, verified
 from tests.job.servers import Proxy
-from tests.job.test_kills import find as find_process
 from tests.prometheus import Prometheus, dashboard_queries, server, unanswered
 
 IMAGES, BAD_PERCENT, SHARD = 240, 10, 12
@@ -87,10 +86,10 @@ def test_prometheus_sees_what_the_summary_says_and_every_query_has_data(
             while process.poll() is None:
                 assert time.monotonic() < deadline, log.read_text()
                 if held.is_set() and "task" not in killed:
-                    kill_one(cluster, "ray::ReadShards", "task", killed)
+                    kill(cluster, "ray::ReadShards", "task", killed)
                 done = prometheus.value(f'ray_batch_inference_inputs{{run="{RUN}", state="done"}}') or 0
                 if done > IMAGES // 4 and "actor" not in killed:
-                    kill_one(cluster, "ray::MapWorker", "actor", killed)
+                    kill(cluster, "ray::MapWorker", "actor", killed)
                 pending = unanswered(prometheus, pending)
                 time.sleep(1)
         finally:
@@ -101,7 +100,10 @@ def test_prometheus_sees_what_the_summary_says_and_every_query_has_data(
         assert killed == {"task", "actor"}
         summary = json.loads((output / "_report" / "summary.json").read_text())
         assert verified(str(output), program, *settings)["errors"] == summary["rows"]["errors"] > 0
-        expected = counts(summary)
+        # Some of the tasks that were killed had only just begun, and left no mark.
+        tasks_again = sum(line["event"].startswith("the shard was begun before") for line in workers_lines(cluster))
+        assert tasks_again >= 1
+        expected = counts(summary, tasks_again)
         settle = time.monotonic() + SETTLE_S
         while (seen := {name: prometheus.value(name) for name in expected}) != expected and time.monotonic() < settle:
             time.sleep(1)
@@ -120,16 +122,25 @@ def test_prometheus_sees_what_the_summary_says_and_every_query_has_data(
             f"queries: {len(all_queries())}, without data: {len(missing)}; {len(pending) - len(missing)} need a cluster"
         )
         assert missing == []
-    lines_say_whose_they_are(log, Path(cluster["logs"]))
+    lines_say_whose_they_are(log, workers_lines(cluster))
 
 
-def kill_one(cluster: dict[str, str], title: str, kind: str, killed: set[str]) -> None:
-    with contextlib.suppress(psutil.Error, AssertionError, StopIteration):
-        find_process(cluster, title).kill()
-        killed.add(kind)
+def kill(cluster: dict[str, str], title: str, kind: str, killed: set[str]) -> None:
+    """Kills the cluster's processes with that title (Ray names its workers by what they run)."""
+    for process in psutil.Process(int(cluster["process"])).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if " ".join(process.cmdline()).startswith(title):
+                process.kill()
+                killed.add(kind)
 
 
-def counts(summary: dict[str, Any]) -> dict[str, float]:
+def workers_lines(cluster: dict[str, str]) -> list[dict[str, Any]]:
+    """What tasks and actors of the run have logged."""
+    text = "\n".join(file.read_text() for file in Path(cluster["logs"]).glob("worker-*.err"))
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{") and RUN in line]
+
+
+def counts(summary: dict[str, Any], tasks_again: int) -> dict[str, float]:
     """Queries, and what they must give: the driver's counts, to the last one."""
     mine = f'run="{RUN}"'
     rows, attempt = summary["rows"], summary["this_attempt"]
@@ -140,7 +151,7 @@ def counts(summary: dict[str, Any]) -> dict[str, float]:
         f"sum(ray_batch_inference_fetched_bytes_total{{{mine}}})": attempt["bytes"],
         f'sum(ray_batch_inference_retries_total{{{mine}, kind="request"}})': attempt["retries"],
         f'sum(ray_batch_inference_retries_total{{{mine}, kind="actor"}})': 1,
-        f'sum(ray_batch_inference_retries_total{{{mine}, kind="task"}})': 1,
+        f'sum(ray_batch_inference_retries_total{{{mine}, kind="task"}})': tasks_again,
         f"sum(ray_batch_inference_attempts_total{{{mine}}})": 1,
     }
     for stage, kinds in summary["errors_by"].items():
@@ -164,7 +175,7 @@ def last_values(prometheus: Prometheus) -> dict[tuple[str, str], float]:
     return values
 
 
-def lines_say_whose_they_are(log: Path, workers: Path) -> None:
+def lines_say_whose_they_are(log: Path, theirs: list[dict[str, Any]]) -> None:
     """Every JSON line has run and attempt; each shard was prepared in a task and committed by the driver, in a line each."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     assert {line["run"] for line in lines} == {RUN}
@@ -172,9 +183,6 @@ def lines_say_whose_they_are(log: Path, workers: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{8}", attempt)
     shards = list(range(IMAGES // SHARD))
     assert sorted(line["shard"] for line in lines if line["event"] == "committed") == shards
-    text = "\n".join(file.read_text() for file in workers.glob("worker-*.err"))
-    theirs = [json.loads(line) for line in text.splitlines() if line.startswith("{") and RUN in line]
     assert {line["attempt"] for line in theirs} == {attempt}
     assert {line["shard"] for line in theirs if line["event"] == "prepared"} == set(shards)
-    (again,) = [line for line in theirs if line["event"].startswith("the shard was begun before")]
-    assert again["shard"] in shards
+    assert {line["run"] for line in theirs} == {RUN}
