@@ -42,17 +42,26 @@ def write(folder: Path, group: str, kind: str, release: str) -> None:
     (SCHEMAS / f"{kind}.json").write_text(json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n")
 
 
+def prometheus_crds() -> Path:
+    """The folder with the Prometheus operator's CRDs, as its module ships them."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # Outside any module, since nothing here depends on this one.
+        downloaded = run(go(), "mod", "download", "-json", PROMETHEUS_OPERATOR, cwd=Path(elsewhere), timeout=600)
+    return Path(json.loads(downloaded)["Dir"]) / "example" / "prometheus-operator-crd"
+
+
 def main() -> None:
     """Reads the CRDs that the operators' modules ship."""
     bases = module_folder("kuberay-operator") / "config" / "crd" / "bases"
     for kind in ("rayjobs", "rayclusters"):
         write(bases, "ray.io", kind, f"KubeRay {version('kuberay-operator')}")
-    with tempfile.TemporaryDirectory() as elsewhere:
-        # Outside any module, since nothing here depends on this one.
-        downloaded = run(go(), "mod", "download", "-json", PROMETHEUS_OPERATOR, cwd=Path(elsewhere), timeout=600)
-    crds = Path(json.loads(downloaded)["Dir"]) / "example" / "prometheus-operator-crd"
     for kind in ("podmonitors", "prometheusrules"):
-        write(crds, "monitoring.coreos.com", kind, f"Prometheus operator {PROMETHEUS_OPERATOR.rpartition('@')[2]}")
+        write(
+            prometheus_crds(),
+            "monitoring.coreos.com",
+            kind,
+            f"Prometheus operator {PROMETHEUS_OPERATOR.rpartition('@')[2]}",
+        )
 
 
 if __name__ == "__main__":
