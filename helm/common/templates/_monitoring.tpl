@@ -73,7 +73,7 @@ spec:
           labels: {severity: critical}
           annotations:
             summary: No row of run {{ "{{ $labels.run }}" }} has come back for {{ int64 $rules.noProgressMinutes }} minutes, though inputs are left
-            runbook_url: {{ $rules.runbookUrl }}#batchinferencenoprogress
+            runbook_url: {{ printf "%s#batchinferencenoprogress" $rules.runbookUrl | quote }}
         - alert: BatchInferenceErrorRate
           expr: |-
             100 * {{ $by }} (increase(ray_batch_inference_images_total{ {{- $mine }}, outcome="error"}[10m]))
@@ -83,7 +83,7 @@ spec:
           labels: {severity: warning}
           annotations:
             summary: Of the rows of run {{ "{{ $labels.run }}" }} in the last ten minutes {{ "{{ $value | printf \"%.1f\" }}" }} % failed
-            runbook_url: {{ $rules.runbookUrl }}#batchinferenceerrorrate
+            runbook_url: {{ printf "%s#batchinferenceerrorrate" $rules.runbookUrl | quote }}
         - alert: BatchInferenceGpuIdle
           expr: |-
             100 * {{ $by }} (rate(ray_batch_inference_actor_busy_seconds_total{ {{- $mine }}, device="gpu"}[5m]))
@@ -93,7 +93,7 @@ spec:
           labels: {severity: warning}
           annotations:
             summary: The GPUs of run {{ "{{ $labels.run }}" }} are busy {{ "{{ $value | printf \"%.0f\" }}" }} % of the time, though inputs are left
-            runbook_url: {{ $rules.runbookUrl }}#batchinferencegpuidle
+            runbook_url: {{ printf "%s#batchinferencegpuidle" $rules.runbookUrl | quote }}
         - alert: BatchInferenceActorsMissing
           expr: |-
             {{ $by }} (ray_batch_inference_actors{ {{- $mine }}, state="wanted"})
@@ -103,7 +103,7 @@ spec:
           labels: {severity: warning}
           annotations:
             summary: "{{ "{{ $value }}" }} actors of run {{ "{{ $labels.run }}" }} have been missing for {{ int64 $rules.pendingMinutes }} minutes: pods are pending, or the model does not load"
-            runbook_url: {{ $rules.runbookUrl }}#batchinferenceactorsmissing
+            runbook_url: {{ printf "%s#batchinferenceactorsmissing" $rules.runbookUrl | quote }}
         - alert: BatchInferencePodsPending
           {{- /* Where the operator is scraped without honorLabels, Prometheus has renamed its label. */}}
           expr: |-
@@ -115,7 +115,7 @@ spec:
           labels: {severity: warning, namespace: {{ $namespace | quote }}}
           annotations:
             summary: "{{ "{{ $labels.run }}" }} has waited {{ int64 $rules.pendingMinutes }} minutes for its pods"
-            runbook_url: {{ $rules.runbookUrl }}#batchinferencepodspending
+            runbook_url: {{ printf "%s#batchinferencepodspending" $rules.runbookUrl | quote }}
         - alert: BatchInferenceRetryLoop
           expr: |-
             (
@@ -129,7 +129,7 @@ spec:
           labels: {severity: critical}
           annotations:
             summary: Run {{ "{{ $labels.run }}" }} is begun again and again ({{ "{{ $value | printf \"%.0f\" }}" }} times)
-            runbook_url: {{ $rules.runbookUrl }}#batchinferenceretryloop
+            runbook_url: {{ printf "%s#batchinferenceretryloop" $rules.runbookUrl | quote }}
 {{- end }}
 {{- end }}
 
