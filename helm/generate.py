@@ -1,4 +1,4 @@
-"""Writes values.schema.json of the charts and the reference in README.md: python helm/generate.py [--check]."""
+"""Writes values.schema.json of the charts, the reference in README.md, and the table of metrics: python helm/generate.py [--check]."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from typing import Any
 
 import yaml
 
+from batch_inference import metrics
+
 HELM = Path(__file__).resolve().parent
 CHARTS = ("rayjob", "raycluster")
 KUBERAY = HELM.parent / "tests" / "charts" / "schemas" / "rayjobs.json"
 # What Pod Security "restricted" admits.
 VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
 MARK = "<!-- values of {}: written by generate.py -->"
+MONITORING = HELM.parent / "k8s" / "monitoring.md"
+METRICS_MARK = "<!-- metrics{}: written by helm/generate.py -->"
 
 
 @dataclass(frozen=True)
@@ -211,11 +215,19 @@ def readme() -> str:
     return text
 
 
+def monitoring() -> str:
+    """monitoring.md with its table of metrics written anew."""
+    start, end = METRICS_MARK.format(""), METRICS_MARK.format(", end")
+    before, _, rest = MONITORING.read_text().partition(start)
+    return f"{before}{start}\n\n{metrics.table()}\n\n{end}{rest.partition(end)[2]}"
+
+
 def products() -> dict[Path, str]:
     """What this program writes."""
     return {
         **{HELM / chart / "values.schema.json": schema(chart) for chart in CHARTS},
         HELM / "README.md": readme(),
+        MONITORING: monitoring(),
     }
 
 

@@ -76,7 +76,7 @@ class Closing:
     Args:
         ledger: Of the job.
         writers: Where the predictions are.
-        on_commit: Called with each commit, and whether it is ours or another driver's.
+        on_commit: Called with each commit, whether it is ours or another driver's, and the seconds that writing it took.
         again: Shards of which only some rows are done.
     """
 
@@ -84,7 +84,7 @@ class Closing:
         self,
         ledger: Ledger,
         writers: Writers,
-        on_commit: Callable[[Commit, bool], None],
+        on_commit: Callable[[Commit, bool, float], None],
         again: dict[int, Again] | None = None,
     ) -> None:
         self.ledger = ledger
@@ -95,7 +95,7 @@ class Closing:
         self._on_commit = on_commit
         self._again = again or {}
         self._pool = ThreadPoolExecutor(_CLOSING // 2, thread_name_prefix="close")
-        self._running: deque[Future[tuple[Commit, bool]]] = deque()
+        self._running: deque[Future[tuple[Commit, bool, float]]] = deque()
         self._asked = 0.0
 
     def __enter__(self) -> Closing:
@@ -132,10 +132,14 @@ class Closing:
 
     def _reap(self, allowed: int) -> None:
         while self._running and (len(self._running) > allowed or self._running[0].done()):
-            commit, mine = self._running.popleft().result()
-            self._on_commit(commit, mine)
+            self._on_commit(*self._running.popleft().result())
 
-    def _close(self, shard: int, errors: pa.Table) -> tuple[Commit, bool]:
+    def _close(self, shard: int, errors: pa.Table) -> tuple[Commit, bool, float]:
+        begun = time.monotonic()
+        commit, mine = self._commit(shard, errors)
+        return commit, mine, time.monotonic() - begun
+
+    def _commit(self, shard: int, errors: pa.Table) -> tuple[Commit, bool]:
         again = self._again.get(shard)
         try:
             commit = self._writers.close(shard, errors, again)

@@ -17,6 +17,7 @@ from uuid import uuid4
 import pyarrow as pa
 import structlog
 
+from batch_inference import logs
 from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import connected, is_client_address
@@ -38,8 +39,10 @@ from batch_inference.ledger import Commit, Job, Ledger, Retry, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.progress import Snapshot
+from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
 from batch_inference.storage import Store, canonical_uri
+from batch_inference.telemetry import Telemetry
 
 log = structlog.get_logger()
 
@@ -180,6 +183,8 @@ class Attempt:
         self._load: Load | None = None
         self._balance: Balance | None = None
         self._retry: Retry | None = None
+        self._reporter: Reporter | None = None
+        logs.bind(attempt=self.attempt, **({"run": self.run_name} if self.run_name else {}))
 
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
@@ -226,11 +231,16 @@ class Attempt:
                 self.snapshot.tally.check(self.config.errors)
                 if pending or again:
                     self._show("start")
+                    telemetry = self._telemetry(job)
+                    reporter = self._reporter = Reporter(telemetry.run, self.config.inference.actors, self.snapshot)
+                    cluster.callback(reporter.stop)
+                    reporter.start()
                     if not early:
                         cluster.enter_context(self._cluster(address, dashboard_host))
+                        cluster.callback(reporter.stop)  # before the connection ends
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
                     cpus = float(os.cpu_count() or 1) if early else math.inf
-                    self._work(ledger, job, engine, pending, again, cpus)
+                    self._work(ledger, job, engine, pending, again, cpus, telemetry)
                 cluster.close()
                 return self._finish(ledger, job)
             except BatchInferenceError as exc:
@@ -244,6 +254,11 @@ class Attempt:
             if dashboard:
                 log.info("Ray's dashboard", url=dashboard)
             yield
+
+    def _telemetry(self, job: Job) -> Telemetry:
+        telemetry = Telemetry(self.run_name or job.fingerprint[:12], self.attempt, logs.log_format())
+        logs.bind(run=telemetry.run)
+        return telemetry
 
     # --- before ---
 
@@ -305,6 +320,7 @@ class Attempt:
         pending: list[int],
         again: dict[int, Again],
         cpus: float = math.inf,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._show("start")
         self._load = possible_load(self.config, len(pending) + len(again), cpus)
@@ -316,7 +332,7 @@ class Attempt:
         with (
             Closing(ledger, writers, self._committed, again) as closing,
             contextlib.closing(
-                results(ledger.store, self.config, engine, rows, writers.handles, self.attempt, chosen)
+                results(ledger.store, self.config, engine, rows, writers.handles, self.attempt, chosen, telemetry)
             ) as tables,
         ):
             try:
@@ -336,6 +352,8 @@ class Attempt:
             writers.keep(table)
             for shard, part in collector.add(table):
                 closing.add(shard, part)
+            if self._reporter is not None:
+                self._reporter.count()
             if begun is None:
                 begun, self.snapshot.first_rows = time.monotonic(), table.num_rows
             self.snapshot.working_s = time.monotonic() - begun
@@ -367,7 +385,16 @@ class Attempt:
                 commit_s=commit_s,
             )
 
-    def _committed(self, commit: Commit, mine: bool) -> None:
+    def _committed(self, commit: Commit, mine: bool, seconds: float) -> None:
+        log.debug(
+            "committed" if mine else "committed by another driver",
+            shard=commit.shard,
+            rows=commit.rows,
+            errors=commit.errors,
+            seconds=round(seconds, 3),
+        )
+        if self._reporter is not None:
+            self._reporter.committed(mine=mine, seconds=seconds)
         self.snapshot.shards_done += 1
         if not mine:
             self.snapshot.shards_resumed += 1

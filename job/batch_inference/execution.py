@@ -17,6 +17,7 @@ from torch import nn
 
 from batch_inference.batching import BatchSize, is_out_of_memory, search
 from batch_inference.errors import RowFailure
+from batch_inference.metrics import meter
 from batch_inference.transform import Transform
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Execution:
                         )
                     self.batch = self.batch or BatchSize(len(pixels))
                     self.batch.halve(len(chunk))
+                    meter.add("out_of_memory_splits")
                     log.warning("no memory for %d images at once, going on with %d", len(chunk), self.batch.current)
                     continue
                 parts.append(done)

@@ -20,7 +20,9 @@ from batch_inference.batching import is_out_of_memory
 from batch_inference.errors import BatchInferenceError, RowError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
 from batch_inference.marks import Journal
+from batch_inference.metrics import meter
 from batch_inference.storage import Store
+from batch_inference.telemetry import Telemetry
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
 RESULT_SCHEMA = pa.schema(
@@ -97,6 +99,9 @@ class InferenceActor:
         writers: Where predictions of any width go by themselves; empty: they return with the rows.
         decoder: Makes what decodes the files that tasks have left as they are; called once, after the factory.
         keeping: Where a process that was started again keeps what it has begun; None: nowhere.
+        telemetry: Whose log lines and metrics this process's are; None: they are nobody's.
+        batch_size: Images that Ray Data puts into one table; None if that is not known.
+        device: What metrics call it: ``gpu`` or ``cpu``.
     """
 
     def __init__(
@@ -105,8 +110,15 @@ class InferenceActor:
         writers: list[Any],
         decoder: Callable[[], Callable[[pa.Table], pa.Table]] | None = None,
         keeping: Keeping | None = None,
+        telemetry: Telemetry | None = None,
+        batch_size: int | None = None,
+        device: str = "cpu",
     ) -> None:
         self._writers = writers
+        self._batch_size = batch_size
+        self._device = device
+        if telemetry is not None:
+            telemetry.begin()
         self._journal: Journal | None = None
         self._failure: BatchInferenceError | None = None
         try:
@@ -120,6 +132,8 @@ class InferenceActor:
                 )
             self._predict = factory()
             self._decode = decoder() if decoder else None
+            meter.add("actor_busy_seconds", 0, device=self._device)
+            meter.add("out_of_memory_splits", 0)
         except BatchInferenceError as exc:
             self._failure = exc
         except Exception as exc:
@@ -138,6 +152,8 @@ class InferenceActor:
         """
         if self._failure is not None:
             return _end_of_job(self._failure)
+        if table.num_rows:
+            structlog.contextvars.bind_contextvars(shard=table["shard"][0].as_py())
         try:
             result, predictions = self._carefully(table, self._journal) if self._journal else self._predicted(table)
         except BatchInferenceError as exc:
@@ -165,7 +181,11 @@ class InferenceActor:
         places, images = _images(table)
         uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
         errors, predictions = self._isolate(list(range(len(places))), images, uris)
-        seconds = (time.perf_counter() - start) / max(1, len(places))
+        busy = time.perf_counter() - start
+        if len(places):
+            meter.add("actor_busy_seconds", busy, device=self._device)
+            meter.observe("batch_fill", len(places) / max(len(places), self._batch_size or 0))
+        seconds = busy / max(1, len(places))
         infer = np.zeros(table.num_rows, np.float32)
         infer[places] = seconds
         return _result(table, {int(places[index]): error for index, error in errors.items()}, infer), predictions
@@ -234,6 +254,8 @@ class InferenceActor:
             _free_memory()
         if len(indices) == 1:
             return {indices[0]: failure.error}, None
+        if failure.error.error_type == "OUT_OF_MEMORY":
+            meter.add("out_of_memory_splits")
         middle = len(indices) // 2
         errors, left = self._isolate(indices[:middle], images, uris)
         errors_right, right = self._isolate(indices[middle:], images, uris)

@@ -22,6 +22,25 @@ class _Stderr:
     log = debug = info = warning = warn = error = critical = msg
 
 
+# What every JSON line of this process says, such as the run and the attempt; a thread's own come by structlog.contextvars.
+_bound: dict[str, Any] = {}
+_format = "text"
+
+
+def bind(**fields: Any) -> None:
+    """Puts fields into every line that this process logs as JSON."""
+    _bound.update(fields)
+
+
+def log_format() -> str:
+    """How this process logs: ``text`` or ``json``."""
+    return _format
+
+
+def _with_bound(logger: Any, method: str, event: Any) -> Any:
+    return {**event, **{key: value for key, value in _bound.items() if key not in event}}
+
+
 def _made_plain(logger: Any, method: str, event: Any) -> Any:
     return {key: plain(value) if isinstance(value, str) else value for key, value in event.items()}
 
@@ -31,11 +50,15 @@ def configure(style: str, *, quiet: bool = False) -> None:
 
     Args:
         style: ``text`` or ``json``.
-        quiet: Only warnings and errors.
+        quiet: Only warnings and errors. Without it, JSON has a line for each shard, too.
     """
+    global _format
+    _format = style
     shared: list[Any] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level]
     if style == "json":
+        shared.append(_with_bound)
         tail: list[Any] = [structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.JSONRenderer()]
+        _take_over([*shared, tail[0]])
     else:
         colors = sys.stderr.isatty()
         tail = [
@@ -43,12 +66,30 @@ def configure(style: str, *, quiet: bool = False) -> None:
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, pad_level=False),
         ]
+    level = logging.DEBUG if style == "json" else logging.INFO
     structlog.configure(
         processors=[*shared, *tail],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING if quiet else logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING if quiet else level),
         logger_factory=lambda *args: _Stderr(),
         cache_logger_on_first_use=False,
     )
+
+
+def _take_over(processors: list[Any]) -> None:
+    """What the package's modules say by Python's own logging becomes JSON, too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+            foreign_pre_chain=processors,
+        )
+    )
+    package = logging.getLogger("batch_inference")
+    package.handlers, package.propagate = [handler], False
+    package.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError, SystemFault
 from batch_inference.identity import Engine
 from batch_inference.storage import Store
+from batch_inference.telemetry import Telemetry
 
 # Actors that do not come up, or a predictor that never returns: when nothing has moved for so long, the job ends with the reason.
 # Clusters that have to start machines first are waited for before (`cluster.connected`).
@@ -36,6 +37,7 @@ def results(
     writers: list[Any],
     attempt: str,
     chosen: dict[int, np.ndarray] | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Generator[pa.Table, None, None]:
     """The pipeline: shards in, result rows out, streaming.
 
@@ -47,11 +49,12 @@ def results(
         writers: Ray actors that take the predictions; empty where they come with the rows.
         attempt: The driver's.
         chosen: Their row numbers, of shards of which these are not all.
+        telemetry: Whose log lines and metrics those of tasks and actors are.
 
     Yields:
         Tables of ``RESULT_SCHEMA``, in no particular order.
     """
-    dataset = build(store, config, engine, rows, writers, attempt, chosen)
+    dataset = build(store, config, engine, rows, writers, attempt, chosen, telemetry)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
@@ -63,6 +66,7 @@ def build(
     writers: list[Any],
     attempt: str,
     chosen: dict[int, np.ndarray] | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Any:
     """The lazy Ray dataset that :func:`results` iterates over."""
     import ray
@@ -71,6 +75,7 @@ def build(
     from batch_inference.inference import InferenceActor, Keeping
     from batch_inference.prefixes import Prefixes
     from batch_inference.preparation import BLOCK_BYTES, Preparation
+    from batch_inference.reporter import QueueLook
     from batch_inference.shards import ShardDatasource
 
     context = DataContext.get_current()
@@ -80,6 +85,9 @@ def build(
     context.wait_for_min_actors_s = -1  # images are prepared while the actors load the model
     context.execution_no_progress_timeout_s = _STUCK_S
     context.max_consecutive_actor_init_deaths = _LOADING_DEATHS
+    callbacks: list[Any] = context.custom_execution_callback_classes
+    if QueueLook not in callbacks:
+        callbacks.append(QueueLook)
     section = config.inference
     block_bytes, target, rows_a_block = BLOCK_BYTES, BLOCK_BYTES, 32
     if engine.transform is not None:
@@ -92,7 +100,7 @@ def build(
     preparation = Preparation(
         config.storage, config.preprocess, engine.transform, block_bytes, Prefixes.of(config.input)
     )
-    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt, chosen)
+    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt, chosen, telemetry)
     # What an actor runs at once it decides itself; a table cut into smaller batches only costs copies.
     batch_size = rows_a_block if section.batch_size == "auto" else section.batch_size
     # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:
@@ -106,6 +114,9 @@ def build(
             writers,
             engine.decoder,
             Keeping(store, attempt, gives_up=not chosen),
+            telemetry,
+            batch_size,
+            "gpu" if section.gpus_per_actor else "cpu",
         ),
         batch_size=batch_size,
         batch_format="pyarrow",

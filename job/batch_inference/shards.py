@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
+import structlog
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batch_inference import manifest
 from batch_inference.marks import Mark
+from batch_inference.metrics import meter
 from batch_inference.preparation import Preparation
 from batch_inference.storage import Store
+from batch_inference.telemetry import Telemetry
+
+log = structlog.get_logger()
 
 
 class ShardDatasource(Datasource):
@@ -29,6 +36,7 @@ class ShardDatasource(Datasource):
         preparation: What to do with each image.
         attempt: Of the job's driver; a task that was begun in it and did not end has died of its shard.
         chosen: Row numbers to do, in order, of shards of which these are not all.
+        telemetry: Whose log lines and metrics the tasks' are; None: they are nobody's.
     """
 
     def __init__(
@@ -39,13 +47,14 @@ class ShardDatasource(Datasource):
         preparation: Preparation,
         attempt: str,
         chosen: dict[int, np.ndarray] | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shards = shards
         self._rows = rows
         self._chosen = chosen or {}
         # A hundred thousand tasks share one copy of what they need.
-        self._context = ray.put((store, preparation, attempt))
+        self._context = ray.put((store, preparation, attempt, telemetry))
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown before the images are read."""
@@ -59,27 +68,35 @@ class ShardDatasource(Datasource):
         """One task a shard, whatever parallelism Ray Data has in mind."""
         return [
             ReadTask(
-                _reader(self._context, self._shards[place], self._chosen.get(self._shards[place])),
+                functools.partial(_read, self._context, self._shards[place], self._chosen.get(self._shards[place])),
                 BlockMetadata(num_rows=self._rows[place], size_bytes=None, input_files=None, exec_stats=None),
             )
             for place in spread(range(len(self._shards)))
         ]
 
 
-def _reader(context: Any, shard: int, chosen: np.ndarray | None) -> Callable[[], Iterable[pa.Table]]:
-    def read() -> Iterable[pa.Table]:
-        store, preparation, attempt = ray.get(context)
-        table, places = manifest.read_places(store, shard)
-        if chosen is not None:
-            table, places = table.take(chosen), None if places is None else places.take(chosen)
-        # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
-        mark = Mark(store, manifest.shard_name(shard), attempt)
-        careful = mark.begin()
-        for prepared in preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful):
-            yield prepared if chosen is None else _renumbered(prepared, chosen)
-        mark.end()
-
-    return read
+def _read(context: Any, shard: int, chosen: np.ndarray | None) -> Iterable[pa.Table]:
+    store, preparation, attempt, telemetry = ray.get(context)
+    if telemetry is not None:
+        telemetry.begin()
+    begun = time.monotonic()
+    table, places = manifest.read_places(store, shard)
+    if chosen is not None:
+        table, places = table.take(chosen), None if places is None else places.take(chosen)
+    # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
+    mark = Mark(store, manifest.shard_name(shard), attempt)
+    careful = mark.begin()
+    if careful:
+        meter.add("retries", kind="task")
+        log.warning("the shard was begun before, and its process died: each image is decoded alone", shard=shard)
+    rows = failed = 0
+    for prepared in preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful):
+        rows += prepared.num_rows
+        failed += prepared.num_rows - prepared["error_type"].null_count
+        yield prepared if chosen is None else _renumbered(prepared, chosen)
+    mark.end()
+    if telemetry is not None:
+        log.debug("prepared", shard=shard, rows=rows, errors=failed, seconds=round(time.monotonic() - begun, 3))
 
 
 def _renumbered(table: pa.Table, rows: np.ndarray) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Rendered objects against the schemas of Kubernetes and KubeRay, and against Pod Security."""
+"""Rendered objects against the schemas of Kubernetes, KubeRay and the Prometheus operator, and against Pod Security."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMAS = Path(__file__).parent / "schemas"
 
 
 @functools.cache
-def _kuberay(kind: str) -> jsonschema.Draft7Validator:
+def _custom(kind: str) -> jsonschema.Draft7Validator:
     return jsonschema.Draft7Validator(json.loads((SCHEMAS / f"{kind.lower()}s.json").read_text()))
 
 
@@ -46,10 +46,12 @@ def pods(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
 def valid(manifests: list[Manifest]) -> None:
     """Raises unless every object, and every pod in it, is what the API server takes, to the last key."""
     for manifest in manifests:
-        if manifest["apiVersion"] != "ray.io/v1":
+        if manifest["apiVersion"] not in ("ray.io/v1", "monitoring.coreos.com/v1"):
             _kubernetes(json.dumps(manifest, sort_keys=True))
             continue
-        _kuberay(manifest["kind"]).validate(manifest)
+        _custom(manifest["kind"]).validate(manifest)
+        if manifest["apiVersion"] != "ray.io/v1":
+            continue
         for role, template in pods(manifest):
             pod = {"apiVersion": "v1", "kind": "Pod", **template}
             pod["metadata"] = {"name": role, **template["metadata"]}

@@ -318,6 +318,9 @@ CASES = [
          "a path that is gone with the pod"),
     Case(0, "job too long to be sent along", {"job": {"input": {"uris": [f"s3://bucket/{i:030}/" for i in range(1000)]}}, **SHARED},
          "32768 bytes can be sent along"),
+    Case(0, "alerts that nothing is scraped for", {"monitoring": {"rules": {"enabled": True}}}, "set monitoring.podMonitor.enabled=true"),
+    Case(0, "scraping of a shared cluster", {"monitoring": {"podMonitor": {"enabled": True}}, **SHARED}, "no Ray pods to scrape"),
+    Case(0, "alerts for a shared cluster", {"monitoring": {"rules": {"enabled": True}}, **SHARED}, "set it in the raycluster release"),
     Case(0, "tag within the repository", {"image": {"repository": "registry.example/batch-inference:1.2"}}, "pattern"),
     Case(0, "taint tolerated twice over", {"pods": {"tolerations": [{"operator": "Exists", "value": "x"}]}}, "not' failed"),
     Case(0, "skew of nothing", {"pods": {"topologySpreadConstraints": [

@@ -34,7 +34,10 @@ DNS = Pod("DNS", "10.0.0.3", "kube-system", {"k8s-app": "kube-dns"})
 NODE_DNS, METADATA = Pod("DNS of the node", "169.254.20.10"), Pod("metadata service", "169.254.169.254")
 INTERNET = Pod("an object store", "52.216.1.1")
 IN_CLUSTER_STORE = Pod("a store in the cluster", "10.0.0.4", "data", {"app": "store"})
-PROMETHEUS = Pod("Prometheus", "10.0.0.5", "monitoring", {})
+PROMETHEUS = Pod("Prometheus", "10.0.0.5", "monitoring", {"app.kubernetes.io/name": "prometheus"})
+MONITORED: dict[str, Any] = {"monitoring": {"podMonitor": {"enabled": True}}}
+THERE: dict[str, Any] = {"monitoring": {"podMonitor": {"enabled": True}, "prometheus": {"namespace": "monitoring"}}}
+NOT_THERE: dict[str, Any] = {"monitoring": {"podMonitor": {"enabled": True}, "prometheus": {"namespace": "elsewhere"}}}
 RULE = {
     "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
     "ports": [{"port": METRICS, "protocol": "TCP"}],
@@ -46,6 +49,7 @@ YES = [
     ({}, WORKER, INTERNET, 443), ({}, HEAD, INTERNET, 443),
     (STORE, WORKER, IN_CLUSTER_STORE, 8333),
     ({"networkPolicy": {"ingress": [RULE]}}, PROMETHEUS, HEAD, METRICS),
+    (MONITORED, PROMETHEUS, HEAD, METRICS), (MONITORED, PROMETHEUS, WORKER, METRICS), (THERE, PROMETHEUS, WORKER, METRICS),
     ({"networkPolicy": {"metadataService": True}}, WORKER, METADATA, 80),
     ({"networkPolicy": {"operatorNamespace": "kuberay"}}, OPERATOR, HEAD, DASHBOARD),
     ({"networkPolicy": {"enabled": False}}, STRANGER, HEAD, GCS),
@@ -55,6 +59,7 @@ NO = [
     ({}, STRANGER, WORKER, 40123), ({}, NEIGHBOUR, WORKER, 40123), ({}, STRANGER, SUBMITTER, 80),
     ({}, OPERATOR, HEAD, GCS), ({}, PROMETHEUS, HEAD, METRICS),
     ({"networkPolicy": {"operatorNamespace": "ray-system"}}, OPERATOR, HEAD, DASHBOARD),
+    (MONITORED, PROMETHEUS, HEAD, DASHBOARD), (MONITORED, STRANGER, HEAD, METRICS), (NOT_THERE, PROMETHEUS, HEAD, METRICS),
     ({}, WORKER, METADATA, 80), ({}, WORKER, STRANGER, 80), ({}, WORKER, INTERNET, 22), ({}, WORKER, NEIGHBOUR, GCS),
     ({}, WORKER, IN_CLUSTER_STORE, 8333), (STORE, WORKER, IN_CLUSTER_STORE, 5432),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Writes the schemas of custom resources as JSON Schema into schemas/: python -m tests.charts.vendor [CRD VERSION]...
 
-KubeRay's come from the operator's module, and Karpenter's from theirs. Those that are in no Go module are given as files of their
+KubeRay's, Karpenter's and the Prometheus operator's come from their modules. Those that are in no Go module are given as files of their
 CRDs, each with what its version is:
 
 - ``pkg/apis/crds/karpenter.azure.com_aksnodeclasses.yaml`` of Azure/karpenter-provider-azure
@@ -20,8 +20,17 @@ from tests.e2e.cluster.process import run
 from tests.e2e.cluster.programs import go, module_folder, version
 
 SCHEMAS = Path(__file__).parent / "schemas"
-KARPENTER = "github.com/aws/karpenter-provider-aws", "v1.14.0"
-KARPENTER_CRDS = ("karpenter.sh_nodepools.yaml", "karpenter.k8s.aws_ec2nodeclasses.yaml")
+# Nothing here depends on these: module, version, folder of the CRDs, and which of them.
+MODULES = {
+    "Karpenter for AWS": (
+        "github.com/aws/karpenter-provider-aws", "v1.14.0", "pkg/apis/crds",
+        ("karpenter.sh_nodepools.yaml", "karpenter.k8s.aws_ec2nodeclasses.yaml"),
+    ),
+    "Prometheus operator": (
+        "github.com/prometheus-operator/prometheus-operator", "v0.85.0", "example/prometheus-operator-crd",
+        ("monitoring.coreos.com_podmonitors.yaml", "monitoring.coreos.com_prometheusrules.yaml"),
+    ),
+}  # fmt: skip
 
 
 def strict(schema: Any) -> Any:
@@ -66,10 +75,10 @@ def main(arguments: list[str]) -> None:
     bases = module_folder("kuberay-operator") / "config" / "crd" / "bases"
     for kind in ("rayjobs", "rayclusters"):
         write(bases / f"ray.io_{kind}.yaml", f"KubeRay {version('kuberay-operator')}", described=True)
-    module, release = KARPENTER
-    found = json.loads(run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=SCHEMAS, timeout=600))
-    for name in KARPENTER_CRDS:
-        write(Path(found["Dir"]) / "pkg" / "apis" / "crds" / name, f"Karpenter for AWS {release}")
+    for origin, (module, release, folder, names) in MODULES.items():
+        found = json.loads(run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=SCHEMAS, timeout=600))
+        for name in names:
+            write(Path(found["Dir"]) / folder / name, f"{origin} {release}")
     for file, origin in zip(arguments[::2], arguments[1::2], strict=True):
         write(Path(file), origin)
 

@@ -94,3 +94,15 @@ class FirstPixel:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"first": np.array([int(image[0, 0, 0]) for image in batch["image"]])}
+
+
+class NoMemoryForMany(MeanColor):
+    """Takes its time, and finds no memory for more than four images at once, as a GPU that is too small does."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        if len(batch["image"]) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        time.sleep(0.5)
+        return super().__call__(batch)

@@ -208,11 +208,11 @@ def ray_cluster(
     cpus: int, folder: Path, *, dashboard: bool = False, token: str | None = None
 ) -> Iterator[dict[str, str]]:
     """A Ray cluster in processes of its own; yields its ``address``, its ``client`` address, its
-    ``dashboard``'s URL, and the ID of the ``process`` that is above all others.
+    ``dashboard``'s URL, the ``metrics``' host and port, the folder of its ``logs``, and the ID of the ``process`` that is above all others.
 
     Without ``dashboard`` it starts faster, and there is no job server. With ``token`` it asks for that one.
     """
-    port, client, dashboard_agent, web = free_ports(4)
+    port, client, dashboard_agent, web, metrics = free_ports(5)
     log = folder / "ray-head.log"
     folder.mkdir(parents=True, exist_ok=True)
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
@@ -228,7 +228,7 @@ def ray_cluster(
             str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
             f"--ray-client-server-port={client}", f"--include-dashboard={dashboard}".lower(), "--disable-usage-stats",
             f"--dashboard-port={web}", f"--dashboard-agent-listen-port={dashboard_agent}", "--node-ip-address=127.0.0.1",
-            "--object-store-memory=1000000000", f"--temp-dir={temporary}",
+            "--object-store-memory=1000000000", f"--temp-dir={temporary}", f"--metrics-export-port={metrics}",
         ]  # fmt: skip
         out = stack.enter_context(log.open("wb"))
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
@@ -242,6 +242,8 @@ def ray_cluster(
             "address": f"127.0.0.1:{port}",
             "client": f"ray://127.0.0.1:{client}",
             "dashboard": f"http://127.0.0.1:{web}",
+            "metrics": f"127.0.0.1:{metrics}",
+            "logs": f"{temporary}/session_latest/logs",
             "process": str(process.pid),
         }
 

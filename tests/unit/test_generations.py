@@ -192,7 +192,7 @@ class Retrier:
         ledger = Ledger(self.store)
         again = self.pending[shard]
         writer, errors = write_again(self.store, shard, again, self.attempt)
-        with Closing(ledger, Writers(writer, []), lambda commit, mine: None, self.pending) as closing:
+        with Closing(ledger, Writers(writer, []), lambda commit, mine, seconds: None, self.pending) as closing:
             closing.add(shard, OpenShard(pa.array([]), [errors]))
             closing.wait()
         del self.pending[shard]

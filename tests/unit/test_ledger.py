@@ -408,7 +408,7 @@ class Driver:
         ledger = Ledger(self.store)
         writer, errors = write(self.store, shard, self.attempt)
 
-        def on_commit(commit: Commit, mine: bool) -> None:
+        def on_commit(commit: Commit, mine: bool, seconds: float) -> None:
             self.pending.remove(shard)
             if not mine:
                 self.lost.append(shard)

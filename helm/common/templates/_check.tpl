@@ -17,6 +17,7 @@ Rules print nothing when they are kept, and else a line with what is wrong, both
 {{- define "common.rules" -}}
 {{- $root := .root -}}
 {{- include "common.rules.versions" $root }}
+{{- include "common.rules.monitoring" (dict "monitoring" $root.Values.monitoring "cluster" .cluster) }}
 {{- if .cluster }}
 {{- include "common.rules.capacity" $root }}
 {{- end }}

@@ -47,6 +47,24 @@ spec:
       ports:
         - {port: 8265, protocol: TCP}
     {{- end }}
+    {{- $monitoring := .root.Values.monitoring }}
+    {{- if $monitoring.podMonitor.enabled }}
+    - from:
+        - namespaceSelector:
+            {{- with $monitoring.prometheus.namespace }}
+            matchLabels:
+              kubernetes.io/metadata.name: {{ . | quote }}
+            {{- else }} {}
+            {{- end }}
+          podSelector:
+            {{- with $monitoring.prometheus.podLabels }}
+            matchLabels:
+              {{- toYaml . | nindent 14 }}
+            {{- else }} {}
+            {{- end }}
+      ports:
+        - {port: 8080, protocol: TCP}
+    {{- end }}
     {{- with $policy.ingress }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
