@@ -26,7 +26,9 @@ class Case:
     says: str
     manifest: Edit | None = None
     operator: str = ""
-    queued: Edit | None = None  # The same mistake in the manifest of a job in a queue, and what Kueue's webhook says of it.
+    queued: Edit | None = (
+        None  # The same mistake in the manifest of a job in a queue, and what Kueue's webhook says of it.
+    )
     kueue: str = ""
     name: str = "demo"
     base: dict[str, Any] = field(
@@ -381,7 +383,13 @@ def table() -> str:
         ]
         for case in CASES:
             if case.rule == number:
-                said = f"… {case.operator} …" if case.manifest else f"Kueue: … {case.kueue} …" if case.queued else "nothing"
+                said = (
+                    f"… {case.operator} …"
+                    if case.manifest
+                    else f"Kueue: … {case.kueue} …"
+                    if case.queued
+                    else "nothing"
+                )
                 lines.append(f"| {case.title} | … {case.says} … | {said} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 
