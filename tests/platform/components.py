@@ -64,14 +64,14 @@ def _manifests(name: str, shipped: Path) -> Path:
     key = digest(version(name), tools()["kubectl"].parent.name, overlay)
 
     def make(partial: Path) -> None:
-        # Copied, because kustomize takes nothing by its absolute path.
+        # Copied, because kustomize takes nothing by its absolute path, and no single file from outside its folder.
         build = partial / "build"
         shutil.copytree(overlay, build / name)
         source = module_folder(name) / shipped
         if source.is_dir():
             shutil.copytree(source, build / source.name)
         else:
-            shutil.copy(source, build / source.name)
+            shutil.copy(source, build / name)
         run("chmod", "-R", "u+w", build, timeout=60)  # Go keeps its modules read-only.
         (partial / "manifests.yaml").write_text(run(tools()["kubectl"], "kustomize", build / name, timeout=60))
         shutil.rmtree(build)
