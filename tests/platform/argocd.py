@@ -71,8 +71,8 @@ class Timeline:
                 self.said.append((time.monotonic() - self.begun, *now))
 
     def of(self, run: str) -> list[str]:
-        """The statuses of a run, in order, without repetitions."""
-        found = [status for _, name, status, _ in self.said if name == run and status]
+        """The statuses of a run that is there, in order, without repetitions."""
+        found = [status for _, name, status, _ in self.said if name == run and status not in ("", "Missing")]
         return [status for i, status in enumerate(found) if i == 0 or found[i - 1] != status]
 
     def print(self) -> None:

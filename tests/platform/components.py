@@ -100,6 +100,9 @@ def rolled_out(cluster: Cluster, namespace: str, *names: str) -> None:
 def argocd(cluster: Cluster, patch: Path) -> None:
     """Installs Argo CD, as a core install does, and patches its configuration as the project's README says."""
     apply(cluster, argocd_manifests(), argocd=image("argocd"), redis=image("redis"))
+    crd = ("customresourcedefinition/appprojects.argoproj.io", "--for=condition=Established", "--timeout=60s")
+    cluster.kubectl("wait", *crd, timeout=80)
+    cluster.kubectl("apply", "--filename", SOURCES / "argocd" / "project.yaml")
     cluster.kubectl("patch", "configmap", "argocd-cm", "--namespace=argocd", "--patch-file", patch)
     rolled_out(
         cluster,

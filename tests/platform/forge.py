@@ -40,7 +40,7 @@ class Repository:
 
     def commit(self, files: Mapping[str, str | None]) -> str:
         """Writes files, or removes those that are None, on top of main; returns the commit."""
-        parent = self._git("rev-parse", "--quiet", "--verify", "main", check=False).strip()
+        parent = self._git("for-each-ref", "--format=%(objectname)", "refs/heads/main").strip()
         lines = [
             f"commit refs/heads/main\ncommitter Team <team@example.com> {int(time.time())} +0000\n{_data('Change')}"
         ]
