@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,21 +101,22 @@ class Argo:
         """A new Git repository."""
         return forge.Repository(self._cluster, name).create()
 
-    @contextmanager
-    def example(self, file: str, repository: forge.Repository) -> Iterator[None]:
-        """Has one of the project's examples in the cluster for a while; what it has made goes with it."""
-        text = forge.example(file, repository)
-        kind, name = (yaml.safe_load(text)["kind"].lower(), yaml.safe_load(text)["metadata"]["name"])
-        self._cluster.kubectl("apply", "--filename=-", stdin=text)
-        try:
-            yield
-        finally:
-            if kind == "application":
-                # Without this, applications leave behind what they have made.
-                patch = '{"metadata": {"finalizers": ["resources-finalizer.argocd.argoproj.io"]}}'
-                self._cluster.kubectl("patch", kind, name, f"--namespace={NAMESPACE}", "--type=merge", "--patch", patch)
-            self._cluster.kubectl("delete", kind, name, f"--namespace={NAMESPACE}", "--timeout=150s", timeout=180)
-            until("all runs go", lambda: not self._kubernetes.ray("rayjobs"), 180)
+    def example(self, file: str, repository: forge.Repository) -> None:
+        """Has one of the project's examples in the cluster, until `clear`."""
+        self._cluster.kubectl("apply", "--filename=-", stdin=forge.example(file, repository))
+
+    def clear(self) -> None:
+        """Removes applications and what they have made."""
+        where = (f"--namespace={NAMESPACE}", "--timeout=150s")
+        self._cluster.kubectl("delete", "applicationsets", "--all", *where, timeout=180)
+        # Without this, applications leave behind what they have made.
+        patch = '{"metadata": {"finalizers": ["resources-finalizer.argocd.argoproj.io"]}}'
+        for name, application in self.applications().items():
+            if not application.object["metadata"].get("deletionTimestamp"):
+                one = ("application", name, f"--namespace={NAMESPACE}", "--type=merge", "--patch", patch)
+                self._cluster.kubectl("patch", *one)
+        self._cluster.kubectl("delete", "applications", "--all", *where, timeout=180)
+        until("all runs go", lambda: not self._kubernetes.ray("rayjobs"), 180)
 
     def applications(self) -> dict[str, Application]:
         """All applications, by name."""

@@ -45,11 +45,18 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture(scope="session")
-def argo(world: World, kubernetes: Kubernetes) -> Argo:
+def installed_argo(world: World, kubernetes: Kubernetes) -> Argo:
     """Argo CD, with the project's health checks, and a server of Git and charts for it."""
     components.argocd(world.cluster, REPOSITORY / "k8s/argocd/argocd-cm-patch.yaml")
     forge.install(world.cluster)
     return Argo(world, kubernetes)
+
+
+@pytest.fixture
+def argo(installed_argo: Argo) -> Iterator[Argo]:
+    """Argo CD without applications; those of a test are removed after it."""
+    yield installed_argo
+    installed_argo.clear()
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ class Queue:
         assert [flavor["name"] for flavor in group["flavors"]] == list(gpus)
         for flavor in group["flavors"]:
             flavor["resources"][0]["nominalQuota"] = gpus[flavor["name"]]
+        queue["spec"]["stopPolicy"] = "None"  # An earlier test may have held it.
         self._apply(yaml.safe_dump_all(objects))
         self._apply((FOLDER / "priorities.yaml").read_text())
         until("the queue is active", lambda: self._active(), 60)

@@ -23,46 +23,46 @@ def test_a_commit_that_changes_the_job_starts_one_run_and_no_other_does(
     photos = argo.values("s3://images/out/git-1/")
     commit = repository.commit({"jobs/photos.yaml": photos})
     timeline = Timeline()
-    with argo.example("application.yaml", repository):
-        argo.until_synced("photos", commit, timeline)
-        first = argo.only_run()
-        argo.until_healthy_is("Healthy", "photos", timeline)
-        assert timeline.of(first.name) == ["Progressing", "Healthy"]
-        verified(world, "s3://images/out/git-1/", PHOTOS, BROKEN)
-        first.until_cluster_is_gone()
-        done = first.object
+    argo.example("application.yaml", repository)
+    argo.until_synced("photos", commit, timeline)
+    first = argo.only_run()
+    argo.until_healthy_is("Healthy", "photos", timeline)
+    assert timeline.of(first.name) == ["Progressing", "Healthy"]
+    verified(world, "s3://images/out/git-1/", PHOTOS, BROKEN)
+    first.until_cluster_is_gone()
+    done = first.object
 
-        # Neither a file that is not the job's nor a comment in it is another run.
-        commit = repository.commit({"README.md": "Jobs.\n", "jobs/photos.yaml": f"# For the photos.\n{photos}"})
-        argo.until_synced("photos", commit, timeline)
-        time.sleep(10)
-        assert argo.only_run().object == done
-        assert argo.application("photos").health == "Healthy"
+    # Neither a file that is not the job's nor a comment in it is another run.
+    commit = repository.commit({"README.md": "Jobs.\n", "jobs/photos.yaml": f"# For the photos.\n{photos}"})
+    argo.until_synced("photos", commit, timeline)
+    time.sleep(10)
+    assert argo.only_run().object == done
+    assert argo.application("photos").health == "Healthy"
 
-        an_edited_run_is_mended_and_does_not_run_again(argo, kubernetes, first.name)
-        a_deleted_run_comes_back_and_does_nothing(world, argo, first.name)
+    an_edited_run_is_mended_and_does_not_run_again(argo, kubernetes, first.name)
+    a_deleted_run_comes_back_and_does_nothing(world, argo, first.name)
 
-        # Two commits are two runs; each goes when the next comes, running or not.
-        begun = time.monotonic()
-        commit = repository.commit({"jobs/photos.yaml": argo.values("s3://images/out/git-2/")})
-        argo.until_synced("photos", commit, timeline)
-        second = argo.only_run()
-        assert second.name != first.name
-        second.until_running()
-        print(f"\nthe second run runs {time.monotonic() - begun:.0f} s after its commit, the first is pruned")
-        wrong = argo.values("s3://images/out/git-3/", {"job": {"input": {"uris": ["s3://images/phots/"]}}})
-        commit = repository.commit({"jobs/photos.yaml": wrong})
-        argo.until_synced("photos", commit, timeline)
-        third = argo.only_run()
-        assert third.name not in (first.name, second.name)
-        application = argo.until_healthy_is("Degraded", "photos", timeline)
-        timeline.print()
-        assert timeline.of(third.name)[-1] == "Degraded"
-        message = application.runs[third.name]["message"]
-        assert message.startswith("AppFailed: ")
-        assert "s3://images/phots/" in message
-        assert "FAILED" in message
-        assert len(message.splitlines()) <= 5
+    # Two commits are two runs; each goes when the next comes, running or not.
+    begun = time.monotonic()
+    commit = repository.commit({"jobs/photos.yaml": argo.values("s3://images/out/git-2/")})
+    argo.until_synced("photos", commit, timeline)
+    second = argo.only_run()
+    assert second.name != first.name
+    second.until_running()
+    print(f"\nthe second run runs {time.monotonic() - begun:.0f} s after its commit, the first is pruned")
+    wrong = argo.values("s3://images/out/git-3/", {"job": {"input": {"uris": ["s3://images/phots/"]}}})
+    commit = repository.commit({"jobs/photos.yaml": wrong})
+    argo.until_synced("photos", commit, timeline)
+    third = argo.only_run()
+    assert third.name not in (first.name, second.name)
+    application = argo.until_healthy_is("Degraded", "photos", timeline)
+    timeline.print()
+    assert timeline.of(third.name)[-1] == "Degraded"
+    message = application.runs[third.name]["message"]
+    assert message.startswith("AppFailed: ")
+    assert "s3://images/phots/" in message
+    assert "FAILED" in message
+    assert len(message.splitlines()) <= 5
 
 
 def an_edited_run_is_mended_and_does_not_run_again(argo: Argo, kubernetes: Kubernetes, name: str) -> None:
@@ -121,7 +121,7 @@ def test_the_applicationset_has_one_application_for_each_file(argo: Argo, kubern
         assert sorted(runs) == sorted(names)
 
     repository.commit({"jobs/cats.yaml": job("cats"), "jobs/dogs.yaml": job("dogs"), "README.md": "Jobs.\n"})
-    with argo.example("applicationset.yaml", repository):
-        are("cats", "dogs")
-        repository.commit({"jobs/birds.yaml": job("birds"), "jobs/cats.yaml": None})
-        are("birds", "dogs")
+    argo.example("applicationset.yaml", repository)
+    are("cats", "dogs")
+    repository.commit({"jobs/birds.yaml": job("birds"), "jobs/cats.yaml": None})
+    are("birds", "dogs")

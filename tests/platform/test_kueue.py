@@ -121,7 +121,9 @@ def test_an_urgent_job_takes_the_gpus_of_one_that_can_wait_which_resumes(
     verified(world, "s3://images/out/patient/", len(rows), ROUNDS * BROKEN)
     after = {item.path: item for item in output.objects("_commits")}
     attempts = {path: json.loads(output.get(path))["attempt"] for path in after}
-    print(f"{len(before)} of {len(after)} shards were there when the job was suspended, its pods were gone {gone:.0f} s later")
+    print(
+        f"{len(before)} of {len(after)} shards were there when the job was suspended, its pods were gone {gone:.0f} s later"
+    )
     assert 2 <= len(before) < len(after)
     assert {path: after[path] for path in before} == before
     assert len({attempts[path] for path in before}) == 1
@@ -159,31 +161,31 @@ def test_argo_cd_leaves_a_queued_job_to_kueue(world: World, argo: Argo, queue: Q
     repository = argo.repository("queued-jobs")
     commit = repository.commit({"jobs/photos.yaml": argo.values("s3://images/out/git-queued/", queued())})
     timeline = Timeline()
-    with argo.example("application.yaml", repository):
-        argo.until_synced("photos", commit, timeline)
-        argo.until_healthy_is("Suspended", "photos", timeline)
-        run = argo.only_run()
-        # Longer than self-healing takes to begin.
-        time.sleep(15)
-        assert run.object["spec"]["suspend"] is True
-        assert argo.application("photos").sync == "Synced"
-        queue.hold("None")
-        queue.until_admitted(run)
-        generations, syncs = set(), set()
+    argo.example("application.yaml", repository)
+    argo.until_synced("photos", commit, timeline)
+    argo.until_healthy_is("Suspended", "photos", timeline)
+    run = argo.only_run()
+    # Longer than self-healing takes to begin.
+    time.sleep(15)
+    assert run.object["spec"]["suspend"] is True
+    assert argo.application("photos").sync == "Synced"
+    queue.hold("None")
+    queue.until_admitted(run)
+    generations, syncs = set(), set()
 
-        def ended() -> bool:
-            now = argo.application("photos")
-            timeline.add(now)
-            syncs.add(now.sync)
-            generations.add(run.object["metadata"]["generation"])
-            return now.health == "Healthy"
+    def ended() -> bool:
+        now = argo.application("photos")
+        timeline.add(now)
+        syncs.add(now.sync)
+        generations.add(run.object["metadata"]["generation"])
+        return now.health == "Healthy"
 
-        until("the job ends well", ended, 420)
-        print()
-        timeline.print()
-        print(f"sync: {sorted(syncs)}, generations of the run: {sorted(generations)}")
-        assert timeline.of(run.name) == ["Suspended", "Progressing", "Healthy"]
-        assert syncs == {"Synced"}
-        assert argo.only_run().name == run.name
-        assert queue.condition(run, "Evicted") == {}
-        verified(world, "s3://images/out/git-queued/", PHOTOS, BROKEN)
+    until("the job ends well", ended, 420)
+    print()
+    timeline.print()
+    print(f"sync: {sorted(syncs)}, generations of the run: {sorted(generations)}")
+    assert timeline.of(run.name) == ["Suspended", "Progressing", "Healthy"]
+    assert syncs == {"Synced"}
+    assert argo.only_run().name == run.name
+    assert queue.condition(run, "Evicted") == {}
+    verified(world, "s3://images/out/git-queued/", PHOTOS, BROKEN)
