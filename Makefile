@@ -70,6 +70,13 @@ test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a fi
 test-faults: $(VENV)/.ready ## 500 faults injected into whole jobs, with a table of what held: a quarter of an hour, not part of `test`
 	$(BIN)/pytest -s tests/faults
 
+.PHONY: test-platform
+test-platform: $(VENV)/.ready ## The charts under real Argo CD and Kueue on a kind cluster: half an hour, not part of `test`; a first run builds both
+	$(BIN)/python -m tests.e2e.cluster build
+	$(BIN)/python -m tests.platform.components
+	$(BIN)/python -m tests.e2e.image
+	$(BIN)/pytest -s tests/platform
+
 .PHONY: fuzz
 fuzz: $(VENV)/.ready ## Damaged images, manifests, archives, configurations and URIs for FUZZ_S seconds (60); exits 1 if anything is found
 	$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_S),60) $(FUZZ_ARGS)

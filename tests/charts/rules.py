@@ -26,6 +26,10 @@ class Case:
     says: str
     manifest: Edit | None = None
     operator: str = ""
+    queued: Edit | None = (
+        None  # The same mistake in the manifest of a job in a queue, and what Kueue's webhook says of it.
+    )
+    kueue: str = ""
     name: str = "demo"
     base: dict[str, Any] = field(
         default_factory=dict
@@ -63,6 +67,16 @@ def env(name: str, value: str = "1") -> Edit:
     return lambda manifest: manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
         "env"
     ].append({"name": name, "value": value})
+
+
+def label(name: str, value: str) -> Edit:
+    """An edit that sets a label of Kueue's."""
+    return lambda manifest: manifest["metadata"]["labels"].update({f"kueue.x-k8s.io/{name}": value})
+
+
+def topology(**kinds: str) -> dict[str, str]:
+    """Annotations that ask Kueue for a topology, by kind."""
+    return {f"kueue.x-k8s.io/podset-{kind}-topology": value for kind, value in kinds.items()}
 
 
 CLUSTER = "spec.rayClusterSpec"
@@ -265,10 +279,32 @@ CASES = [
     Case(19, "name of the ServiceAccount too long", {"serviceAccount": {"name": "a" * 51}}, "maxLength"),
     Case(20, "submitter without containers", {"submitter": {"containers": []}}, UNKNOWN),
     Case(20, "submitter that restarts", {"submitter": {"restartPolicy": "Always"}}, UNKNOWN),
-    Case(21, "queue and a cluster that stays", deletion(*ENDS, queue={"name": "q"}), "which Kueue refuses"),
+    Case(21, "queue and a cluster that stays", deletion(*ENDS, queue={"name": "q"}), "which Kueue refuses",
+         queued=strategy(*ENDS), kueue="should delete the cluster after finishing"),
     Case(21, "queue and suspended", {"queue": {"name": "q"}, "run": {"suspend": True}}, "is Kueue's to say"),
-    Case(21, "queue and autoscaling", {"queue": {"name": "q"}, **SCALING}, "set queue.elastic=true"),
+    Case(21, "queue and autoscaling", {"queue": {"name": "q"}, **SCALING}, "set queue.elastic=true",
+         queued=put(f"{CLUSTER}.enableInTreeAutoscaling", True), kueue="only use autoscaling when workload slicing is enabled"),
     Case(21, "queue and a shared cluster", {"queue": {"name": "q"}, **SHARED}, "give the queue to the raycluster release"),
+    Case(21, "queue of an impossible name", {"queue": {"name": "a..b"}}, "pattern",
+         queued=label("queue-name", "a..b"), kueue="RFC 1123 subdomain"),
+    Case(21, "time in the queue's terms that is none", {"run": {"labels": {"kueue.x-k8s.io/max-exec-time-seconds": "0"}}},
+         "whole seconds above 0", queued=label("max-exec-time-seconds", "0"), kueue="should be greater than 0"),
+    Case(21, "workload of one's own", {"run": {"labels": {"kueue.x-k8s.io/prebuilt-workload-name": "A"}}}, "Kueue counts what",
+         queued=label("prebuilt-workload-name", "A"), kueue="RFC 1123 subdomain"),
+    Case(21, "gate without a domain", {"run": {"annotations": {"kueue.x-k8s.io/admission-gated-by": "budget"}}}, "example.com/gate",
+         queued=put("metadata.annotations", {"kueue.x-k8s.io/admission-gated-by": "budget"}), kueue="domain-prefixed path"),
+    Case(21, "two topologies", {"pods": {"annotations": topology(required="zone")}, "workers": {"annotations": topology(preferred="rack")}},
+         "ask Kueue for 2 topologies", queued=put(f"{GROUP}.template.metadata.annotations", topology(required="zone", preferred="rack")),
+         kueue="must not contain more than one topology annotation"),
+    Case(21, "topology that is no label", {"workers": {"annotations": topology(required="a b")}}, "which is no label of nodes",
+         queued=put(f"{GROUP}.template.metadata.annotations", topology(required="a b")), kueue="name part must consist of"),
+    Case(21, "topology by yes and no", {"head": {"annotations": topology(unconstrained="yes")}}, 'takes "true" or "false"',
+         queued=put(f"{HEAD}.template.metadata.annotations", topology(unconstrained="yes")), kueue="must be a boolean value"),
+    Case(21, "slice of unknown size", {"workers": {"annotations": topology(**{"slice-required": "rack"})}}, "not in groups or slices",
+         queued=put(f"{GROUP}.template.metadata.annotations", topology(**{"slice-required": "rack"})), kueue="must be set when"),
+    Case(21, "group of topology without one", {"workers": {"annotations": {"kueue.x-k8s.io/podset-group-name": "a"}}},
+         "not in groups or slices", queued=put(f"{GROUP}.template.metadata.annotations", {"kueue.x-k8s.io/podset-group-name": "a"}),
+         kueue="may not be set when neither"),
     Case(21, "queue by label", {"run": {"labels": {"kueue.x-k8s.io/queue-name": "q"}}}, "use queue.name"),
     Case(22, "entrypoint of one's own", {"entrypoint": "python x.py; rm -rf /"}, UNKNOWN),
     Case(23, "one and a half GPUs", {"job": {"inference": {"gpus_per_actor": 1.5}}}, "use 1 or 2"),
@@ -340,7 +376,9 @@ def table() -> str:
         "",
         "Each line is a case of `test_rules.py`: values that the chart refuses when it renders. Where the last column says so, the "
         "same mistake,",
-        "written by hand into a manifest, was refused by KubeRay's own validation (the oracle), so that the rule is the operator's.",
+        "written by hand into a manifest, was refused by KubeRay's own validation (the oracle), so that the rule is the operator's; or, "
+        "in a queue,",
+        "by Kueue's webhook (`tests/platform`).",
         "",
         "Written by `python -m tests.charts.rules`; a test compares.",
     ]
@@ -349,12 +387,18 @@ def table() -> str:
             "",
             f"## {number}. {rule}",
             "",
-            "| case | the chart says | the operator says |",
+            "| case | the chart says | the operator says, or Kueue |",
             "| --- | --- | --- |",
         ]
         for case in CASES:
             if case.rule == number:
-                said = f"… {case.operator} …" if case.manifest else "nothing"
+                said = (
+                    f"… {case.operator} …"
+                    if case.manifest
+                    else f"Kueue: … {case.kueue} …"
+                    if case.queued
+                    else "nothing"
+                )
                 lines.append(f"| {case.title} | … {case.says} … | {said} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import evidence
 from tests.e2e.cluster import Cluster
-from tests.e2e.cluster.process import CommandError, say
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.runs import Kubernetes, Releases
 from tests.e2e.world import World, set_up
@@ -30,17 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Writes evidence while what failed is still there, before fixtures remove it."""
+    """Writes evidence of what failed."""
     report = yield
-    if report.failed and "world" in getattr(item, "fixturenames", ()):
-        cluster = Cluster(NAME, FOLDER / "kubeconfig")
-        folder = FOLDER / "evidence" / re.sub(r"\W+", "-", item.name)
-        if cluster.kubeconfig.is_file():
-            try:
-                cluster.evidence(folder)
-                report.sections.append(("evidence", f"is in {folder}"))
-            except (CommandError, OSError) as error:
-                say(f"no evidence: {error}")
+    evidence.keep(item, report, Cluster(NAME, FOLDER / "kubeconfig"), FOLDER / "evidence")
     return report
 
 

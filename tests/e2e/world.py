@@ -155,7 +155,7 @@ def _make_bucket(world: World) -> None:
 def forwarded(cluster: Cluster, namespace: str, target: str, port: int) -> Iterator[int]:
     """Reaches a port in the cluster from here; yields the local port."""
     command = [str(tools()["kubectl"]), "port-forward", f"--namespace={namespace}", target, f":{port}"]
-    log = cluster.kubeconfig.with_name("port-forward.log")
+    log = cluster.kubeconfig.with_name(f"port-forward-{namespace}.log")
     with log.open("wb") as out:
         env = {**os.environ, **cluster.env}
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)

@@ -24,6 +24,7 @@ Rules print nothing when they are kept, and else a line with what is wrong, both
 {{- range .roles }}
 {{- include "common.rules.pod" (dict "values" $root.Values "role" .) }}
 {{- end }}
+{{- include "common.rules.kueue" . }}
 {{- range list "head" "workers" "cpuWorkers" }}
 {{- include "common.rules.rayStartParams" (dict "role" . "params" (get $root.Values .).rayStartParams) }}
 {{- end }}

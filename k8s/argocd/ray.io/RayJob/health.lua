@@ -1,12 +1,17 @@
 -- Health of a KubeRay RayJob, by the states of its controller (status.jobDeploymentStatus) and of Ray's job (status.jobStatus).
 
--- The controller puts the end of the job's log behind a failure, up to 20,000 characters; the last lines say why.
+-- The controller puts the end of the job's log behind a failure, up to 20,000 characters; the last lines say why. Argo CD has
+-- no library of strings to cut them out with, unless its setting useOpenLibs is on for RayJob.
 local function last_lines(text, count)
+  if string == nil then
+    return text or ""
+  end
   local lines = {}
   for line in string.gmatch(text or "", "[^\r\n]+") do
     table.insert(lines, line)
   end
-  return table.concat(lines, "\n", math.max(1, #lines - count + 1))
+  local first = #lines - count + 1
+  return table.concat(lines, "\n", first > 1 and first or 1)
 end
 
 local spec = obj.spec or {}

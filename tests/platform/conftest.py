@@ -1,0 +1,75 @@
+"""One cluster for the platform's tests, with Argo CD and Kueue in it as real as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from tests.e2e import evidence
+from tests.e2e.cluster import Cluster
+from tests.e2e.cluster.programs import REPOSITORY
+from tests.e2e.conftest import kubernetes, pytest_collection_modifyitems, slow_predictor
+from tests.e2e.runs import Kubernetes, Releases
+from tests.e2e.world import World, set_up
+from tests.platform import components, forge
+from tests.platform.argocd import Argo
+from tests.platform.kueue import Queue
+
+__all__ = ["kubernetes", "pytest_collection_modifyitems", "slow_predictor"]
+
+NAME = "platform"
+FOLDER = REPOSITORY / "build" / "platform"
+KINDS = ("applications", "applicationsets", "workloads", "clusterqueues", "localqueues", "resourceflavors")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Writes evidence of what failed."""
+    report = yield
+    evidence.keep(item, report, Cluster(NAME, FOLDER / "kubeconfig"), FOLDER / "evidence", *KINDS)
+    return report
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """The cluster with image, namespace and store; removed at the end, unless KEEP_CLUSTER is set."""
+    cluster = Cluster(NAME, FOLDER / "kubeconfig")
+    try:
+        with set_up(NAME, FOLDER) as made:
+            yield made
+    finally:
+        if not os.environ.get("KEEP_CLUSTER"):
+            cluster.down()
+
+
+@pytest.fixture(scope="session")
+def installed_argo(world: World, kubernetes: Kubernetes) -> Argo:
+    """Argo CD, with the project's health checks, and a server of Git and charts for it."""
+    components.argocd(world.cluster, REPOSITORY / "k8s/argocd/argocd-cm-patch.yaml")
+    forge.install(world.cluster)
+    return Argo(world, kubernetes)
+
+
+@pytest.fixture
+def argo(installed_argo: Argo) -> Iterator[Argo]:
+    """Argo CD without applications; those of a test are removed after it."""
+    yield installed_argo
+    installed_argo.clear()
+
+
+@pytest.fixture(scope="session")
+def queue(world: World, kubernetes: Kubernetes) -> Queue:
+    """Kueue, with the project's example of queues."""
+    components.kueue(world.cluster)
+    return Queue(world, kubernetes)
+
+
+@pytest.fixture
+def releases(world: World, kubernetes: Kubernetes) -> Iterator[Releases]:
+    """Helm on the cluster; what a test has not removed is removed after it."""
+    made = Releases(world, kubernetes, FOLDER / "values")
+    yield made
+    for name in sorted(made.names):
+        made.uninstall(name)

@@ -1,0 +1,127 @@
+"""Jobs that a real Argo CD brings from Git into a real cluster."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.e2e.runs import Kubernetes
+from tests.e2e.test_rayjob import BROKEN, PHOTOS, verified
+from tests.e2e.world import World, until
+from tests.platform.argocd import Argo, Timeline
+
+# Argo CD begins to heal what it sees out of step within 5 s.
+HEALED_SECONDS = 90
+
+
+@pytest.mark.timeout(2400)
+def test_a_commit_that_changes_the_job_starts_one_run_and_no_other_does(
+    world: World, kubernetes: Kubernetes, argo: Argo
+) -> None:
+    repository = argo.repository("batch-jobs")
+    photos = argo.values("s3://images/out/git-1/")
+    commit = repository.commit({"jobs/photos.yaml": photos})
+    timeline = Timeline()
+    argo.example("application.yaml", repository)
+    argo.until_synced("photos", commit, timeline)
+    first = argo.only_run()
+    argo.until_healthy_is("Healthy", "photos", timeline)
+    assert timeline.of(first.name) == ["Progressing", "Healthy"]
+    verified(world, "s3://images/out/git-1/", PHOTOS, BROKEN)
+    first.until_cluster_is_gone()
+    done = first.object
+
+    # Neither a file that is not the job's nor a comment in it is another run.
+    commit = repository.commit({"README.md": "Jobs.\n", "jobs/photos.yaml": f"# For the photos.\n{photos}"})
+    argo.until_synced("photos", commit, timeline)
+    time.sleep(10)
+    assert argo.only_run().object == done
+    assert argo.application("photos").health == "Healthy"
+
+    an_edited_run_is_mended_and_does_not_run_again(argo, kubernetes, first.name)
+    a_deleted_run_comes_back_and_does_nothing(world, argo, first.name)
+
+    # Two commits are two runs; each goes when the next comes, running or not.
+    begun = time.monotonic()
+    commit = repository.commit({"jobs/photos.yaml": argo.values("s3://images/out/git-2/")})
+    argo.until_synced("photos", commit, timeline)
+    second = argo.only_run()
+    assert second.name != first.name
+    second.until_running()
+    print(f"\nthe second run runs {time.monotonic() - begun:.0f} s after its commit, the first is pruned")
+    wrong = argo.values("s3://images/out/git-3/", {"job": {"input": {"uris": ["s3://images/phots/"]}}})
+    commit = repository.commit({"jobs/photos.yaml": wrong})
+    argo.until_synced("photos", commit, timeline)
+    third = argo.only_run()
+    assert third.name not in (first.name, second.name)
+    application = argo.until_healthy_is("Degraded", "photos", timeline)
+    timeline.print()
+    assert timeline.of(third.name)[-1] == "Degraded"
+    message = application.runs[third.name]["message"]
+    assert message.startswith("AppFailed: ")
+    assert "s3://images/phots/" in message
+    assert "FAILED" in message
+    assert len(message.splitlines()) <= 5
+
+
+def an_edited_run_is_mended_and_does_not_run_again(argo: Argo, kubernetes: Kubernetes, name: str) -> None:
+    run = argo.run(name)
+    before = run.object
+    body = {"spec": {"ttlSecondsAfterFinished": 77}}
+    kubernetes.custom.patch_namespaced_custom_object(
+        "ray.io", "v1", before["metadata"]["namespace"], "rayjobs", name, body
+    )
+    begun = time.monotonic()
+    wanted = before["spec"]["ttlSecondsAfterFinished"]
+    until("the edit is undone", lambda: run.object["spec"]["ttlSecondsAfterFinished"] == wanted, HEALED_SECONDS)
+    print(f"\nan edit of the finished run was undone after {time.monotonic() - begun:.0f} s")
+    time.sleep(10)
+    after = run.object
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    for key in ("jobId", "startTime", "endTime", "jobStatus", "jobDeploymentStatus", "rayClusterName"):
+        assert after["status"].get(key) == before["status"].get(key)
+    assert kubernetes.ray("rayclusters") == []
+
+
+def a_deleted_run_comes_back_and_does_nothing(world: World, argo: Argo, name: str) -> None:
+    output = world.store("s3://images/out/git-1/")
+    before = {item.path: item for item in output.objects() if not item.path.startswith("_report")}
+    uid = argo.run(name).object["metadata"]["uid"]
+    world.cluster.kubectl("delete", "rayjob", name, "--namespace=batch-inference", "--timeout=100s", timeout=120)
+    again = until(
+        "the run comes back",
+        lambda: [item for item in argo.run(name).kubernetes.ray("rayjobs") if item["metadata"]["uid"] != uid],
+        HEALED_SECONDS,
+    )
+    assert again[0]["metadata"]["name"] == name
+    run = argo.run(name)
+    run.succeeded()
+    assert "was done already" in run.log()
+    argo.until_healthy_is("Healthy", "photos")
+    assert {item.path: item for item in output.objects() if not item.path.startswith("_report")} == before
+
+
+def test_the_applicationset_has_one_application_for_each_file(argo: Argo, kubernetes: Kubernetes) -> None:
+    """Suspended ones, for what they run is the other test's."""
+    repository = argo.repository("many-jobs")
+
+    def job(name: str) -> str:
+        return argo.values(f"s3://images/out/{name}/", {"run": {"suspend": True}})
+
+    def are(*names: str) -> None:
+        argo.look("applicationset", "batch-jobs")
+
+        def there() -> bool:
+            found = argo.applications()
+            return found.keys() == set(names) and all(item.health == "Suspended" for item in found.values())
+
+        until(f"applications {names}", there, 180, every=2)
+        runs = [item["metadata"]["labels"]["app.kubernetes.io/instance"] for item in kubernetes.ray("rayjobs")]
+        assert sorted(runs) == sorted(names)
+
+    repository.commit({"jobs/cats.yaml": job("cats"), "jobs/dogs.yaml": job("dogs"), "README.md": "Jobs.\n"})
+    argo.example("applicationset.yaml", repository)
+    are("cats", "dogs")
+    repository.commit({"jobs/birds.yaml": job("birds"), "jobs/cats.yaml": None})
+    are("birds", "dogs")
