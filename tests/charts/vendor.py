@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,22 @@ def write(file: Path, origin: str, *, described: bool = False) -> None:
     (SCHEMAS / f"{plural}.json").write_text(text + "\n")
 
 
+def crds(origin: str) -> Path:
+    """The folder with the CRDs that one of :data:`MODULES` ships."""
+    module, release, folder, _ = MODULES[origin]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        downloaded = run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=Path(elsewhere), timeout=600)
+    return Path(json.loads(downloaded)["Dir"]) / folder
+
+
 def main(arguments: list[str]) -> None:
     """Reads CRDs that modules ship, and those that are given."""
     bases = module_folder("kuberay-operator") / "config" / "crd" / "bases"
     for kind in ("rayjobs", "rayclusters"):
         write(bases / f"ray.io_{kind}.yaml", f"KubeRay {version('kuberay-operator')}", described=True)
-    for origin, (module, release, folder, names) in MODULES.items():
-        found = json.loads(run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=SCHEMAS, timeout=600))
+    for origin, (_, release, _, names) in MODULES.items():
         for name in names:
-            write(Path(found["Dir"]) / folder / name, f"{origin} {release}")
+            write(crds(origin) / name, f"{origin} {release}")
     for file, origin in zip(arguments[::2], arguments[1::2], strict=True):
         write(Path(file), origin)
 

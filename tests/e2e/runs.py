@@ -165,6 +165,10 @@ class Releases:
         after = notes.split("### The run\n", 1)[1].strip()
         return Run(after.split(":", 1)[0], self._kubernetes)
 
+    def schedule(self, name: str, values: Values) -> None:
+        """Installs a job that runs by the clock."""
+        self._upgrade("rayjob", name, merged(merged(kind_values(), {"run": {"backoffLimit": 0}}), values))
+
     def raycluster(self, name: str, values: Values) -> None:
         """Installs a cluster that jobs share, with the same small pods."""
         shared = {key: value for key, value in kind_values().items() if key not in ("job", "submitter")}

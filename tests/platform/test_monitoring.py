@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from batch_inference.metrics import METRICS
-from tests.charts.vendor import prometheus_crds
+from tests.charts.vendor import crds
 from tests.e2e.cluster import base_image
 from tests.e2e.cluster.cache import digest
 from tests.e2e.cluster.images import OPERATOR_NAMESPACE, engine_run, image_exists
@@ -61,7 +61,7 @@ def prometheus_image(world: World) -> str:
     cluster = world.cluster
     for kind in ("podmonitors", "prometheusrules"):
         cluster.kubectl(
-            "apply", "--server-side", "--filename", prometheus_crds() / f"monitoring.coreos.com_{kind}.yaml"
+            "apply", "--server-side", "--filename", crds("Prometheus operator") / f"monitoring.coreos.com_{kind}.yaml"
         )
     named = ("deployment/kuberay-operator", "--namespace", OPERATOR_NAMESPACE)
     (container,) = json.loads(cluster.kubectl("get", *named, "--output=json"))["spec"]["template"]["spec"]["containers"]

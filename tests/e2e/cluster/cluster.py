@@ -69,11 +69,20 @@ class Cluster:
 
     name: str
     kubeconfig: Path
+    workers: int = 0
 
     @property
     def node(self) -> str:
-        """The only node, and the container that it is."""
+        """The first node, and the container that it is; it takes pods, whether there are others or not."""
         return f"{self.name}-control-plane"
+
+    @property
+    def nodes(self) -> list[str]:
+        """All nodes. Networks do not cross them where the node image is ours, so that only scheduling can be tried there."""
+        return [
+            self.node,
+            *[f"{self.name}-worker{'' if place == 1 else place}" for place in range(1, self.workers + 1)],
+        ]
 
     @property
     def env(self) -> dict[str, str]:
@@ -129,15 +138,15 @@ class Cluster:
         with locked(f"cluster-{self.name}"):
             self._delete()
 
-    def advertise_gpus(self, count: int, resource: str = "nvidia.com/gpu") -> None:
-        """Gives the node GPUs that exist only for the scheduler: pods that ask for them are placed, and find none.
+    def advertise_gpus(self, count: int, resource: str = "nvidia.com/gpu", node: str = "") -> None:
+        """Gives a node, by default the first, GPUs that exist only for the scheduler: pods that ask for them are placed, and find none.
 
         It lasts until the kubelet restarts.
         """
         # The kubelet copies capacity to what can be allocated, but seconds later.
         paths = [f"/status/{total}/{resource.replace('/', '~1')}" for total in ("capacity", "allocatable")]
         patch = json.dumps([{"op": "add", "path": path, "value": str(count)} for path in paths])
-        self.kubectl("patch", "node", self.node, "--subresource=status", "--type=json", "--patch", patch)
+        self.kubectl("patch", "node", node or self.node, "--subresource=status", "--type=json", "--patch", patch)
 
     def load_image(self, image: str) -> None:
         """Copies an image from the engine into the node, unless it is there; pods then name it by the same name."""
@@ -210,6 +219,7 @@ class Cluster:
 
     def _create(self) -> None:
         config = yaml.safe_load(CONFIG.read_text())
+        config["nodes"] += [{**config["nodes"][0], "role": "worker"} for _ in range(self.workers)]
         arguments: tuple[str | Path, ...] = ("--kubeconfig", self.kubeconfig, "--wait", "180s", "--retain")
         if not engine().upstream:
             config = _merged(config, yaml.safe_load((SOURCES / "kind.yaml").read_text()))
@@ -217,6 +227,8 @@ class Cluster:
         self.kubeconfig.parent.mkdir(parents=True, exist_ok=True)
         say(f"creating {self.name} …")
         self._kind("create", "cluster", "--config", "-", *arguments, timeout=READY_SECONDS, stdin=json.dumps(config))
+        if self.workers:
+            self.kubectl("taint", "node", self.node, "node-role.kubernetes.io/control-plane-")
 
     def _install_operator(self) -> None:
         # An operator that starts before service addresses work ends at once, and is kept waiting for its second start.
@@ -242,7 +254,7 @@ class Cluster:
 
     def _delete(self) -> None:
         # Nothing in the node is worth an orderly end, which takes ten seconds.
-        engine_run("kill", self.node, check=False)
+        engine_run("kill", *self.nodes, check=False)
         # Also after an interrupted start: kind finds a cluster by the labels of its containers.
         self._kind("delete", "cluster", "--kubeconfig", self.kubeconfig, timeout=120)
         self.kubeconfig.unlink(missing_ok=True)
