@@ -1,7 +1,7 @@
 """A real Prometheus in the cluster scrapes what the charts' PodMonitor selects: every query of dashboard and alerts has data.
 
 There is no Prometheus operator here. What it would make of PodMonitor and PrometheusRule is made of the objects in the API server, by
-:func:`scrape_config`.
+:func:`scrape_config`; pods are discovered by `discovery.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.e2e.cluster.cache import digest
 from tests.e2e.cluster.images import OPERATOR_NAMESPACE, engine_run, image_exists
 from tests.e2e.runs import RUN_SECONDS, Kubernetes, Releases, Run
 from tests.e2e.world import NAMESPACE, World, forwarded, until
+from tests.platform import discovery
 from tests.prometheus import Prometheus, dashboard_queries, package, unanswered
 
 MONITORING = "monitoring"
@@ -93,6 +94,10 @@ def sanitized(label: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_]", "_", label)
 
 
+def discovery_of(namespace: str) -> dict[str, Any]:
+    return {"url": f"http://127.0.0.1:{discovery.PORT}/{namespace}", "refresh_interval": "5s"}
+
+
 def scrape_config(monitor: dict[str, Any]) -> dict[str, Any]:
     """What the Prometheus operator makes of a PodMonitor."""
     spec, metadata = monitor["spec"], monitor["metadata"]
@@ -119,7 +124,7 @@ def scrape_config(monitor: dict[str, Any]) -> dict[str, Any]:
         "job_name": f"{metadata['namespace']}/{metadata['name']}",
         "metrics_path": endpoint["path"],
         "scrape_interval": endpoint["interval"],
-        "kubernetes_sd_configs": [{"role": "pod", "namespaces": {"names": [metadata["namespace"]]}}],
+        "http_sd_configs": [discovery_of(metadata["namespace"])],
         "relabel_configs": relabel,
     }
 
@@ -130,7 +135,7 @@ def operator_config() -> dict[str, Any]:
     return {
         "job_name": "kuberay-operator",
         "scrape_interval": "5s",
-        "kubernetes_sd_configs": [{"role": "pod", "namespaces": {"names": [OPERATOR_NAMESPACE]}}],
+        "http_sd_configs": [discovery_of(OPERATOR_NAMESPACE)],
         "relabel_configs": [
             {
                 "source_labels": [f"{pod}_label_app_kubernetes_io_component"],
@@ -143,9 +148,13 @@ def operator_config() -> dict[str, Any]:
     }
 
 
-def manifests(name: str, config: dict[str, Any], rules: dict[str, Any]) -> str:
+def manifests(name: str, with_python: str, config: dict[str, Any], rules: dict[str, Any]) -> str:
     """Prometheus in a namespace of its own, with the right to see pods."""
-    files = {"prometheus.yml": yaml.safe_dump(config), "rules.yml": yaml.safe_dump(rules)}
+    files = {
+        "prometheus.yml": yaml.safe_dump(config),
+        "rules.yml": yaml.safe_dump(rules),
+        "discovery.py": Path(discovery.__file__).read_text(),
+    }
     metadata = {"name": "prometheus", "namespace": MONITORING}
     reader = {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
     container = {
@@ -161,6 +170,14 @@ def manifests(name: str, config: dict[str, Any], rules: dict[str, Any]) -> str:
             {"name": "data", "mountPath": "/data"},
         ],
     }
+    beside = {
+        "name": "discovery",
+        "image": with_python,
+        "imagePullPolicy": "Never",
+        "command": ["python", "/etc/prometheus/discovery.py"],
+        "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}},
+        "volumeMounts": [{"name": "config", "mountPath": "/etc/prometheus"}],
+    }
     objects: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": MONITORING}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
@@ -172,7 +189,7 @@ def manifests(name: str, config: dict[str, Any], rules: dict[str, Any]) -> str:
          "subjects": [{"kind": "ServiceAccount", **metadata}]},
         {"apiVersion": "v1", "kind": "Pod",
          "metadata": {**metadata, "labels": {"app.kubernetes.io/name": "prometheus"}},
-         "spec": {"serviceAccountName": "prometheus", "containers": [container],
+         "spec": {"serviceAccountName": "prometheus", "containers": [container, beside],
                   "volumes": [{"name": "config", "configMap": {"name": "prometheus"}}, {"name": "data", "emptyDir": {}}]}},
     ]  # fmt: skip
     return "\n---\n".join(json.dumps(item) for item in objects)
@@ -203,7 +220,7 @@ def prometheus(world: World, run: Run, prometheus_image: str) -> Iterator[Promet
         "scrape_configs": [scrape_config(there("podmonitor")), operator_config()],
     }
     rules = {"groups": there("prometheusrule")["spec"]["groups"]}
-    world.cluster.kubectl("apply", "--filename", "-", stdin=manifests(prometheus_image, config, rules))
+    world.cluster.kubectl("apply", "--filename", "-", stdin=manifests(prometheus_image, world.image, config, rules))
     try:
         wait = ("wait", "pod/prometheus", "--namespace", MONITORING, "--for=condition=Ready", "--timeout=120s")
         world.cluster.kubectl(*wait, timeout=READY_SECONDS)
