@@ -26,9 +26,7 @@ class Case:
     says: str
     manifest: Edit | None = None
     operator: str = ""
-    queued: Edit | None = (
-        None  # The same mistake in the manifest of a job in a queue, and what Kueue's webhook says of it.
-    )
+    queued: Edit | None = None  # In the manifest of a job in a queue, for Kueue's webhook.
     kueue: str = ""
     name: str = "demo"
     base: dict[str, Any] = field(
@@ -392,13 +390,8 @@ def table() -> str:
         ]
         for case in CASES:
             if case.rule == number:
-                said = (
-                    f"… {case.operator} …"
-                    if case.manifest
-                    else f"Kueue: … {case.kueue} …"
-                    if case.queued
-                    else "nothing"
-                )
+                kueue = f"Kueue: … {case.kueue} …" if case.queued else "nothing"
+                said = f"… {case.operator} …" if case.manifest else kueue
                 lines.append(f"| {case.title} | … {case.says} … | {said} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 

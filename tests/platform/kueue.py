@@ -84,16 +84,18 @@ class Queue:
 
     def history(self, *runs: Run, reasons: tuple[str, ...]) -> list[tuple[datetime, str, str]]:
         """Kueue's events on runs and their workloads, oldest first: when, which release, why."""
-        names = {}
+        releases = {}
         for run in runs:
-            release = run.object["metadata"]["labels"]["app.kubernetes.io/instance"]
-            names.update({run.name: release, self.workload(run)["metadata"]["name"]: release})
+            there = run.object["metadata"]
+            for uid in (there["uid"], self.workload(run)["metadata"]["uid"]):
+                releases[uid] = there["labels"]["app.kubernetes.io/instance"]
         found = []
         for event in self._kubernetes.core.list_namespaced_event(NAMESPACE).items:
-            name = names.get(event.involved_object.name)
-            if name and event.reason in reasons:
+            # By uid, for a run of an earlier use of a cluster that was kept has the same name.
+            release = releases.get(event.involved_object.uid)
+            if release and event.reason in reasons:
                 moment = event.event_time or event.first_timestamp or event.metadata.creation_timestamp
-                found.append((moment, name, event.reason))
+                found.append((moment, release, event.reason))
         return sorted(found)
 
     def _active(self) -> bool:

@@ -188,4 +188,6 @@ def test_argo_cd_leaves_a_queued_job_to_kueue(world: World, argo: Argo, queue: Q
     assert syncs == {"Synced"}
     assert argo.only_run().name == run.name
     assert queue.condition(run, "Evicted") == {}
+    (group,) = run.object["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert group["template"]["spec"]["nodeSelector"] == {POOL: "spot"}
     verified(world, "s3://images/out/git-queued/", PHOTOS, BROKEN)
