@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError
+from batch_inference.ledger import Commit
 
 
 class ReportFailed(Exception):  # noqa: N818 - no error of the job's
@@ -40,16 +42,17 @@ class Patience:
 
 #: While a cluster waits.
 AFTER_SUCCESS = Patience(60.0, 30.0, 180.0)
-AFTER_FAILURE = Patience(20.0, 15.0, 60.0)
+AFTER_FAILURE = Patience(20.0, 15.0, 120.0)
 
 
-def make_apart(output: str, config: JobConfig, patience: Patience) -> str:
+def make_apart(output: str, config: JobConfig, patience: Patience, commits: list[Commit] | None = None) -> str:
     """Makes the report of an output; returns where it is.
 
     Args:
         output: The output folder.
         config: The job's.
         patience: How long it may take.
+        commits: Those that count, where they have just been read; of a large job that takes minutes.
 
     Raises:
         ReportFailed: If it can't be made.
@@ -59,7 +62,7 @@ def make_apart(output: str, config: JobConfig, patience: Patience) -> str:
         "-c",
         f"import sys; sys.path[:] = {sys.path!r}; from batch_inference import apart; apart.serve()",
     ]
-    request = {"output": output, "config": config.model_dump(mode="json"), "patience": asdict(patience)}
+    request = pickle.dumps((output, config, patience, commits))
     try:
         process = subprocess.Popen(  # noqa: S603 - this program itself
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -67,7 +70,7 @@ def make_apart(output: str, config: JobConfig, patience: Patience) -> str:
     except OSError as exc:
         raise ReportFailed(f"its process can't be started: {exc}") from None
     try:
-        out, err = process.communicate(json.dumps(request).encode(), timeout=patience.whole_s)
+        out, err = process.communicate(request, timeout=patience.whole_s)
     except subprocess.TimeoutExpired:
         raise ReportFailed(f"it was not done after {patience.whole_s:g} s") from None
     finally:
@@ -89,17 +92,11 @@ def make_apart(output: str, config: JobConfig, patience: Patience) -> str:
 
 def serve() -> None:
     """The other side: reads what is wanted from standard input, and writes what came of it as one line."""
-    request = json.load(sys.stdin)
+    output, config, patience, commits = pickle.load(sys.stdin.buffer)  # noqa: S301 - from :func:`make_apart`
     from batch_inference.report import make
 
-    patience = Patience(**request["patience"])
     try:
-        made = make(
-            request["output"],
-            JobConfig.model_validate(request["config"]),
-            read_s=patience.read_s,
-            images_s=patience.images_s,
-        )
+        made = make(output, config, read_s=patience.read_s, images_s=patience.images_s, commits=commits)
         answer: dict[str, Any] = asdict(made)
     except BatchInferenceError as exc:
         answer = {"failed": exc.message}

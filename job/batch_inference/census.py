@@ -158,8 +158,10 @@ class Census:
             self._confidences(table, *confidence, texts)
         elif len(self.some) < self.most and rows:
             # A few of each file, so that they are not all neighbours.
-            for place in range(min(2, rows, self.most - len(self.some))):
+            number = min(max(2, -(-self.most // max(1, self.files))), rows, self.most - len(self.some))
+            for place in range(0, rows - rows % number, rows // number):
                 self.some.append(self._sample(table, place, None, texts))
+            del self.some[self.most :]
 
     def _classes(self, table: pa.Table) -> pa.ChunkedArray | None:
         self.class_column = self.class_column or class_column(table.schema)
@@ -209,6 +211,8 @@ class Census:
         else:
             names = [n for n in table.column_names if n not in (*_PLACE, "confidence")][:3]
             text = ", ".join(f"{name} {_short(table[name][place].as_py())}" for name in names)
+            # Of wide columns alone there is nothing to read on a line but what they are.
+            text = text or ", ".join(f"{column.name} {column.shape}".strip() for column in self.columns[:2])
         return Sample(table["shard"][place].as_py(), table["row"][place].as_py(), confidence, text[:_LONGEST_CLASS])
 
 

@@ -439,7 +439,7 @@ class Attempt:
             log.info("deleted files that no commit names", files=deleted)
         self._write_spent(ledger.store, "succeeded")
         result = self._result(job, already_done=False)
-        self._report(ledger.store, AFTER_SUCCESS)
+        self._report(ledger.store, AFTER_SUCCESS, commits)
         self._show("done")
         self._write_progress(ledger.store, force=True)
         return replace(result, report=self.snapshot.report)
@@ -465,14 +465,16 @@ class Attempt:
         self._report(ledger.store, AFTER_FAILURE)
         self._show(self.snapshot.phase)
 
-    def _report(self, store: Store, patience: Patience, *, anew: bool = True) -> None:
+    def _report(
+        self, store: Store, patience: Patience, commits: list[Commit] | None = None, *, anew: bool = True
+    ) -> None:
         """Makes the report; what goes wrong with it is no matter of the job's."""
         if not self.config.report.enabled:
             return
         try:
             there = f"{display(store.uri)}/{REPORT}"
             if anew or all(info.path != REPORT for info in store.objects("_report")):
-                there = make_apart(store.uri, self.config, patience)
+                there = make_apart(store.uri, self.config, patience, commits)
             self.snapshot.report = there
         except (ReportFailed, BatchInferenceError) as exc:
             log.warning("the report could not be made; batch-inference report makes it again", reason=str(exc))

@@ -87,7 +87,6 @@ def _confidences(census: Census | None) -> dict[str, Any] | None:
         [float(count) for count in counts],
         {round(BINS * part / 4): f"{part / 4:g}" for part in range(5)},
         text=whole,
-        sizes=("narrow",),
     )
     return {"svg": svg, "sentence": f"Predictions by confidence. {sentence}"}
 
@@ -122,16 +121,10 @@ def images(facts: Facts) -> dict[str, Any]:
     if census is not None and facts.config.report.thumbnails:
         if census.highest:
             # Of few predictions both ends would be the same images.
-            half = (
-                min(len(census.highest), -(-census.rows // 2))
-                if census.rows < 2 * len(census.highest)
-                else len(census.highest)
-            )
-            lowest = census.lowest[: census.rows - half] if census.whole else census.lowest
+            known = census.numbers["confidence"].count
+            half = min(len(census.highest), -(-known // 2))
             walls.append(("Most confident", "The highest confidences, highest first.", census.highest[:half]))
-            walls.append(
-                ("Least confident", "The lowest confidences, lowest first: where the predictor was least sure.", lowest)
-            )
+            walls.append(("Least confident", "The lowest confidences, lowest first.", census.lowest[: known - half]))
         elif census.some:
             walls.append(("Some predictions", "The predictions have no column confidence to sort by.", census.some))
     return {

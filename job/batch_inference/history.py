@@ -6,8 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from typing import Any
+from datetime import datetime
 
 from batch_inference.errors import BatchInferenceError
 from batch_inference.ledger import Commit, Ledger
@@ -125,17 +124,15 @@ def done_at(ledger: Ledger, commits: Iterable[Commit]) -> list[tuple[float, int]
     A commit of a retry counts the rows that succeeded then; the one whose place it took counts the others, at its own time.
     """
     current = {commit.shard: commit for commit in commits}
-    earlier = (
-        {place for place in ledger.places() if place[0] in current and place[1] < current[place[0]].generation}
-        if any(commit.generation for commit in current.values())
-        else set()
-    )
     chains: dict[int, list[Commit]] = {shard: [commit] for shard, commit in current.items()}
-    for place in sorted(earlier, reverse=True):
-        try:
-            chains[place[0]].insert(0, ledger.commits({place[0]: place[1]})[0])
-        except BatchInferenceError:
-            continue
+    earlier: dict[int, dict[int, int]] = {}
+    if any(commit.generation for commit in current.values()):
+        for shard, generation in ledger.places():
+            if shard in current and generation < current[shard].generation:
+                earlier.setdefault(generation, {})[shard] = generation
+    for _, shards in sorted(earlier.items(), reverse=True):
+        for commit in ledger.commits(shards):
+            chains[commit.shard].insert(0, commit)
     out = []
     for chain in chains.values():
         out.append((_seconds(chain[0].committed_at), chain[0].rows))
@@ -209,12 +206,3 @@ def _seconds(text: str) -> float:
 def starts_of(spent: Iterable[Spent]) -> list[float]:
     """When attempts began to work, after start-up, in seconds since 1970."""
     return [_seconds(one.working_from) for one in spent if one.working_from]
-
-
-def span(done: list[tuple[float, int]], spent: list[Spent]) -> tuple[datetime, datetime] | None:
-    """From the first sign of work to the last one, None without any."""
-    moments: list[Any] = [_seconds(one.started_at) for one in spent] + [time for time, _ in done]
-    moments += [_seconds(one.updated_at) for one in spent]
-    if not moments:
-        return None
-    return datetime.fromtimestamp(min(moments), timezone.utc), datetime.fromtimestamp(max(moments), timezone.utc)

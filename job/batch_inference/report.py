@@ -88,7 +88,14 @@ class Facts:
     made_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
 
-def make(output: str, config: JobConfig, *, read_s: float = math.inf, images_s: float = 120.0) -> Report:
+def make(
+    output: str,
+    config: JobConfig,
+    *,
+    read_s: float = math.inf,
+    images_s: float = 120.0,
+    commits: list[Commit] | None = None,
+) -> Report:
     """Makes the report of an output, and writes it there.
 
     Args:
@@ -96,13 +103,14 @@ def make(output: str, config: JobConfig, *, read_s: float = math.inf, images_s: 
         config: How to reach it, and ``report``.
         read_s: Seconds after which no more predictions are read.
         images_s: Seconds for reading images.
+        commits: Those that count, where they are known; else they are read.
 
     Raises:
         UserError: If there is no job, or access is denied.
         SystemFault: If the store fails.
     """
     store = Store(output, config.storage, must_exist=True)
-    facts = gather(store, config, read_s=read_s, images_s=images_s)
+    facts = gather(store, config, read_s=read_s, images_s=images_s, commits=commits)
     data = page.render(facts).encode("utf-8", "replace")
     store.put(PATH, data)
     return Report(
@@ -116,16 +124,17 @@ def make(output: str, config: JobConfig, *, read_s: float = math.inf, images_s: 
     )
 
 
-def gather(store: Store, config: JobConfig, *, read_s: float, images_s: float) -> Facts:
+def gather(
+    store: Store, config: JobConfig, *, read_s: float, images_s: float, commits: list[Commit] | None = None
+) -> Facts:
     """Reads what a report shows; see :func:`make`."""
     ledger = Ledger(store)
     job = ledger.require_job()
     notes: list[str] = []
-    commits: list[Commit] = []
-    try:
-        commits = ledger.commits()
-    except BatchInferenceError as exc:
-        notes.append(f"the ledger can't be read whole, so that nothing is counted: {exc.message}")
+    if commits is None:
+        commits = []
+        with _noting(notes, "the ledger can't be read whole, so that nothing is counted"):
+            commits = ledger.commits()
     tally = Tally()
     for commit in commits:
         tally.rows += commit.rows

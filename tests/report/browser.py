@@ -29,10 +29,9 @@ _PACKAGES = ("chromium-headless-shell", "fonts-dejavu-core")
 _FONTS = """\
 <?xml version="1.0"?>
 <fontconfig>
+<include ignore_missing="yes">/etc/fonts/fonts.conf</include>
+<include ignore_missing="yes" prefix="relative">etc/fonts/fonts.conf</include>
 <dir>/usr/share/fonts</dir><dir prefix="relative">usr/share/fonts</dir><cachedir prefix="xdg">fontconfig</cachedir>
-<alias><family>system-ui</family><prefer><family>DejaVu Sans</family></prefer></alias>
-<alias><family>sans-serif</family><prefer><family>DejaVu Sans</family></prefer></alias>
-<alias><family>monospace</family><prefer><family>DejaVu Sans Mono</family></prefer></alias>
 </fontconfig>
 """
 
