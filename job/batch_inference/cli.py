@@ -461,6 +461,36 @@ def diff(
 
 
 @app.command()
+def report(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
+    """Make the report for people again, OUTPUT/_report/report.html; of any job, also one that failed or is under way.
+
+    It reads every prediction and some images. --set report.gpu_hour_price=2.5 adds the cost, report.thumbnails=0 reads no images.
+
+    Example: batch-inference report out/
+    """
+    from dataclasses import asdict
+
+    from batch_inference.ledger import Ledger
+    from batch_inference.report import make
+    from batch_inference.storage import Store
+
+    ledger = Ledger(Store(output, _storage(settings), must_exist=True))
+    found = make(output, load_config(ledger.require_job().config, {"output": {"uri": output}}, settings or []))
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    for note in found.notes:
+        typer.echo(plain(f"  - {note}"))
+    done = found.predictions + found.errors
+    typer.echo(
+        plain(
+            f"{found.state}: {done:,} of {found.rows:,} images, {found.predictions:,} predictions and {found.errors:,} errors"
+        )
+    )
+    typer.echo(plain(f"report: {found.uri}"))
+
+
+@app.command()
 def retry(
     output: OutputArgument,
     stage: Annotated[

@@ -272,6 +272,26 @@ class ErrorsConfig(_Section):
     min_sample: PositiveInt = Field(1000, description="Rows to have seen before `max_percent` counts.")
 
 
+class ReportConfig(_Section):
+    """The report for people, `_report/report.html`."""
+
+    enabled: bool = Field(
+        True, description="Make the report when the job ends; `batch-inference report` makes it at any time."
+    )
+    thumbnails: int = Field(
+        18,
+        ge=0,
+        le=60,
+        description="Images shown from each end of the confidences, and of failed ones; they are read again. 0: no image is read.",
+    )
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Price of one GPU for an hour, for the cost in the report; null: no cost is shown."
+    )
+    currency: str = Field(
+        "USD", min_length=1, max_length=8, description="Currency of `gpu_hour_price`, as the report writes it."
+    )
+
+
 class JobConfig(_Section):
     """Everything that one job is.
 
@@ -293,6 +313,7 @@ class JobConfig(_Section):
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     preprocess: PreprocessConfig = Field(default_factory=PreprocessConfig)
     errors: ErrorsConfig = Field(default_factory=ErrorsConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
     shard_size: int = Field(1000, ge=1, le=1_000_000, description="Inputs of one shard, which is committed as a whole.")
 
     @field_validator("predictor", mode="before")

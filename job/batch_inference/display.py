@@ -23,7 +23,7 @@ from batch_inference.collection import describe_errors
 from batch_inference.driver import RunResult
 from batch_inference.errors import BatchInferenceError
 from batch_inference.planner import Cost, Plan
-from batch_inference.progress import Snapshot
+from batch_inference.progress import Snapshot, duration
 from batch_inference.storage import display
 from batch_inference.terminal import plain
 
@@ -42,22 +42,6 @@ _PHASES = {
     "finish": "recounting",
     "done": "done",
 }
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds for people.
-
-    >>> duration(3725)
-    '1 h 02 min'
-    """
-    if seconds is None:
-        return "unknown"
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def rate_text(rate: float | None) -> str:
@@ -167,7 +151,7 @@ def verdict_of(result: RunResult) -> list[str]:
         "errors: " + (", ".join(kinds[:5]) + more + f" (see {where}/errors)" if kinds else "none"),
         speed,
         f'next: batch-inference verify {where}; or pandas.read_parquet("{where}/predictions")',
-        f"output: {where} (fingerprint {result.fingerprint[:12]}, report {where}/_report/summary.json)",
+        f"output: {where} (fingerprint {result.fingerprint[:12]}, report {result.report or where + '/_report/summary.json'})",
     ]
 
 
@@ -187,7 +171,8 @@ def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot
         f"are committed and stay",
         "errors: " + (", ".join(kinds[:5]) if kinds else "none"),
         f"remedy: {exc.remedy or 'start the same command again'}",
-        f"output: {display(output) if output else 'none'}",
+        f"output: {display(output) if output else 'none'}"
+        + (f" (report {snapshot.report})" if snapshot.report else ""),
     ]
 
 

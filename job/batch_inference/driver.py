@@ -18,6 +18,7 @@ import pyarrow as pa
 import structlog
 
 from batch_inference import logs
+from batch_inference.apart import AFTER_FAILURE, AFTER_SUCCESS, Patience, ReportFailed, make_apart
 from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import connected, is_client_address
@@ -26,6 +27,7 @@ from batch_inference.config import JobConfig
 from batch_inference.environment import RUN_VARIABLE
 from batch_inference.errors import BatchInferenceError, CountsDoNotClose, Interrupted, ThresholdExceeded, UserError
 from batch_inference.generations import Again, describe, select
+from batch_inference.history import Spent
 from batch_inference.identity import (
     Engine,
     check_columns,
@@ -41,12 +43,14 @@ from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.progress import Snapshot
 from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
-from batch_inference.storage import Store, canonical_uri
+from batch_inference.storage import Store, canonical_uri, display
 from batch_inference.telemetry import Telemetry
 
 log = structlog.get_logger()
 
 _PROGRESS_EVERY_S = 10.0
+# As :mod:`.report` names it, which is not loaded here.
+REPORT = "_report/report.html"
 # Below this start-up outweighs the work (the article's figure, and ours).
 _FEW = 100
 
@@ -69,6 +73,7 @@ class RunResult:
         images_per_s: Rows a second of this attempt, start-up left out; None where it was too short to tell.
         limit: What this attempt waited for (see :class:`~batch_inference.balance.Balance`), "" where nothing was run.
         balance: The same as a sentence, with the knob to turn.
+        report: Where the report for people is, "" if there is none.
     """
 
     output: str
@@ -84,6 +89,7 @@ class RunResult:
     images_per_s: float | None
     limit: str = ""
     balance: str = ""
+    report: str = ""
 
 
 def run(
@@ -178,6 +184,8 @@ class Attempt:
         self.run_name = os.environ.get(RUN_VARIABLE, "")
         self._force_retry = force_retry
         self.started = time.monotonic()
+        self._started_at = now()
+        self._working_from = ""
         self.snapshot = Snapshot()
         self._progress_written = 0.0
         self._load: Load | None = None
@@ -211,7 +219,7 @@ class Attempt:
                 check_same_job(self.config, engine, job, ledger.store)
                 if done is not None:
                     if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
-                        return self._already_done(job, done)
+                        return self._already_done(ledger.store, job, done)
                     # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
                     log.warning("the output is not what _SUCCESS says; taking it up again")
                     ledger.store.delete(["_SUCCESS"])
@@ -303,10 +311,11 @@ class Attempt:
         if commits:
             log.info("resuming", shards_done=snapshot.shards_done, shards=job.shards, rows_done=snapshot.tally.rows)
 
-    def _already_done(self, job: Job, done: dict[str, Any]) -> RunResult:
+    def _already_done(self, store: Store, job: Job, done: dict[str, Any]) -> RunResult:
         tally = self.snapshot.tally
         tally.rows = job.rows
         tally.add_errors(done.get("errors_by", {}))
+        self._report(store, AFTER_SUCCESS, anew=False)
         self._show("done")
         return self._result(job, already_done=True)
 
@@ -356,6 +365,7 @@ class Attempt:
                 self._reporter.count()
             if begun is None:
                 begun, self.snapshot.first_rows = time.monotonic(), table.num_rows
+                self._working_from = now()
             self.snapshot.working_s = time.monotonic() - begun
             self.snapshot.tally.check(self.config.errors)
             self._show("run")
@@ -415,7 +425,6 @@ class Attempt:
         if self._load is not None:
             self._balance = balance(self._load)
             log.info(self._balance.sentence)
-        result = self._result(job, already_done=False)
         totals = {
             "rows": tally.rows,
             "predictions": tally.predictions,
@@ -428,13 +437,17 @@ class Attempt:
         deleted = ledger.finish(job, commits, totals, self._retry.generation if self._retry else 0)
         if deleted:
             log.info("deleted files that no commit names", files=deleted)
+        self._write_spent(ledger.store, "succeeded")
+        result = self._result(job, already_done=False)
+        self._report(ledger.store, AFTER_SUCCESS, commits)
         self._show("done")
         self._write_progress(ledger.store, force=True)
-        return result
+        return replace(result, report=self.snapshot.report)
 
     def _failed(self, ledger: Ledger, job: Job, exc: BatchInferenceError) -> None:
         """Leaves the verdict beside the output, if the store still takes it."""
         self._show(self.snapshot.phase)  # with what was committed last
+        self._write_spent(ledger.store, "interrupted" if isinstance(exc, Interrupted) else "failed")
         if isinstance(exc, Interrupted) or ledger.store.get_or_none("_SUCCESS") is not None:
             return
         record = {
@@ -449,6 +462,24 @@ class Attempt:
         with contextlib.suppress(BatchInferenceError, OSError):
             ledger.store.put("_FAILED", json.dumps(record, indent=1).encode())
             self._write_summary(ledger, job, [], "FAILED", exc.message)
+        self._report(ledger.store, AFTER_FAILURE)
+        self._show(self.snapshot.phase)
+
+    def _report(
+        self, store: Store, patience: Patience, commits: list[Commit] | None = None, *, anew: bool = True
+    ) -> None:
+        """Makes the report; what goes wrong with it is no matter of the job's."""
+        if not self.config.report.enabled:
+            return
+        try:
+            there = f"{display(store.uri)}/{REPORT}"
+            if anew or all(info.path != REPORT for info in store.objects("_report")):
+                there = make_apart(store.uri, self.config, patience, commits)
+            self.snapshot.report = there
+        except (ReportFailed, BatchInferenceError) as exc:
+            log.warning("the report could not be made; batch-inference report makes it again", reason=str(exc))
+        except KeyboardInterrupt:
+            log.warning("the report was not made: interrupted")
 
     def _result(self, job: Job, *, already_done: bool) -> RunResult:
         tally = self.snapshot.tally
@@ -466,6 +497,7 @@ class Attempt:
             images_per_s=self.snapshot.images_per_s,
             limit=self._balance.limit if self._balance else "",
             balance=self._balance.sentence if self._balance else "",
+            report=self.snapshot.report,
         )
 
     def _write_summary(self, ledger: Ledger, job: Job, commits: list[Commit], state: str, verdict: str) -> None:
@@ -509,6 +541,49 @@ class Attempt:
             # A report that can't be written is no reason to stop; a commit that can't be is.
             with contextlib.suppress(BatchInferenceError):
                 store.put("_report/progress.json", json.dumps(self.snapshot.to_dict(), indent=1).encode())
+            if self.snapshot.phase == "run":
+                self._write_spent(store, "running")
+
+    def _write_spent(self, store: Store, state: str) -> None:
+        """Keeps what this attempt has taken so far, for the report; one that is killed leaves what it wrote last."""
+        if self._load is None:
+            return
+        tally, section, load = self.snapshot.tally, self.config.inference, self._load
+        found = self._balance or balance(load)
+        known = found.limit != "unknown"
+        spent = Spent(
+            attempt=self.attempt,
+            state=state,
+            started_at=self._started_at,
+            working_from=self._working_from,
+            updated_at=now(),
+            elapsed_s=round(time.monotonic() - self.started, 3),
+            working_s=round(self.snapshot.working_s, 3),
+            rows=tally.seen,
+            bytes=tally.bytes,
+            retries=tally.retries,
+            stage_s={
+                "fetch": round(tally.fetch_s, 3),
+                "decode": round(tally.decode_s, 3),
+                "infer": round(tally.infer_s, 3),
+                "driver": round(load.driver_s, 3),
+            },
+            busy={
+                "fetch": found.fetch_busy,
+                "decode": found.decode_busy,
+                "infer": found.actors_busy,
+                "driver": found.driver_busy,
+            }
+            if known
+            else {},
+            actors=section.actors,
+            gpus=section.actors * section.gpus_per_actor,
+            cpus=section.actors * section.cpus_per_actor,
+            limit=found.limit,
+            sentence=found.sentence,
+        )
+        with contextlib.suppress(BatchInferenceError):
+            spent.write(store)
 
 
 def _kept(config: JobConfig) -> dict[str, Any]:

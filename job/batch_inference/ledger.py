@@ -245,11 +245,14 @@ class Ledger:
     def generations(self) -> dict[int, int]:
         """The shards that are done, each with the generation of the commit that counts; one listing."""
         found: dict[int, int] = {}
-        for info in self.store.objects("_commits"):
-            shard, generation = _place(info.path)
-            if shard >= 0 and info.path.endswith(".json"):
-                found[shard] = max(generation, found.get(shard, 0))
+        for shard, generation in self.places():
+            found[shard] = max(generation, found.get(shard, 0))
         return found
+
+    def places(self) -> list[tuple[int, int]]:
+        """Shard and generation of every commit, also of those that a later generation took the place of; one listing."""
+        found = [_place(info.path) for info in self.store.objects("_commits") if info.path.endswith(".json")]
+        return [(shard, generation) for shard, generation in found if shard >= 0]
 
     def committed(self) -> set[int]:
         """Numbers of the shards that are done; one listing."""

@@ -12,6 +12,22 @@ from batch_inference.ledger import now
 _LEAST_S = 1.0
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds for people.
+
+    >>> duration(3725)
+    '1 h 02 min'
+    """
+    if seconds is None:
+        return "unknown"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 @dataclass
 class Snapshot:
     """Where a run stands; given to ``on_progress`` and written to ``_report/progress.json``.
@@ -27,6 +43,7 @@ class Snapshot:
         first_rows: Rows that came back first and started the clock of ``working_s``.
         working_s: Seconds between the first and the last rows that came back.
         dashboard: URL of Ray's dashboard, if any.
+        report: Where the report is, once it is made.
     """
 
     phase: str = "plan"
@@ -39,6 +56,7 @@ class Snapshot:
     first_rows: int = 0
     working_s: float = 0.0
     dashboard: str | None = None
+    report: str = ""
 
     @property
     def images_per_s(self) -> float | None:

@@ -245,6 +245,13 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Reads the bytes of an object from ``start`` to before ``end``; raises FileNotFoundError if there is none."""
+        try:
+            return bytes(obstore.get_range(self._store, path, start=start, end=end))
+        except Exception as exc:
+            raise self._error("read", path, exc) from exc
+
     def put(self, path: str, data: bytes) -> None:
         """Writes an object, over an older one if there is one."""
         try:

@@ -1,0 +1,130 @@
+"""A headless Chromium: the machine's own, Playwright's, or Debian's package unpacked into the cache outside the checkout."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.e2e.cluster.cache import digest, product
+from tests.e2e.cluster.process import run
+
+_COMMANDS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "chromium-headless-shell",
+)
+# The browser without windows, and a font, which slim systems lack.
+_PACKAGES = ("chromium-headless-shell", "fonts-dejavu-core")
+_FONTS = """\
+<?xml version="1.0"?>
+<fontconfig>
+<include ignore_missing="yes">/etc/fonts/fonts.conf</include>
+<include ignore_missing="yes" prefix="relative">etc/fonts/fonts.conf</include>
+<dir>/usr/share/fonts</dir><dir prefix="relative">usr/share/fonts</dir><cachedir prefix="xdg">fontconfig</cachedir>
+</fontconfig>
+"""
+
+
+@dataclass
+class Seen:
+    """What a page did.
+
+    Attributes:
+        messages: What it wrote to the console, and errors of scripts.
+        requests: What it asked for, but for itself and data in it.
+    """
+
+    messages: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@functools.cache
+def chromium() -> tuple[str, dict[str, str]]:
+    """The browser's command, and the variables that it runs with; CHROMIUM names one by hand."""
+    if found := os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _COMMANDS)), None):
+        return found, {}
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    if Path(own).is_file():
+        return own, {}
+    return _unpacked()
+
+
+def _unpacked() -> tuple[str, dict[str, str]]:
+    release = Path("/etc/os-release").read_text() if Path("/etc/os-release").is_file() else platform.system()
+    root = product("chromium", digest(*_PACKAGES, _FONTS, release, platform.machine()), _unpack)
+    libraries = sorted({str(library.parent) for library in (root / "usr/lib").rglob("*.so*")})
+    environment = {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "FONTCONFIG_FILE": str(root / "fonts.conf")}
+    return str(root / "usr/lib/chromium/chromium-headless-shell"), environment
+
+
+def _unpack(folder: Path) -> None:
+    """Gets the packages, and those that they need and the system lacks; needs root only for apt's lists."""
+    archives = folder / "archives"
+    (archives / "partial").mkdir(parents=True)
+    environment = {"DEBIAN_FRONTEND": "noninteractive"}
+    run("apt-get", "update", "--quiet=2", timeout=300)
+    wanted = ("install", "--quiet=2", "--yes", "--no-install-recommends", "--download-only")
+    options = ("-o", f"Dir::Cache::archives={archives}")
+    run("apt-get", *wanted, *options, *_PACKAGES, timeout=900, env=environment)
+    for package in sorted(archives.glob("*.deb")):
+        run("dpkg-deb", "--extract", package, folder, timeout=120)
+    shutil.rmtree(archives)
+    (folder / "fonts.conf").write_text(_FONTS)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Browser]:
+    """A browser, ended afterwards."""
+    command, environment = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=command,
+            env={**os.environ, **environment},
+            args=["--no-sandbox"] if os.geteuid() == 0 else [],
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def opened(
+    browser: Browser, file: Path, *, width: int = 1200, height: int = 900, dark: bool = False, scripts: bool = True
+) -> Iterator[tuple[Page, Seen]]:
+    """A page from a file, and what it does."""
+    seen = Seen()
+    context = browser.new_context(
+        viewport={"width": width, "height": height},
+        color_scheme="dark" if dark else "light",
+        java_script_enabled=scripts,
+        reduced_motion="reduce",
+    )
+    try:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda message: seen.messages.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: seen.messages.append(f"error: {error}"))
+        url = file.as_uri()
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url == url or request.url.startswith("data:") else seen.requests.append(request.url)
+            ),
+        )
+        page.goto(url, wait_until="load")
+        yield page, seen
+    finally:
+        context.close()
