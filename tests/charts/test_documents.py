@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import yaml
 
-from tests.docs.documents import Block, blocks, commands, documents, helm_values
+from tests.docs.documents import Block, blocks, commands, documents, helm_values, prose
 
 from . import check
 from .oracle import ask
-from .render import Values, merged, render, render_text
+from .render import HelmError, Values, merged, render, render_text
 
 INSTALLED = [
     pytest.param(block, words, id=f"{block}-{words[2]}")
@@ -46,3 +47,18 @@ def test_what_is_installed_is_rendered_and_taken(block: Block, words: list[str])
     assert errors == []
     assert len(checked) == (0 if values.get("schedule") else 1)
     check.valid(render(chart, values, name=words[2]))
+
+
+@pytest.mark.parametrize(
+    ("inference", "heading"),
+    [
+        ({"gpus_per_actor": "0.5"}, "`got string, want number`"),
+        ({"actor": 1}, "`additional properties … not allowed`"),
+        ({"gpus_per_actor": 3, "cpus_per_actor": 0.00001}, "`… problems in the values:`"),
+    ],
+)
+def test_what_helm_says_is_in_troubleshooting(inference: Values, heading: str) -> None:
+    assert f"### {heading}" in [line for _, line in prose("docs/troubleshooting.md")]
+    with pytest.raises(HelmError) as caught:
+        render_text("rayjob", {"job": {"inference": inference}, "workers": {"cpus": 1}})
+    assert re.search(heading.strip("`").replace("…", ".*"), str(caught.value))
