@@ -10,7 +10,7 @@ UV := $(VENV)/.tools/bin/uv
 UV_VERSION := 0.13.9
 # Wheels are kept in uv's cache in the home directory, so that a second checkout is set up in seconds.
 export UV_LINK_MODE ?= hardlink
-SOURCES := job tests helm docker
+SOURCES := job tests helm docker docs
 
 ##@ Use
 .PHONY: help
@@ -49,8 +49,8 @@ lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
 	$(BIN)/mypy
 
 .PHONY: test-unit
-test-unit: $(VENV)/.ready ## Tests that need no cluster: a minute or two
-	$(PARALLEL) tests/unit
+test-unit: $(VENV)/.ready ## Tests that need no cluster, and the documents: a minute or two
+	$(PARALLEL) tests/unit tests/docs
 
 .PHONY: test-charts
 test-charts: $(VENV)/.ready ## The charts: rendered, refused, and accepted by the operator's own validation

@@ -250,7 +250,11 @@ def plan(
     ] = None,
     gpu_hour_price: Annotated[
         float | None,
-        typer.Option(min=0, metavar="PRICE", help="Price of a GPU for an hour, to show what the job costs."),
+        typer.Option(
+            min=0,
+            metavar="PRICE",
+            help="Price of a GPU for an hour, to show what the job costs (report.gpu_hour_price).",
+        ),
     ] = None,
     images_per_s: Annotated[
         float | None,
@@ -275,8 +279,6 @@ def plan(
 
     files = [*([planner.preset(preset)] if preset else []), *(values or [])]
     given = planner.read_values(files) if files else None
-    if images_per_s is not None and gpu_hour_price is None:
-        raise UserError(f"--images-per-s {images_per_s:g} is given without a price", "Add --gpu-hour-price.")
     if values and config:
         raise UserError(
             f"both --config {config} and --values are given", "Keep --values: its `job` is the configuration."
@@ -284,7 +286,10 @@ def plan(
     base = given["job"] if given and "job" in given else config
     few = _few(limit, sample, seed)
     job = _config(inputs, output, manifest, model, weights, base, [*(settings or []), *few])
-    found = _show(job, given, None if gpu_hour_price is None else (gpu_hour_price, images_per_s), as_json=as_json)
+    price = job.report.gpu_hour_price if gpu_hour_price is None else gpu_hour_price
+    if images_per_s is not None and price is None:
+        raise UserError(f"--images-per-s {images_per_s:g} is given without a price", "Add --gpu-hour-price.")
+    found = _show(job, given, None if price is None else (price, images_per_s), as_json=as_json)
     if given is not None and found.kubernetes and found.kubernetes.problems:
         raise typer.Exit(EXIT_USER)
 

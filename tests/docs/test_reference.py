@@ -1,0 +1,68 @@
+"""The reference is fresh, and its table of error types is that of the places which raise them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+from batch_inference.error_types import ERROR_TYPES, EXCEPTION
+from batch_inference.errors import STAGES
+
+from .documents import REPOSITORY
+
+PACKAGE = REPOSITORY / "job" / "batch_inference"
+_MAKERS = ("RowFailure", "RowError", "Failure")
+
+
+def _calls() -> list[tuple[str, ast.Call]]:
+    """Calls of what makes a failed row, and of what sorts a store's exceptions, by name."""
+    found = []
+    for file in sorted(PACKAGE.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in _MAKERS:
+                found.append((ast.unparse(node.func), node))
+    return found
+
+
+def _raised() -> set[tuple[str, str]]:
+    found = set()
+    for name, call in _calls():
+        first = [arg.value for arg in call.args[:2] if isinstance(arg, ast.Constant)]
+        if name == "Failure" and first:
+            found.add(("fetch", first[0]))
+        elif len(first) == 2:
+            found.add((first[0], first[1]))
+        elif len(first) == 1 and first[0] == "preprocess":
+            found.add(("preprocess", EXCEPTION))
+    # In a variable, at the one place that raises them.
+    return found | {("infer", "PREDICTOR_ERROR"), ("infer", "OUT_OF_MEMORY")}
+
+
+def test_error_types_are_those_of_the_program() -> None:
+    listed = [(one.stage, one.name) for one in ERROR_TYPES]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == _raised()
+    order = [STAGES.index(one.stage) for one in ERROR_TYPES]
+    assert order == sorted(order)
+
+
+def test_retryable_is_what_the_program_says() -> None:
+    said = {}
+    for name, call in _calls():
+        given = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+        if name == "Failure" and len(call.args) == 3 and given:
+            said["fetch", given[0]] = bool(given[-1] is True)
+        elif name == "RowFailure" and len(given) >= 2:
+            keyword = next((k.value for k in call.keywords if k.arg == "retryable"), None)
+            said[given[0], given[1]] = isinstance(keyword, ast.Constant) and keyword.value is True
+    said["infer", "OUT_OF_MEMORY"] = True
+    for one in ERROR_TYPES:
+        assert one.retryable == said.get((one.stage, one.name), False), one
+
+
+def test_reference_is_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
