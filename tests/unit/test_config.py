@@ -36,6 +36,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "extensions": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
             "recursive": True,
             "limit": None,
+            "sample": None,
+            "sample_seed": 0,
         },
         "output": {"uri": "", "compression": "zstd"},
         "storage": {
@@ -80,6 +82,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "max_bytes": 268435456,
         },
         "errors": {"max_count": None, "max_percent": 5.0, "min_sample": 1000},
+        "report": {"enabled": True, "thumbnails": 18, "gpu_hour_price": None, "currency": "USD"},
         "shard_size": 1000,
     }
 
