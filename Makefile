@@ -40,7 +40,7 @@ kind-down: $(VENV)/.ready ## Remove that cluster
 # As many at once as there are cores, with one thread each: more of them only wait for each other.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 .PHONY: test
-test: lint test-unit test-charts test-job test-e2e ## All tests, the fast ones first
+test: lint test-unit test-charts test-report test-job test-e2e ## All tests, the fast ones first
 
 .PHONY: lint
 lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
@@ -59,6 +59,10 @@ test-charts: $(VENV)/.ready ## The charts: rendered, refused, and accepted by th
 .PHONY: test-job
 test-job: $(VENV)/.ready ## Whole jobs on this machine: storage servers, kills, races, 100,000 images
 	$(PARALLEL) tests/job
+
+.PHONY: test-report
+test-report: $(VENV)/.ready ## The report in headless Chromium, with screenshots in build/report; two minutes
+	$(BIN)/pytest tests/report
 
 .PHONY: test-e2e
 test-e2e: $(VENV)/.ready ## The charts on a real kind cluster with KubeRay; a first run builds what no registry gives
@@ -109,6 +113,10 @@ LOCK_OPTIONS := --universal --python-version 3.10 --generate-hashes --no-header 
 .PHONY: audit
 audit: $(VENV)/.ready ## Look up the locked packages in PyPI's list of vulnerabilities; fails where one is known, or nothing is known of a package
 	$(UV) tool run --quiet --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,requirements.lock docker/tools.lock)
+
+.PHONY: picture
+picture: $(VENV)/.ready ## Take the README's picture of a report, of the demo's job
+	$(BIN)/python -m tests.report.picture job/report.png
 
 .PHONY: clean
 clean: ## Remove what the targets have made in this folder

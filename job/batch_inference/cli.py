@@ -466,12 +466,23 @@ def diff(
 
 
 @app.command()
-def report(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
+def report(
+    output: OutputArgument,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(min=0, metavar="PRICE", help="Price of one GPU for an hour; adds the cost.")
+    ] = None,
+    thumbnails: Annotated[
+        int | None,
+        typer.Option(min=0, max=60, metavar="N", help="Images shown from each end of the confidences; 0 reads none."),
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
     """Make the report for people again, OUTPUT/_report/report.html; of any job, also one that failed or is under way.
 
-    It reads every prediction and some images. --set report.gpu_hour_price=2.5 adds the cost, report.thumbnails=0 reads no images.
+    It reads every prediction, and a few images.
 
-    Example: batch-inference report out/
+    Example: batch-inference report out/ --gpu-hour-price 2.5
     """
     from dataclasses import asdict
 
@@ -480,7 +491,9 @@ def report(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
     from batch_inference.storage import Store
 
     ledger = Ledger(Store(output, _storage(settings), must_exist=True))
-    found = make(output, load_config(ledger.require_job().config, {"output": {"uri": output}}, settings or []))
+    given = {"gpu_hour_price": gpu_hour_price, "thumbnails": thumbnails}
+    stored = ledger.require_job().config
+    found = make(output, load_config(stored, {"output": {"uri": output}, "report": given}, settings or []))
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return

@@ -27,10 +27,10 @@ def test_the_verdict_names_it_and_the_command_makes_it_again(
     store = Store(output, StorageConfig(endpoint_url=s3))
     html = store.get("_report/report.html").decode()
     assert "Succeeded: all 40 images are accounted for" in html
-    assert html.count("data:image/jpeg;base64,") == 32
+    assert html.count("data:image/jpeg;base64,") == 18  # without confidences there are no two ends
     assert "1 start of the program" in html
     store.delete(["_report/report.html"])
-    again = program("report", output, "--set", "report.gpu_hour_price=2", *endpoint, "--json")
+    again = program("report", output, "--gpu-hour-price", "2", "--thumbnails", "3", *endpoint, "--json")
     assert again.returncode == 0, again.stdout + again.stderr
     found = json.loads(again.stdout)
     assert (found["state"], found["rows"], found["predictions"], found["errors"]) == ("succeeded", 40, 32, 8)

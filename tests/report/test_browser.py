@@ -113,7 +113,7 @@ def test_it_says_the_same_without_scripts_and_on_paper(browser: Browser, reports
 def test_these_tests_would_notice(browser: Browser, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(
-        '<p style="color:#eee">x</p><img src="http://127.0.0.1:9/x.png"><script>throw Error("here")</script>'
+        '<p style="color:#eee">Nobody can read this.</p><img src="http://127.0.0.1:9/x.png"><script>throw Error("here")</script>'
     )
     with opened(browser, file) as (page, seen):
         assert seen.requests == ["http://127.0.0.1:9/x.png"]

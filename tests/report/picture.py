@@ -1,0 +1,44 @@
+"""The picture of a report in the README: python -m tests.report.picture FILE.png, of the demo's job."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from tests.report.browser import opened, started
+
+PROGRAM = Path(sys.executable).with_name("batch-inference")
+MOST_BYTES = 300_000
+_TIMEOUT_S = 600
+# An excerpt: what became of the job, and its images.
+_EXCERPT = "#counts .aside, #speed, #predictions, #errors, #job, footer { display: none } body { padding-bottom: 20px }"
+
+
+def take(target: Path) -> None:
+    """Runs the demo, makes its report, and takes a picture of it."""
+    with tempfile.TemporaryDirectory() as name:
+        subprocess.run([PROGRAM, "demo", "--output", name, "--quiet"], check=True, timeout=_TIMEOUT_S)
+        output = Path(name, "predictions")
+        # A row of images from each end.
+        subprocess.run([PROGRAM, "report", output, "--thumbnails", "6"], check=True, timeout=_TIMEOUT_S)
+        report = output / "_report/report.html"
+        with started() as browser, opened(browser, report, width=960, height=700) as (page, _):
+            page.add_style_tag(content=_EXCERPT)
+            page.evaluate("document.querySelector('h1').textContent = 'demo-output/predictions'")
+            data = page.screenshot(full_page=True)
+    # Photos need few colours at this size, and the README loads faster.
+    image = Image.open(io.BytesIO(data)).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT)
+    image.save(target, optimize=True)
+    size = target.stat().st_size
+    print(f"{target}: {image.width} x {image.height} pixels, {size:,} bytes")
+    if size > MOST_BYTES:
+        raise SystemExit(f"more than {MOST_BYTES:,} bytes")
+
+
+if __name__ == "__main__":
+    take(Path(sys.argv[1]))
