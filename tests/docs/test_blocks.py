@@ -110,7 +110,8 @@ def _helm(words: list[str]) -> None:
             assert "/" not in file or file.startswith(_WRITTEN) or (REPOSITORY / file).exists(), f"no {file}"
     if words[0] in ("install", "upgrade", "template"):
         path = next(word for word in words[2:] if "/" in word)
-        if path.startswith("oci://"):
+        # A package of a release, or a chart of others.
+        if path.startswith("oci://") or "--repo" in words:
             return
         assert (REPOSITORY / path / "Chart.yaml").exists(), f"there is no chart {path}"
         _check_values(helm_values(words), path.rpartition("/")[2])
