@@ -71,6 +71,10 @@ def resolve_engine(config: JobConfig) -> Engine:
         from batch_inference.gpu_jpeg import GpuJpegFactory
 
         decoder = GpuJpegFactory(config.inference, config.preprocess, info.transform)
+    if config.model.source == "file":
+        # An actor has a current directory of its own.
+        model = config.model.model_copy(update={"weights": canonical_uri(str(config.model.weights))})
+        config = config.model_copy(update={"model": model})
     identity = {f"model.{key.removeprefix('model.')}": value for key, value in info.identity.items()}
     identity |= {f"transform.{key}": str(value) for key, value in asdict(info.transform).items()}
     identity["inference.precision"] = config.inference.precision

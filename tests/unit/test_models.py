@@ -13,8 +13,9 @@ from torch import nn
 from torchvision import models
 
 from batch_inference import networks
-from batch_inference.config import ModelConfig, StorageConfig, TransformConfig
+from batch_inference.config import JobConfig, ModelConfig, StorageConfig, TransformConfig
 from batch_inference.errors import SystemFault, UserError
+from batch_inference.identity import resolve_engine
 from batch_inference.models import _imagenet_labels, describe_model, load_model
 from batch_inference.transform import Transform
 
@@ -103,6 +104,16 @@ def test_torchvision_without_network_is_a_system_fault() -> None:
     with pytest.raises(SystemFault, match=r"squeezenet1_1.*\.pth") as caught:
         load_model(ModelConfig(name="squeezenet1_1"), STORAGE)
     assert "put the file at" in caught.value.remedy
+
+
+def test_actors_are_told_the_whole_path_of_the_weights(
+    tmp_path: Path, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(state, tmp_path / "a.pt")
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig(source="file", name="squeezenet1_1", weights="a.pt", labels="imagenet-1k")
+    factory: Any = resolve_engine(JobConfig(model=model)).factory
+    assert factory.config.model.weights == f"file://{tmp_path}/a.pt"
 
 
 @pytest.mark.parametrize(
