@@ -25,7 +25,7 @@ DAILY = {
 }
 JOB = {
     "metadata": {
-        "name": "demo-29401530",
+        "name": "demo-schedule-29401530",
         "uid": "the-uid",
         "creationTimestamp": "2025-11-25T01:30:07Z",
         "annotations": {"batch.kubernetes.io/cronjob-scheduled-timestamp": "2025-11-25T02:30:00+01:00"},
@@ -89,7 +89,7 @@ def test_the_run_is_the_one_that_the_chart_would_make_at_once(tmp_path: Path) ->
     assert (
         scheduled["metadata"]["ownerReferences"]
         == config["metadata"]["ownerReferences"]
-        == [{"apiVersion": "batch/v1", "kind": "Job", "name": "demo-29401530", "uid": "the-uid"}]
+        == [{"apiVersion": "batch/v1", "kind": "Job", "name": "demo-schedule-29401530", "uid": "the-uid"}]
     )
     check.valid([scheduled, config])
     assert ask(yaml.safe_dump(scheduled)) == ([f"RayJob/{name}"], [])
@@ -98,9 +98,15 @@ def test_the_run_is_the_one_that_the_chart_would_make_at_once(tmp_path: Path) ->
     assert job["output"]["uri"] == "s3://predictions/2025-11-25/"
 
 
-def test_the_longest_name_fits(tmp_path: Path) -> None:
-    run, _ = made(merged(DAILY, {"nameOverride": "a" * 38}), tmp_path)
+def test_the_longest_name_fits_and_is_not_that_of_a_job_of_the_schedule(tmp_path: Path) -> None:
+    values = merged(DAILY, {"nameOverride": "a" * 38})
+    run, _ = made(values, tmp_path)
     assert len(run["metadata"]["name"]) == 47
+    cronjob = find(render("rayjob", values), "CronJob")["metadata"]["name"]
+    assert len(cronjob) <= 52
+    # The operator makes a Job of the run's name, and Kubernetes one of the schedule's name and the same minute.
+    minute = run["metadata"]["name"].rpartition("-")[2]
+    assert f"{cronjob}-{minute}" != run["metadata"]["name"]
 
 
 def test_the_scheduler_reaches_the_api_server_and_no_other_pod_does() -> None:
