@@ -10,9 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 # Whatever the tests start must not ask anything of the network by itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -151,7 +151,7 @@ def planned(cluster: Cluster, chart: str) -> Capacity:
 def test_chart_and_program_agree(chart: str) -> None:
     verdicts = {"fits": 0, "refused": 0}
 
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @example(Cluster())
     @example(Cluster(Pool(actors=6, gpus_per_actor=0.5), Workers(gpus_per_worker=2)))
     @example(Cluster(Pool(gpus_per_actor=0)))

@@ -27,7 +27,7 @@ LEAST_ACCEPTED = 0.5
 def test_generated_values_are_accepted_by_the_operator(chart: str, record_property: Any) -> None:
     tried = {"accepted": 0, "refused": 0}
 
-    @settings(max_examples=EXAMPLES[chart], deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES[chart], suppress_health_check=list(HealthCheck))
     @given(values(chart))
     def generated(chosen: Values) -> None:
         try:
@@ -75,7 +75,7 @@ tricky = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(words | tricky, min_size=1, max_size=4),
     words | tricky,

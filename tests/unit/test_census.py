@@ -42,7 +42,7 @@ def table_of(shard: int, rows: list[tuple[Any, Any]]) -> pa.Table:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(rows_of_a_shard, min_size=1, max_size=8), st.integers(0, 6), st.randoms(use_true_random=False))
 def test_counts_are_those_of_counting_one_by_one_in_whatever_order_files_come(
     shards: list[list[tuple[Any, Any]]], most: int, shuffler: random.Random

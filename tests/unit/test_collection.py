@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_inference.collection import ERROR_COLUMNS, Collector, OpenShard, Tally, describe_errors
@@ -66,7 +66,6 @@ def arrivals(draw: st.DrawFn) -> tuple[dict[int, int], list[list[Row]], set[tupl
 
 
 @given(arrivals())
-@settings(deadline=None)
 def test_a_shard_closes_with_its_last_row_whatever_the_order(
     case: tuple[dict[int, int], Any, set[tuple[int, int]]],
 ) -> None:
@@ -97,7 +96,6 @@ def test_a_shard_closes_with_its_last_row_whatever_the_order(
 
 
 @given(arrivals(), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_a_row_that_comes_twice_is_refused(case: tuple[dict[int, int], Any, Any], rng: random.Random) -> None:
     sizes, tables, _ = case
     every = [row for table in tables for row in table]

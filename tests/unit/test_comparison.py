@@ -64,7 +64,7 @@ def test_what_changed_is_counted_and_named(tmp_path: Path) -> None:
 labels = st.one_of(st.none(), st.sampled_from(["a", "b", "c"]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.dictionaries(st.integers(0, 30), labels, min_size=1), st.dictionaries(st.integers(0, 30), labels, min_size=1))
 def test_the_counts_are_those_of_a_dictionary(
     tmp_path_factory: pytest.TempPathFactory, one: dict[int, str | None], other: dict[int, str | None]

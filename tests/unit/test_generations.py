@@ -301,6 +301,4 @@ class RetryMachine(RuleBasedStateMachine):
 
 
 TestRetryMachine = RetryMachine.TestCase
-TestRetryMachine.settings = settings(
-    max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestRetryMachine.settings = settings(max_examples=30, stateful_step_count=20, suppress_health_check=list(HealthCheck))

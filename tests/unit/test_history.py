@@ -21,7 +21,7 @@ ONE = Spent(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 100_000), st.integers(1, 1000)), min_size=1, max_size=60),
     st.lists(st.integers(0, 100_000), max_size=3),

@@ -426,13 +426,13 @@ def ends_well(data: bytes) -> None:
         assert np.asarray(image).shape == (image.height, image.width, 3)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=300))
 def test_any_bytes(data: bytes) -> None:
     ends_well(data)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from([magic for magic, _ in images._SIGNATURES] + [b"RIFF\x00\x01\x00\x00WEBPVP8 "]),
     st.binary(max_size=300),
@@ -441,7 +441,7 @@ def test_any_bytes_behind_a_signature(magic: bytes, data: bytes) -> None:
     ends_well(magic + data)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1500, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(SAMPLES),
     st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=6),

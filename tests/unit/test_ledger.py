@@ -596,6 +596,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(
-    max_examples=100, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=20, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_inference import listing, manifest
@@ -477,7 +477,6 @@ def test_names_that_look_like_manifests() -> None:
 # --- shards --------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.text()), st.integers(1, 7))
 def test_cutting_keeps_every_row_once_and_in_order(uris: list[str], size: int) -> None:
     table = pa.table({"uri": pa.array(uris, pa.string()), "id": pa.array(range(len(uris)), pa.int64())})

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_inference import parquet_files, tar_files
@@ -42,7 +42,6 @@ def kinds(found: dict[int, Fetched]) -> list[str | None]:
     return [found[row].error and found[row].error.error_type for row in range(len(found))]  # type: ignore[union-attr,misc]
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_members_in_any_order_have_the_bytes_that_they_have_in_their_file(data: st.DataObject) -> None:
     fetcher = MemoryFetcher({})
