@@ -19,7 +19,9 @@ from batch_inference.transform import Transform
 from tests.unit.test_images import encode, photo
 
 POISON = Path(__file__).parents[1] / "poison"
-CONFIG = PreprocessConfig(decode_timeout_s=1, decode_memory_mib=256)
+# Long enough for a busy machine to run out of memory in; where the time is to run out, it is short.
+CONFIG = PreprocessConfig(decode_timeout_s=30, decode_memory_mib=256)
+HURRIED = CONFIG.model_copy(update={"decode_timeout_s": 5})
 GOOD = encode(photo(), "JPEG")
 TYPES = {"crash": "DECODER_CRASH", "abort": "DECODER_CRASH", "hang": "DECODE_TIMEOUT", "memory": "DECODE_MEMORY"}
 
@@ -42,13 +44,15 @@ def test_pixels_are_those_of_this_process(helper: Helper) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_kills_the_process_is_the_row_s_failure_and_no_other_s(kind: str, helper: Helper) -> None:
-    expected = helper.pixels(GOOD)
-    for _ in range(2):
-        with pytest.raises(RowFailure) as caught:
-            helper.pixels(poison(kind))
-        assert (caught.value.error.stage, caught.value.error.error_type) == ("decode", TYPES[kind])
-        assert np.array_equal(helper.pixels(GOOD), expected)
+def test_what_kills_the_process_is_the_row_s_failure_and_no_other_s(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    with Helper(HURRIED if kind == "hang" else CONFIG, Transform()) as helper:
+        expected = helper.pixels(GOOD)
+        for _ in range(2):
+            with pytest.raises(RowFailure) as caught:
+                helper.pixels(poison(kind))
+            assert (caught.value.error.stage, caught.value.error.error_type) == ("decode", TYPES[kind])
+            assert np.array_equal(helper.pixels(GOOD), expected)
 
 
 def test_ordinary_failures_are_what_they_are_without_it(helper: Helper) -> None:
