@@ -7,6 +7,7 @@ enforces. What kills it becomes the row's failure; its neighbours keep their pix
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -97,7 +98,9 @@ class Helper:
             command, pass_fds=[there.fileno()], env=environment, stdin=subprocess.DEVNULL
         )
         there.close()
-        here.send_bytes(pickle.dumps((sys.path, self._preprocess, self._transform)))
+        # One that has ended already shows when it is asked.
+        with contextlib.suppress(OSError):
+            here.send_bytes(pickle.dumps((sys.path, self._preprocess, self._transform)))
         self._connection = here
         return here
 
