@@ -612,7 +612,10 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as exc:
+        # What was under way fails in its own words, as Ray does while it starts; the reason is the signal.
+        if isinstance(exc, Interrupted) or not (received or isinstance(exc, KeyboardInterrupt)):
+            raise
         raise Interrupted(
             f"stopped by {received[0] if received else 'SIGINT'}",
             "Run the same command again: it resumes with the shards that are left.",
