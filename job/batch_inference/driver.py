@@ -612,12 +612,14 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except (KeyboardInterrupt, Exception) as exc:
-        # What was under way fails in its own words, as Ray does while it starts; the reason is the signal.
-        if isinstance(exc, Interrupted) or not (received or isinstance(exc, KeyboardInterrupt)):
+    except (KeyboardInterrupt, SystemExit, Exception) as exc:
+        # What was under way fails in its own words, as Ray does while it starts; the reason is the signal. And a Ray that has just
+        # started here takes SIGTERM until it is taken back: it exits with 1.
+        if isinstance(exc, Interrupted) or not (received or isinstance(exc, (KeyboardInterrupt, SystemExit))):
             raise
+        unseen = "SIGTERM" if isinstance(exc, SystemExit) else "SIGINT"
         raise Interrupted(
-            f"stopped by {received[0] if received else 'SIGINT'}",
+            f"stopped by {received[0] if received else unseen}",
             "Run the same command again: it resumes with the shards that are left.",
         ) from None
     finally:

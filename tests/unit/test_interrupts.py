@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -23,6 +24,18 @@ def test_a_signal_is_the_reason_whatever_fails_of_it() -> None:
 def test_other_failures_are_what_they_are() -> None:
     with pytest.raises(SystemFault, match="Ray did not start"), interruptible():
         raise SystemFault("Ray did not start", "Start it again.")
+
+
+def test_ray_s_own_handler_is_no_silent_end() -> None:
+    """A Ray that starts on this machine has one for SIGTERM, until ours is back."""
+
+    def as_ray_does(number: int, frame: object) -> None:
+        sys.exit(1)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), interruptible():
+        signal.signal(signal.SIGTERM, as_ray_does)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
 
 def test_the_inner_reason_stays() -> None:
