@@ -80,11 +80,12 @@ def start(*args: str, env: dict[str, str] | None = None, log: Path | None = None
 def job_args(
     photos: Path | str, output: Path | str, *, shard_size: int = 10, predictor: str = "predictors:MeanColor"
 ) -> list[str]:
-    """Arguments of a small job with a trivial predictor on the CPU."""
+    """Arguments of a small job with a trivial predictor on the CPU; no image is read again for the report."""
     return [
         "run", str(photos), "--output", str(output), "--dashboard-host", "none",
         "--set", f"predictor={predictor}", "--set", "inference.actors=1", "--set", "inference.gpus_per_actor=0",
         "--set", "inference.batch_size=8", "--set", f"shard_size={shard_size}", "--set", "errors.max_percent=null",
+        "--set", "report.thumbnails=0",
     ]  # fmt: skip
 
 

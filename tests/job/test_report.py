@@ -7,12 +7,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from batch_inference.config import StorageConfig
 from batch_inference.storage import Store
-from tests.job.conftest import job_args, start, verified
+from tests.job import conftest
+from tests.job.conftest import start, verified
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def job_args(*args: Any, **more: Any) -> list[str]:
+    """Those of the other tests, with images in the report."""
+    return [*conftest.job_args(*args, **more), "--set", "report.thumbnails=18"]
 
 
 def test_the_verdict_names_it_and_the_command_makes_it_again(
