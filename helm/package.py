@@ -87,6 +87,9 @@ def main() -> int:
         for chart in CHARTS:
             file = package(chart, args.version, args.image, args.destination)
             print(push(file, args.push) if args.push else file)
+    except FileNotFoundError:
+        print("error: there is no helm on PATH: install Helm 3 or 4", file=sys.stderr)
+        return 1
     except (ValueError, subprocess.CalledProcessError) as exc:
         print(f"error: {exc} {getattr(exc, 'stderr', None) or ''}", file=sys.stderr)
         return 1

@@ -20,6 +20,9 @@ from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError
 from batch_inference.ledger import Commit
 
+#: Where the report is in an output.
+REPORT = "_report/report.html"
+
 
 class ReportFailed(Exception):  # noqa: N818 - no error of the job's
     """There is no report; says why."""

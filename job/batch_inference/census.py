@@ -9,7 +9,6 @@ taken in random order, so that those which were read by the deadline are a fair 
 
 from __future__ import annotations
 
-import io
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from batch_inference.data_files import opened
 from batch_inference.ledger import Commit, DataFile
 from batch_inference.storage import Store
 
@@ -33,9 +33,6 @@ _LONGEST_CLASS = 200
 # Columns beyond these are named by their type only.
 _MOST_COLUMNS = 60
 _PARALLEL_FILES = 8
-# Files up to this size are read with one request; of larger ones this much from the end holds the footer.
-_SMALL_BYTES = 1 << 20
-_TAIL_BYTES = 1 << 16
 _PLACE = ("uri", "shard", "row")
 
 
@@ -243,7 +240,7 @@ def take(
     census = Census(most, passthrough, files=len(files))
     order = [files[place] for place in np.random.default_rng(0).permutation(len(files))]
     if order:
-        census.columns = _columns(_File(store, order[0]), passthrough)
+        census.columns = _columns(opened(store, order[0]), passthrough)
     for table in _tables(store, order, passthrough, lambda: clock() > deadline):
         census.add(table)
     return census
@@ -262,7 +259,7 @@ def _tables(
     store: Store, files: list[DataFile], passthrough: tuple[str, ...], late: Callable[[], bool]
 ) -> Iterator[pa.Table]:
     def read(file: DataFile) -> pa.Table:
-        source = pq.ParquetFile(_File(store, file).buffered())
+        source = opened(store, file)
         return source.read(columns=_single(source.schema_arrow, passthrough), use_threads=False)
 
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
@@ -287,8 +284,7 @@ def _single(schema: pa.Schema, passthrough: tuple[str, ...]) -> list[str]:
     return sorted((n for n in names if n != "uri"), key=lambda n: n not in known)[:_MOST_COLUMNS]
 
 
-def _columns(file: _File, passthrough: tuple[str, ...]) -> list[Column]:
-    source = pq.ParquetFile(file.buffered())
+def _columns(source: pq.ParquetFile, passthrough: tuple[str, ...]) -> list[Column]:
     fields = [f for f in source.schema_arrow if f.name not in (*_PLACE, *passthrough)]
     lists = [f.name for f in fields[:_MOST_COLUMNS] if not _is_text(f.type) and not _is_number(f.type)]
     group = source.metadata.row_group(0) if source.metadata.num_row_groups else None
@@ -345,56 +341,3 @@ def _floats(column: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.bo
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
-
-
-class _File(io.RawIOBase):
-    """A committed file for pyarrow: the end first, which has the footer, then what is asked for."""
-
-    def __init__(self, store: Store, file: DataFile) -> None:
-        super().__init__()
-        self._store = store
-        self._path = file.path
-        self._size = file.bytes
-        self._at = 0
-        self._tail_from = max(0, self._size - (self._size if self._size <= _SMALL_BYTES else _TAIL_BYTES))
-        self._tail: bytes | None = None
-
-    def buffered(self) -> Any:
-        """The file as pyarrow takes it."""
-        if self._size <= _SMALL_BYTES:
-            return pa.BufferReader(self._store.get(self._path))
-        return pa.PythonFile(self, mode="r")
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """The place of the next byte."""
-        return self._at
-
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self._size
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a place."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """Reads so many bytes, or up to the end."""
-        end = self._size if size is None or size < 0 else min(self._size, self._at + size)
-        start, self._at = self._at, max(self._at, end)
-        if start >= end:
-            return b""
-        if start >= self._tail_from:
-            if self._tail is None:
-                self._tail = self._store.get_range(self._path, self._tail_from, self._size)
-            return self._tail[start - self._tail_from : end - self._tail_from]
-        return self._store.get_range(self._path, start, end)

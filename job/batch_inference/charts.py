@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import pygal
@@ -18,17 +17,6 @@ _DROPPED = ("title", "desc", "defs", "script", "style")
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A line across a plot.
-
-    Attributes:
-        at: Place on the x axis, in bars from the left.
-    """
-
-    at: float
-
-
 def bars(
     name: str,
     title: str,
@@ -37,7 +25,7 @@ def bars(
     ticks: dict[int, str],
     *,
     text: Callable[[float], str],
-    marks: Sequence[Mark] = (),
+    marks: Sequence[float] = (),
     sizes: Sequence[str] = ("wide", "narrow"),
 ) -> Markup:
     """A bar chart.
@@ -49,7 +37,7 @@ def bars(
         values: Heights; not negative.
         ticks: Labels of the x axis: number of the bar that they stand at, and text.
         text: Writes a value of the y axis.
-        marks: Lines across it.
+        marks: Lines across it: places on the x axis, in bars from the left.
         sizes: What to draw, ``wide`` and ``narrow``.
     """
     return Markup("").join(
@@ -65,7 +53,7 @@ def _drawn(
     values: Sequence[float],
     ticks: dict[int, str],
     text: Callable[[float], str],
-    marks: Sequence[Mark],
+    marks: Sequence[float],
 ) -> Markup:
     width, height = _SIZES[size]
     # Of whole things there is no half.
@@ -105,7 +93,9 @@ def _undress(element: ElementTree.Element) -> None:
             _undress(child)
 
 
-def _annotate(root: ElementTree.Element, values: Sequence[float], ticks: dict[int, str], marks: Sequence[Mark]) -> None:
+def _annotate(
+    root: ElementTree.Element, values: Sequence[float], ticks: dict[int, str], marks: Sequence[float]
+) -> None:
     """Labels below the bars that they belong to, and lines across the plot."""
     plot = next((e for e in root.iter() if (e.get("class") or "") == "plot"), None)
     frame = None if plot is None else next((e for e in plot if (e.get("class") or "") == "background"), None)
@@ -126,7 +116,7 @@ def _annotate(root: ElementTree.Element, values: Sequence[float], ticks: dict[in
         )
         element.text = label
     for mark in marks:
-        x = min(max(left + mark.at * each, 0.0), width)
+        x = min(max(left + mark * each, 0.0), width)
         ElementTree.SubElement(group, "path", {"class": "mark", "d": f"M{x:.1f} 0 v{height:.1f}"})
 
 

@@ -484,8 +484,6 @@ def report(
 
     Example: batch-inference report out/ --gpu-hour-price 2.5
     """
-    from dataclasses import asdict
-
     from batch_inference.ledger import Ledger
     from batch_inference.report import make
     from batch_inference.storage import Store

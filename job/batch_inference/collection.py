@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from batch_inference.errors import (
     ThresholdExceeded,
     UserError,
 )
+from batch_inference.ledger import Commit
 
 ERROR_COLUMNS = ("row", "stage", "error_type", "message", "retryable")
 
@@ -54,6 +56,12 @@ class Tally:
     def predictions(self) -> int:
         """Rows with a prediction."""
         return self.rows - self.errors
+
+    def add_commits(self, commits: Iterable[Commit]) -> None:
+        """Adds the rows of shards that are committed."""
+        for commit in commits:
+            self.rows += commit.rows
+            self.add_errors(commit.errors_by)
 
     def add_errors(self, by: dict[str, dict[str, int]]) -> None:
         """Adds counts by stage and type."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_inference import manifest
 from batch_inference.config import StorageConfig
-from batch_inference.errors import UserError
+from batch_inference.data_files import opened
+from batch_inference.errors import CountsDoNotClose, UserError
 from batch_inference.ledger import DataFile, Ledger
 from batch_inference.storage import Store
 
@@ -84,7 +85,7 @@ class _Side:
     output: str
     store: Store
     files: list[DataFile]
-    names: list[str]
+    names: list[str] = field(default_factory=list)
     uris: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     confidence: np.ndarray | None = None
@@ -96,21 +97,40 @@ class _Side:
         ledger = Ledger(Store(output, storage, must_exist=True))
         ledger.require_job()
         files = [file for commit in ledger.commits() for file in commit.files]
-        names: list[str] = []
-        for file in files:
-            if file.path.startswith("predictions/"):
-                names = pq.read_schema(pa.BufferReader(ledger.store.get(file.path))).names
-                break
-        return cls(output, ledger.store, files, names)
+        side = cls(output, ledger.store, files)
+        for file in side.of_kind("predictions")[:1]:
+            with side.explained(file):
+                side.names = opened(side.store, file).schema_arrow.names
+        return side
+
+    def of_kind(self, kind: str) -> list[DataFile]:
+        """Files of ``predictions`` or of ``errors``."""
+        return [file for file in self.files if file.path.startswith(f"{kind}/")]
+
+    @contextlib.contextmanager
+    def explained(self, file: DataFile) -> Iterator[None]:
+        """Says of a file that can't be read what that means."""
+        try:
+            yield
+        except (OSError, pa.ArrowInvalid) as exc:
+            why = "is missing" if isinstance(exc, FileNotFoundError) else "can't be read"
+            raise CountsDoNotClose(
+                f"{file.path} of {self.output} is committed and {why}",
+                f"batch-inference verify {self.output} names all that is wrong with it.",
+            ) from None
 
     def tables(self, kind: str, columns: list[str]) -> Iterator[pa.Table]:
         """The files of a kind, some read ahead."""
-        files = [file for file in self.files if file.path.startswith(f"{kind}/")]
+        files = self.of_kind(kind)
+
+        def read(file: DataFile) -> pa.Table:
+            with self.explained(file):
+                return opened(self.store, file).read(columns=columns, use_threads=False)
+
         with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
             # Not all at once: what is read and not yet taken is in memory.
             for start in range(0, len(files), _PARALLEL_FILES):
-                some = files[start : start + _PARALLEL_FILES]
-                yield from pool.map(lambda f: manifest.read_parquet(self.store.get(f.path), columns), some)
+                yield from pool.map(read, files[start : start + _PARALLEL_FILES])
 
     def load(self, column: str, *, confidence: bool) -> None:
         """Reads what is compared."""
@@ -147,6 +167,7 @@ def compare(
 
     Raises:
         UserError: If one is no output, or they have no such column.
+        CountsDoNotClose: If a committed file is gone or damaged.
         SystemFault: If the store fails.
     """
     sides = [_Side.of(output, storage or StorageConfig()) for output in (before, after)]

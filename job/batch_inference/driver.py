@@ -18,7 +18,7 @@ import pyarrow as pa
 import structlog
 
 from batch_inference import logs
-from batch_inference.apart import AFTER_FAILURE, AFTER_SUCCESS, Patience, ReportFailed, make_apart
+from batch_inference.apart import AFTER_FAILURE, AFTER_SUCCESS, REPORT, Patience, ReportFailed, make_apart
 from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import connected, is_client_address
@@ -49,8 +49,6 @@ from batch_inference.telemetry import Telemetry
 log = structlog.get_logger()
 
 _PROGRESS_EVERY_S = 10.0
-# As :mod:`.report` names it, which is not loaded here.
-REPORT = "_report/report.html"
 # Below this start-up outweighs the work (the article's figure, and ours).
 _FEW = 100
 
@@ -300,9 +298,7 @@ class Attempt:
         snapshot = self.snapshot
         snapshot.rows_total, snapshot.shards_total = job.rows, job.shards
         snapshot.shards_done = snapshot.shards_resumed = len(commits) - len(again)
-        for commit in commits:
-            snapshot.tally.rows += commit.rows
-            snapshot.tally.add_errors(commit.errors_by)
+        snapshot.tally.add_commits(commits)
         for one in again.values():
             snapshot.tally.remove(one.errors_by)
         if again and self._retry is not None:

@@ -172,14 +172,11 @@ def pace(done: list[tuple[float, int]], starts: Iterable[float] = ()) -> Pace | 
     width = total / count
     rows = [0.0] * count
     previous = 0.0
-    moment = 0
-    at = [(_worked(time, marks[0], pauses), number) for time, number in done]
-    while moment < len(at):
+    for moment, number in done:
         # What is committed at one time was done since the commit before it: no bin is empty only since shards are large.
-        time, number = at[moment]
+        time = _worked(moment, marks[0], pauses)
         _fill(rows, width, min(previous, time), time, number)
         previous = max(previous, time)
-        moment += 1
     breaks = [_worked(before, marks[0], pauses) for before, _ in pauses]
     return Pace(width, [number / width for number in rows], breaks, total)
 

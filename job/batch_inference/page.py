@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -224,7 +225,7 @@ def _pace(facts: Facts) -> dict[str, Any] | None:
         found.rates,
         ticks,
         text=whole,
-        marks=[charts.Mark(at / found.bin_s) for at in found.pauses],
+        marks=[at / found.bin_s for at in found.pauses],
     )
     return {"svg": svg, "sentence": sentence}
 
@@ -288,9 +289,7 @@ def _stamp(text: str) -> str:
 
 def _job(facts: Facts) -> dict[str, Any]:
     job = facts.job
-    shards: dict[str, int] = {}
-    for commit in facts.commits:
-        shards[commit.attempt] = shards.get(commit.attempt, 0) + 1
+    shards = Counter(commit.attempt for commit in facts.commits)
     last = max((c.committed_at for c in facts.commits), default="")
     about = [
         ("Output", shown(facts.output, 400)),
@@ -307,7 +306,7 @@ def _job(facts: Facts) -> dict[str, Any]:
             "took": duration(one.elapsed_s),
             "rows": f"{one.rows:,}",
             "rate": figure(one.rows / one.working_s) if one.working_s >= 1 else NO_NUMBER,
-            "shards": f"{shards.get(one.attempt, 0):,}",
+            "shards": f"{shards[one.attempt]:,}",
             "gpu_hours": figure(one.gpu_hours) if one.gpus else NO_NUMBER,
         }
         for one in facts.spent[-_MOST_ATTEMPT_ROWS:]

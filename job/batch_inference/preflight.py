@@ -343,12 +343,11 @@ class _Preflight:
         if missing:
             compared += f" ({', '.join(missing)} not in the output)"
         if off:
-            more = f"; and {len(off) - 5} more" if len(off) > 5 else ""
             self._checks.append(
                 Check(
                     "golden samples",
                     "FAIL",
-                    f"{len(off)} of {compared} are off: {'; '.join(off[:5])}{more}",
+                    f"{len(off)} of {compared} are off: {_some(off)}",
                     "Look at weights, transform and inference.precision; or allow more with --golden-tolerance.",
                 )
             )
@@ -378,7 +377,7 @@ class _Preflight:
                 differing.append(f"{node['NodeManagerAddress']}: {', '.join(other)}")
         if differing:
             self._checks.append(
-                Check("versions", "FAIL", f"nodes differ from here: {'; '.join(differing[:5])}", "Give all one image.")
+                Check("versions", "FAIL", f"nodes differ from here: {_some(differing)}", "Give all one image.")
             )
         elif waiting:
             remedy = "Look at them in Ray's dashboard; a busy cluster may need longer."
@@ -456,8 +455,7 @@ class _Preflight:
         if not bad:
             self._checks.append(Check("samples", "OK", f"all {tried} were fetched and decoded"))
             return
-        named = "; ".join(f"{display(b['uri'])}: {b['stage']} {b['error_type']}" for b in bad[:5])
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        named = _some([f"{display(b['uri'])}: {b['stage']} {b['error_type']}" for b in bad])
         percent = 100 * len(bad) / table.num_rows
         most = self._config.errors.max_percent
         too_many = len(bad) == table.num_rows or (most is not None and percent > most)
@@ -465,7 +463,7 @@ class _Preflight:
             Check(
                 "samples",
                 "FAIL" if len(bad) == table.num_rows else "WARN",
-                f"{len(bad)} of {tried} ({percent:.0f} %) failed: {named}{more}",
+                f"{len(bad)} of {tried} ({percent:.0f} %) failed: {named}",
                 f"More than errors.max_percent = {most:g} allows: mend the input, or raise it."
                 if too_many and most is not None
                 else "They would end in the errors table.",
@@ -558,6 +556,11 @@ def _alike(want: Any, got: Any, tolerance: float) -> bool:
     if isinstance(want, float) or isinstance(got, float):
         return isinstance(got, (int, float)) and abs(want - got) <= tolerance
     return bool(want == got) or str(want) == str(got)
+
+
+def _some(texts: list[str]) -> str:
+    """The first five, and how many more there are."""
+    return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
 def _short(value: Any) -> str:

@@ -18,14 +18,14 @@ from typing import Any
 import pyarrow as pa
 
 from batch_inference import census, failures, history, page
+from batch_inference.apart import REPORT
 from batch_inference.collection import Tally
 from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError
 from batch_inference.ledger import Commit, Job, Ledger
+from batch_inference.status import state_of
 from batch_inference.storage import Store, display
 from batch_inference.thumbnails import Thumbnail, thumbnails
-
-PATH = "_report/report.html"
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def make(
     store = Store(output, config.storage, must_exist=True)
     facts = gather(store, config, read_s=read_s, images_s=images_s, commits=commits)
     data = page.render(facts).encode("utf-8", "replace")
-    store.put(PATH, data)
+    store.put(REPORT, data)
     return Report(
-        uri=f"{display(store.uri)}/{PATH}",
+        uri=f"{display(store.uri)}/{REPORT}",
         state=facts.state,
         rows=facts.job.rows,
         predictions=facts.tally.predictions,
@@ -136,9 +136,7 @@ def gather(
         with _noting(notes, "the ledger can't be read whole, so that nothing is counted"):
             commits = ledger.commits()
     tally = Tally()
-    for commit in commits:
-        tally.rows += commit.rows
-        tally.add_errors(commit.errors_by)
+    tally.add_commits(commits)
     failed: dict[str, Any] = {}
     done = False
     with contextlib.suppress(BatchInferenceError, ValueError, TypeError):
@@ -149,7 +147,7 @@ def gather(
         output=display(store.uri),
         job=job,
         config=config,
-        state="succeeded" if done else "failed" if failed else "unfinished" if commits else "planned",
+        state=state_of(done=done, failed=bool(failed), begun=bool(commits)),
         failed={} if done else failed,
         commits=commits,
         tally=tally,

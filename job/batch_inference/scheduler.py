@@ -179,6 +179,9 @@ def main(args: list[str]) -> int:
     if len(args) != 1:
         print("usage: python -m batch_inference.scheduler FOLDER", file=sys.stderr)
         return 2
+    if "KUBERNETES_SERVICE_HOST" not in os.environ or "SCHEDULE_JOB" not in os.environ:
+        print("error: this is for the pods of the chart's CronJob (schedule.cron)", file=sys.stderr)
+        return 2
     try:
         api = Api.of_this_pod()
         job = api.get("apis/batch/v1", "jobs", os.environ["SCHEDULE_JOB"])

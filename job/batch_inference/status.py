@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -65,6 +66,11 @@ class Status:
         return dict(vars(self))
 
 
+def state_of(*, done: bool, failed: bool, begun: bool) -> str:
+    """A job's state by whether its ledger has ``_SUCCESS``, ``_FAILED`` and commits; the first that it has counts."""
+    return "succeeded" if done else "failed" if failed else "unfinished" if begun else "planned"
+
+
 def status(output: str, storage: StorageConfig | None = None) -> Status:
     """Reads the ledger of an output.
 
@@ -77,25 +83,21 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
     commits = ledger.commits()
     failed = ledger.store.get_or_none("_FAILED")
     done = ledger.success() is not None
-    rows = sum(c.rows for c in commits)
-    attempts: dict[str, int] = {}
     tally = Tally()
-    for commit in commits:
-        attempts[commit.attempt] = attempts.get(commit.attempt, 0) + 1
-        tally.add_errors(commit.errors_by)
+    tally.add_commits(commits)
     rate, age = _rate(commits)
     return Status(
-        state="succeeded" if done else "failed" if failed else "unfinished" if commits else "planned",
+        state=state_of(done=done, failed=bool(failed), begun=bool(commits)),
         fingerprint=job.fingerprint,
         rows=job.rows,
-        predictions=sum(c.predictions for c in commits),
-        errors=sum(c.errors for c in commits),
+        predictions=tally.predictions,
+        errors=tally.errors,
         errors_by=tally.errors_by,
         shards=job.shards,
         shards_done=len(commits),
-        attempts=attempts,
+        attempts=dict(Counter(commit.attempt for commit in commits)),
         images_per_s=rate,
-        eta_s=None if done or not rate else (job.rows - rows) / rate,
+        eta_s=None if done or not rate else (job.rows - tally.rows) / rate,
         last_commit_age_s=age,
         verdict=json.loads(failed).get("verdict", "") if failed and not done else "",
         balance=_balance(ledger.store) if done else "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tests.e2e import evidence
 from tests.e2e.cluster import Cluster
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.runs import Kubernetes, Releases
-from tests.e2e.world import World, set_up
+from tests.e2e.world import World, for_tests
 
 NAME = "e2e"
 FOLDER = REPOSITORY / "build" / "e2e"
@@ -37,14 +36,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """The cluster with image, namespace and store; removed at the end, unless KEEP_CLUSTER is set."""
-    cluster = Cluster(NAME, FOLDER / "kubeconfig")
-    try:
-        with set_up(NAME, FOLDER) as made:
-            yield made
-    finally:
-        if not os.environ.get("KEEP_CLUSTER"):
-            cluster.down()
+    """The cluster with image, namespace and store."""
+    with for_tests(NAME, FOLDER) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

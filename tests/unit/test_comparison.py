@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_inference.comparison import Example, compare
-from batch_inference.errors import UserError
+from batch_inference.errors import CountsDoNotClose, UserError
 from batch_inference.ledger import Ledger
 from batch_inference.storage import Store
 from batch_inference.writer import ShardWriter
@@ -97,6 +97,21 @@ def test_confidence_and_other_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no column colour in common") as refused:
         compare(a, b, "colour")
     assert "confidence" in (refused.value.remedy or "")
+
+
+@pytest.mark.parametrize(("damage", "says"), [(None, "is missing"), (b"no Parquet", "can't be read")])
+def test_a_file_that_is_gone_or_damaged_is_named_with_the_remedy(
+    damage: bytes | None, says: str, tmp_path: Path
+) -> None:
+    outputs = [output(tmp_path / name, [("0", "cat"), ("1", "dog")]) for name in ("a", "b")]
+    (file,) = (tmp_path / "b/predictions").iterdir()
+    file.unlink()
+    if damage:
+        file.write_bytes(damage)
+    with pytest.raises(CountsDoNotClose, match=says) as caught:
+        compare(*outputs)
+    assert file.name in caught.value.message
+    assert "batch-inference verify" in (caught.value.remedy or "")
 
 
 def test_what_is_no_output_is_refused(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_plots_are_drawings_with_words() -> None:
     assert svg.count('class="rect') == 6
     assert charts.bars("p", "t", "s", [], {}, text=str)
     assert charts.bars("p", "t", "s", [0.0], {}, text=str)
-    assert report.PATH == "_report/report.html"
+    assert report.REPORT == "_report/report.html"
 
 
 @pytest.mark.parametrize(("top", "last"), [(0.0, 1.0), (1e-9, 1e-9), (7.0, 8.0), (99.9, 100.0), (float("inf"), 1.0)])

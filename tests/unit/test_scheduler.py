@@ -153,5 +153,8 @@ def test_a_server_that_stays_away_ends_it(server: Server, monkeypatch: pytest.Mo
         follow(server.api, RUN)
 
 
-def test_wrong_usage() -> None:
+def test_wrong_usage(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert scheduler.main([]) == 2
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert scheduler.main([str(folder)]) == 2
+    assert "for the pods of the chart's CronJob" in capsys.readouterr().err
