@@ -314,8 +314,12 @@ def _few(limit: int | None, sample: int | None, seed: int | None) -> list[str]:
     """Settings for a job over some of its inputs."""
     if seed is not None and sample is None:
         raise UserError(f"--seed {seed} is given without a sample", "Add --sample N.")
-    given = {"input.limit": limit, "input.sample": sample, "input.sample_seed": seed}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return _given({"input.limit": limit, "input.sample": sample, "input.sample_seed": seed})
+
+
+def _given(options: dict[str, Any]) -> list[str]:
+    """Options that stand for keys, as settings."""
+    return [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
 
 
 @app.command()
@@ -331,17 +335,27 @@ def preflight(
         str | None,
         typer.Option(metavar="ADDRESS", help="Ray cluster to try it on: host:6379 or auto; default: this machine."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Images to decode and predict.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Images to decode and predict (preflight.samples).", show_default="64"),
+    ] = None,
     golden: Annotated[
         str | None,
         typer.Option(
             metavar="MANIFEST",
-            help="Images with the predictions that are expected, such as a file of an earlier output's predictions/.",
+            help="Images with the predictions that are expected, such as a file of an earlier output's predictions/ "
+            "(preflight.golden).",
         ),
     ] = None,
     golden_tolerance: Annotated[
-        float, typer.Option(min=0, metavar="X", help="How far numbers with fractions may be off.")
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="How far numbers with fractions may be off (preflight.golden_tolerance).",
+            show_default="0.02",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Try a job on a few images and one actor: credentials, model, decoding, forward pass, speed; exits 2 where something fails.
@@ -354,9 +368,12 @@ def preflight(
     from batch_inference.preflight import preflight as try_job
 
     logs.configure("text", quiet=True)
-    checked = _config(inputs, output, manifest, model, weights, config, settings)
+    options = _given(
+        {"preflight.samples": samples, "preflight.golden": golden, "preflight.golden_tolerance": golden_tolerance}
+    )
+    checked = _config(inputs, output, manifest, model, weights, config, [*(settings or []), *options])
     with logs.stdout_as_lines():
-        found = try_job(checked, address=address, samples=samples, golden=golden, golden_tolerance=golden_tolerance)
+        found = try_job(checked, address=address)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

@@ -87,6 +87,8 @@ class OutputConfig(_Section):
 
 
 _CREDENTIALS = "the URL has credentials in it"
+# What the chart can take a port from, too: no query, no escapes.
+_ENDPOINT = re.compile(r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/@:+=,-]*)?$")
 
 
 class StorageConfig(_Section):
@@ -95,17 +97,20 @@ class StorageConfig(_Section):
     endpoint_url: str | None = Field(
         None,
         description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own.",
+        json_schema_extra={"pattern": _ENDPOINT.pattern},
     )
 
     @field_validator("endpoint_url")
     @classmethod
-    def _without_credentials(cls, value: str | None) -> str | None:
-        # The value itself must not be in the message: it would be in the log.
+    def _an_endpoint(cls, value: str | None) -> str | None:
+        # A value with credentials must not be in the message: it would be in the log.
         if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
             raise ValueError(
                 f"{_CREDENTIALS}, which would be stored with the job; give them in the environment "
                 "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
             )
+        if value is not None and not _ENDPOINT.fullmatch(value):
+            raise ValueError("an endpoint is a URL such as `https://minio.example:9000`, without query and escapes")
         return value
 
     region: str | None = Field(None, description="Region of the bucket; null: from the environment (`AWS_REGION`).")
@@ -292,6 +297,27 @@ class ReportConfig(_Section):
     )
 
 
+class PreflightConfig(_Section):
+    """What is tried on one actor before all of them start."""
+
+    enabled: bool = Field(
+        False,
+        description="Begin a job with a preflight, on one actor of its cluster: what fails there ends it (exit code 2) before the others "
+        "load the model. A job that resumes goes without. `batch-inference preflight` does it at any time.",
+    )
+    samples: int = Field(
+        64, ge=1, le=10_000, description="Images to fetch, decode and predict, spread over the inputs."
+    )
+    golden: str | None = Field(
+        None,
+        description="Manifest of images with the predictions that are expected, such as a file of an earlier output's `predictions/`; "
+        "the first 64 lines are predicted and compared.",
+    )
+    golden_tolerance: float = Field(
+        0.02, ge=0, description="How far numbers with fractions may be off; everything else has to be equal."
+    )
+
+
 class JobConfig(_Section):
     """Everything that one job is.
 
@@ -313,6 +339,7 @@ class JobConfig(_Section):
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     preprocess: PreprocessConfig = Field(default_factory=PreprocessConfig)
     errors: ErrorsConfig = Field(default_factory=ErrorsConfig)
+    preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     shard_size: int = Field(1000, ge=1, le=1_000_000, description="Inputs of one shard, which is committed as a whole.")
 

@@ -38,6 +38,7 @@ _LINE_EVERY_S = 10.0
 _PHASES = {
     "plan": "listing the inputs",
     "start": "starting Ray and the model",
+    "preflight": "trying one actor",
     "run": "working",
     "finish": "recounting",
     "done": "done",

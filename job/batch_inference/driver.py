@@ -40,10 +40,11 @@ from batch_inference.inference import raise_end_of_job
 from batch_inference.ledger import Commit, Job, Ledger, Retry, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
+from batch_inference.preflight import first_step
 from batch_inference.progress import Snapshot
 from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
-from batch_inference.storage import Store, canonical_uri, display
+from batch_inference.storage import Store, canonical_uri, display, open_output
 from batch_inference.telemetry import Telemetry
 
 log = structlog.get_logger()
@@ -127,21 +128,6 @@ def run(
     with interruptible():
         attempt = Attempt(config, on_progress or (lambda snapshot: None), force_retry=force_retry)
         return attempt.run(address, dashboard_host)
-
-
-def open_output(config: JobConfig) -> Store:
-    """The store of ``output.uri``; raises UserError if that or the input is not set."""
-    missing = [
-        what
-        for what, there in (("input", config.input.uris or config.input.manifest), ("output", config.output.uri))
-        if not there
-    ]
-    if missing:
-        raise UserError(
-            f"no {' and no '.join(missing)} is given",
-            "Write batch-inference run INPUT --output URI, or set input.uris (or input.manifest) and output.uri.",
-        )
-    return Store(config.output.uri, config.storage)
 
 
 def refuse_hopeless(ledger: Ledger, job: Job, run_name: str) -> None:
@@ -246,6 +232,8 @@ class Attempt:
                         cluster.callback(reporter.stop)  # before the connection ends
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
                     cpus = float(os.cpu_count() or 1) if early else math.inf
+                    if self.config.preflight.enabled and not commits:
+                        self._try_first(ledger.store, job, engine)
                     self._work(ledger, job, engine, pending, again, cpus, telemetry)
                 cluster.close()
                 return self._finish(ledger, job)
@@ -314,6 +302,17 @@ class Attempt:
         self._report(store, AFTER_SUCCESS, anew=False)
         self._show("done")
         return self._result(job, already_done=True)
+
+    def _try_first(self, store: Store, job: Job, engine: Engine) -> None:
+        """One actor's try, of which a job ends that would end so with all of them."""
+        self._show("preflight")
+        try:
+            first_step(self.config, engine, store, job)
+        except Exception as exc:
+            failure = explain_ray_failure(exc)
+            if failure is exc:
+                raise
+            raise failure from exc
 
     # --- the work ---
 

@@ -280,9 +280,22 @@ def _nothing_found(section: InputConfig, found: Inputs) -> str:
 # --- manifests ---------------------------------------------------------------------------------------------------------
 
 
-def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
-    given = str(section.manifest)
-    uri = canonical_uri(given)
+def read_expected(manifest: str, storage: StorageConfig) -> pa.Table:
+    """A manifest of predictions, such as an output's file: ``uri``, and the columns that are the predictor's or the input's.
+
+    Raises:
+        UserError: If it can't be read, or has no column ``uri``.
+    """
+    section = InputConfig(manifest=manifest)
+    table, _, folder = _read_manifest(section, storage)
+    table = table.drop_columns([name for name in table.column_names if name in RESERVED_COLUMNS])
+    table = _checked_columns(table, section, manifest)
+    return table.set_column(0, "uri", _canonical_column(table["uri"], folder))
+
+
+def _read_manifest(section: InputConfig, storage: StorageConfig) -> tuple[pa.Table, str, str]:
+    """All lines, the digest of their files, and the folder that relative paths in them are of."""
+    uri = canonical_uri(str(section.manifest))
     sha256 = hashlib.sha256()
     tables = []
     parts = _manifest_files(uri, storage)
@@ -291,15 +304,19 @@ def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
         sha256.update(data)
         tables.append(_parse_manifest(part, data, section.uri_column))
     table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
-    table = _checked_columns(table, section, given)
-    folder = uri.rpartition("/")[0] if parts == [uri] else uri.rstrip("/")
+    return table, sha256.hexdigest(), uri.rpartition("/")[0] if parts == [uri] else uri.rstrip("/")
+
+
+def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
+    table, digest, folder = _read_manifest(section, storage)
+    table = _checked_columns(table, section, str(section.manifest))
     table = table.set_column(0, "uri", _canonical_column(table["uri"], folder))
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
     if again and table.num_columns == 1:
         table = pa.table({"uri": _distinct(table["uri"])})
-        return Inputs(with_places(table, section, storage), {}, again, 0, sha256.hexdigest())
-    return Inputs(with_places(table, section, storage), {}, 0, again, sha256.hexdigest())
+        return Inputs(with_places(table, section, storage), {}, again, 0, digest)
+    return Inputs(with_places(table, section, storage), {}, 0, again, digest)
 
 
 def with_places(table: pa.Table, section: InputConfig, storage: StorageConfig) -> pa.Table:

@@ -17,7 +17,7 @@ from batch_inference.telemetry import Telemetry
 
 # Actors that do not come up, or a predictor that never returns: when nothing has moved for so long, the job ends with the reason.
 # Clusters that have to start machines first are waited for before (`cluster.connected`).
-_STUCK_S = 1800
+STUCK_S = 1800
 # An actor that dies while it loads the model (memory, a machine that is taken away) is replaced so many times in a row.
 _LOADING_DEATHS = 2
 # Images in one table from a task to an actor. Each table costs Ray some milliseconds, and one that is no multiple of the
@@ -83,7 +83,7 @@ def build(
     context.enable_operator_progress_bars = False
     context.max_errored_blocks = 0  # never drop data without a word
     context.wait_for_min_actors_s = -1  # images are prepared while the actors load the model
-    context.execution_no_progress_timeout_s = _STUCK_S
+    context.execution_no_progress_timeout_s = STUCK_S
     context.max_consecutive_actor_init_deaths = _LOADING_DEATHS
     callbacks: list[Any] = context.custom_execution_callback_classes
     if QueueLook not in callbacks:
@@ -144,7 +144,7 @@ def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
     text = " ".join(str(exc).split())
     if type(exc).__name__ == "ExecutionTimeoutError":
         return SystemFault(
-            f"nothing has moved for {_STUCK_S} s: the actors do not start, or the predictor does not return: {text[:300]}",
+            f"nothing has moved for {STUCK_S} s: the actors do not start, or the predictor does not return: {text[:300]}",
             "Look at the actors' logs and at pending pods; then start the same command again, it resumes.",
         )
     # A traceback as text names what was raised at the start of a line of its own; the last is the innermost task's.

@@ -33,7 +33,7 @@ class Snapshot:
     """Where a run stands; given to ``on_progress`` and written to ``_report/progress.json``.
 
     Attributes:
-        phase: ``plan``, ``start``, ``run``, ``finish`` or ``done``.
+        phase: ``plan``, ``start``, ``preflight``, ``run``, ``finish`` or ``done``.
         rows_total: Inputs of the job.
         shards_total: Shards of the job.
         shards_done: Shards with a commit.

@@ -21,7 +21,7 @@ import obstore
 from obstore import exceptions as obx
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
-from batch_inference.config import StorageConfig
+from batch_inference.config import JobConfig, StorageConfig
 from batch_inference.errors import SystemFault, UserError
 
 SCHEMES = ("file", "s3", "gs", "az")
@@ -401,3 +401,18 @@ def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:
         if failure.retryable:
             raise SystemFault(message, "Check the store and the network, then start the same command again.") from None
         raise UserError(message, "Check the location and the credentials.") from None
+
+
+def open_output(config: JobConfig) -> Store:
+    """The store of ``output.uri``; raises UserError if that or the input is not set."""
+    missing = [
+        what
+        for what, there in (("input", config.input.uris or config.input.manifest), ("output", config.output.uri))
+        if not there
+    ]
+    if missing:
+        raise UserError(
+            f"no {' and no '.join(missing)} is given",
+            "Write batch-inference run INPUT --output URI, or set input.uris (or input.manifest) and output.uri.",
+        )
+    return Store(config.output.uri, config.storage)

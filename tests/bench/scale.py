@@ -160,9 +160,10 @@ def step_list_tree(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_plan(folder: Path, rows: int) -> dict[str, Any]:
     """Reading a manifest, cutting it into shards, writing these: all that a run does before it starts Ray."""
-    from batch_inference.driver import Attempt, open_output
+    from batch_inference.driver import Attempt
     from batch_inference.ledger import Ledger
     from batch_inference.manifest import find_inputs
+    from batch_inference.storage import open_output
 
     config = _config(folder)
     begun = time.perf_counter()
@@ -175,9 +176,10 @@ def step_plan(folder: Path, rows: int) -> dict[str, Any]:
 def _collect(folder: Path, keep: Callable[[int, int], bool], block: int) -> tuple[int, float]:
     from batch_inference import driver
     from batch_inference.ledger import Ledger
+    from batch_inference.storage import open_output
 
     config = _config(folder)
-    ledger = Ledger(driver.open_output(config))
+    ledger = Ledger(open_output(config))
     job = ledger.require_job()
     pending = [s for s in range(job.shards) if keep(s, job.shards)]
     attempt = driver.Attempt(config, lambda s: None)
@@ -211,8 +213,9 @@ def step_status(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_resume(folder: Path, rows: int) -> dict[str, Any]:
     """A second start with 99 % committed, until it knows what is left; then the rest, so that the job can be finished."""
-    from batch_inference.driver import Attempt, open_output
+    from batch_inference.driver import Attempt
     from batch_inference.ledger import Ledger
+    from batch_inference.storage import open_output
 
     config = _config(folder)
     begun = time.perf_counter()
@@ -229,8 +232,9 @@ def step_resume(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_finish(folder: Path, rows: int) -> dict[str, Any]:
     """The end of a job: recount, sweep, ``_SUCCESS``."""
-    from batch_inference.driver import Attempt, open_output
+    from batch_inference.driver import Attempt
     from batch_inference.ledger import Ledger
+    from batch_inference.storage import open_output
 
     config = _config(folder)
     begun = time.perf_counter()

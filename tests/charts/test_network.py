@@ -101,7 +101,13 @@ def test_the_autoscaler_reaches_the_api_server(scaling: bool) -> None:
 
 @pytest.mark.parametrize(
     ("endpoint", "port"),
-    [("https://minio.example:9000", 9000), ("https://minio.example", 443), ("http://minio.example", 80)],
+    [
+        ("https://minio.example:9000", 9000),
+        ("https://minio.example", 443),
+        ("http://minio.example", 80),
+        ("http://[fd00::1]:9000", 9000),
+        ("http://minio.example/a:1", 80),
+    ],
 )
 def test_the_port_of_the_endpoint_is_open(endpoint: str, port: int) -> None:
     there = policies(values={"job": {"storage": {"endpoint_url": endpoint}}, "networkPolicy": {"storePorts": []}})

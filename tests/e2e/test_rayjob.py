@@ -14,10 +14,13 @@ import safetensors.torch
 import torch
 import torchvision
 
+from tests.charts.render import merged
+from tests.e2e.cluster.process import CommandError
 from tests.e2e.runs import Kubernetes, Releases, Run
 from tests.e2e.world import CREDENTIALS, NAMESPACE, World, until
 
 PHOTOS, BROKEN = 20, 5
+HOOK = "app.kubernetes.io/component=preflight"
 WITHOUT_GPUS = {"job": {"inference": {"actors": 1, "gpus_per_actor": 0, "device": "auto"}}}
 # A job with a class of the user's own, mounted from a ConfigMap; how long it takes does not depend on the machine.
 SLOW: dict[str, Any] = {
@@ -145,13 +148,31 @@ def notes_commands_work(world: World, notes: str) -> None:
 
 def test_a_finished_job_is_done_at_once_in_another_release_and_without_gpus(world: World, releases: Releases) -> None:
     output = "s3://images/out/cpu/"
-    releases.rayjob("cpu", WITHOUT_GPUS, output).succeeded()
+    # Tried before it is installed, in a pod of its own, and once more by the job itself.
+    tried = merged(
+        WITHOUT_GPUS, {"job": {"preflight": {"enabled": True, "samples": 4}}, "preflightHook": {"enabled": True}}
+    )
+    first = releases.rayjob("cpu", tried, output)
+    first.succeeded()
+    assert "preflight: forward pass: a batch of" in first.log()
+    assert not world.cluster.kubectl("get", "jobs", "--namespace", NAMESPACE, "--selector", HOOK, "--output=name")
     verified(world, output, PHOTOS, BROKEN)
     commits = {item.path: item for item in world.store(output).objects("_commits")}
     again = releases.rayjob("again", WITHOUT_GPUS, output)
     again.succeeded()
     assert "was done already" in verdict(again.log())
     assert {item.path: item for item in world.store(output).objects("_commits")} == commits
+
+
+def test_a_preflight_that_fails_installs_nothing(world: World, kubernetes: Kubernetes, releases: Releases) -> None:
+    wrong = {"job": {"input": {"uris": ["s3://images/phots/"]}}, "preflightHook": {"enabled": True}}
+    with pytest.raises(CommandError, match="pre-install hooks failed"):
+        releases.rayjob("tried", merged(WITHOUT_GPUS, wrong))
+    said = world.cluster.kubectl("logs", "--namespace", NAMESPACE, "job/tried-preflight")
+    assert "FAIL" in said and "s3://images/phots/" in said
+    assert "Traceback" not in said
+    assert kubernetes.ray("rayjobs") == []
+    world.cluster.kubectl("delete", "jobs,configmaps,serviceaccounts", "tried-preflight", "--namespace", NAMESPACE)
 
 
 def test_a_wrong_input_fails_with_the_verdict_in_the_status(releases: Releases) -> None:

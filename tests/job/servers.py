@@ -205,12 +205,13 @@ class Proxy:
 
 @contextlib.contextmanager
 def ray_cluster(
-    cpus: int, folder: Path, *, dashboard: bool = False, token: str | None = None
+    cpus: int, folder: Path, *, dashboard: bool = False, token: str | None = None, options: tuple[str, ...] = ()
 ) -> Iterator[dict[str, str]]:
     """A Ray cluster in processes of its own; yields its ``address``, its ``client`` address, its
     ``dashboard``'s URL, the ``metrics``' host and port, the folder of its ``logs``, and the ID of the ``process`` that is above all others.
 
     Without ``dashboard`` it starts faster, and there is no job server. With ``token`` it asks for that one.
+    ``options`` are more of ``ray start``.
     """
     port, client, dashboard_agent, web, metrics = free_ports(5)
     log = folder / "ray-head.log"
@@ -228,7 +229,7 @@ def ray_cluster(
             str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
             f"--ray-client-server-port={client}", f"--include-dashboard={dashboard}".lower(), "--disable-usage-stats",
             f"--dashboard-port={web}", f"--dashboard-agent-listen-port={dashboard_agent}", "--node-ip-address=127.0.0.1",
-            "--object-store-memory=1000000000", f"--temp-dir={temporary}", f"--metrics-export-port={metrics}",
+            "--object-store-memory=1000000000", f"--temp-dir={temporary}", f"--metrics-export-port={metrics}", *options,
         ]  # fmt: skip
         out = stack.enter_context(log.open("wb"))
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from tests.job.conftest import job_args
+from tests.job.conftest import job_args, verified
+from tests.job.servers import ray_cluster
+from tests.job.test_poison import POISON
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,3 +88,75 @@ def test_golden_samples_are_as_they_were_or_the_difference_is_named(
     assert bad["state"] == "FAIL"
     assert bad["finding"].startswith("1 of 12 samples, mean are off: ")
     assert frame.loc[3, "uri"].rpartition("/")[2] in bad["finding"]
+
+
+def test_a_job_begins_with_its_own_preflight_and_not_when_it_resumes(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    args = [*job_args(photos(60, bad_percent=5), out), "--address", cluster["address"]]
+    args += ["--set", "preflight.enabled=true", "--set", "preflight.samples=40"]
+    done = program(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = done.stderr
+    for said in (
+        "trying one actor",
+        "preflight: samples",
+        "preflight: forward pass",
+        "preflight: versions",
+        "images/s, limited by",
+    ):
+        assert said in log, log
+    assert log.index("trying one actor") < log.index("preflight: samples") < log.index("recounting")
+    verified(str(out), program)
+    (out / "_SUCCESS").unlink()
+    next((out / "_commits").iterdir()).unlink()
+    again = program(*args)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "preflight" not in again.stderr
+    verified(str(out), program)
+
+
+def test_a_job_whose_preflight_fails_ends_with_2_and_keeps_the_verdict(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    folder, out = photos(12), tmp_path / "out"
+    golden = tmp_path / "golden.csv"
+    golden.write_text("uri,mean\n" + "".join(f"{path},999\n" for path in sorted(folder.iterdir())[:3]))
+    args = [*job_args(folder, out), "--address", cluster["address"], "--set", "preflight.enabled=true"]
+    done = program(*args, "--set", f"preflight.golden={golden}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "preflight: golden samples: 3 of 3 samples, mean are off" in done.stdout
+    assert json.loads((out / "_FAILED").read_text())["exit_code"] == 2
+    assert not list(out.glob("_commits/*"))
+    # What is expected belongs to no fingerprint: the same job goes on without.
+    assert program(*args).returncode == 0
+    verified(str(out), program)
+
+
+def test_an_image_that_ends_its_process_is_a_bad_sample(
+    photos: Callable[..., Path], tmp_path: Path, program: Program
+) -> None:
+    folder = photos(6)
+    with sorted(folder.iterdir())[2].open("ab") as file:
+        file.write(b"POISON:crash")
+    args = job_args(folder, tmp_path / "out")
+    args = [a for a in args if a not in ("--dashboard-host", "none")]
+    done = program("preflight", *args[1:], "--json", env={"PYTHONPATH": str(POISON)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["samples"]["state"] == "WARN"
+    assert "DECODER_CRASH" in checks["samples"]["finding"]
+    assert checks["forward pass"]["state"] == "OK"
+
+
+def test_each_kind_of_gpu_is_tried(photos: Callable[..., Path], tmp_path: Path, program: Program) -> None:
+    """Ray counts GPUs and their kinds, which here are names; the predictor needs none."""
+    kinds = json.dumps({"accelerator_type:L4": 1, "accelerator_type:T4": 1})
+    with ray_cluster(4, tmp_path / "ray", options=("--num-gpus=2", f"--resources={kinds}")) as addresses:
+        args = [*job_args(photos(12), tmp_path / "out"), "--set", "inference.gpus_per_actor=1"]
+        args = [a for a in args if a not in ("--dashboard-host", "none")]
+        done = program("preflight", *args[1:], "--address", addresses["address"], "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    passes = [c["finding"] for c in json.loads(done.stdout)["checks"] if c["name"] == "forward pass"]
+    assert passes == ["a batch of 8 gave 8 predictions on L4", "a batch of 8 gave 8 predictions on T4"]

@@ -82,6 +82,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "max_bytes": 268435456,
         },
         "errors": {"max_count": None, "max_percent": 5.0, "min_sample": 1000},
+        "preflight": {"enabled": False, "samples": 64, "golden": None, "golden_tolerance": 0.02},
         "report": {"enabled": True, "thumbnails": 18, "gpu_hour_price": None, "currency": "USD"},
         "shard_size": 1000,
     }
@@ -323,3 +324,18 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
         parse_config({"storage": {"endpoint_url": "https://key:hunter2@minio.example:9000"}})
     assert "hunter2" not in str(caught.value)
     assert parse_config({"storage": {"endpoint_url": "https://minio.example/a@b"}}).storage.endpoint_url
+
+
+@pytest.mark.parametrize(
+    "url", ["%", "", "minio:9000", "http://", "http://minio:port", "http://a b", "https://minio/?x=1", "https://m/%zz"]
+)
+def test_an_endpoint_is_a_url(url: str) -> None:
+    with pytest.raises(UserError, match=r"storage\.endpoint_url: an endpoint is a URL such as"):
+        parse_config({"storage": {"endpoint_url": url}})
+
+
+@pytest.mark.parametrize(
+    "url", ["http://minio", "http://10.0.0.1:9000/", "http://[::1]:9000", "https://minio.example/s3"]
+)
+def test_endpoints_of_every_kind(url: str) -> None:
+    assert parse_config({"storage": {"endpoint_url": url}}).storage.endpoint_url == url

@@ -8,7 +8,10 @@ import pytest
 
 from batch_inference.balance import Load
 from batch_inference.config import JobConfig, load_config
-from batch_inference.preflight import GIB, Measured, _alike, _Preflight, forecast, preflight
+from batch_inference.forecast import Measured, forecast
+from batch_inference.golden import alike
+from batch_inference.preflight import preflight
+from batch_inference.trial import GIB, Trial, _memory_free
 from tests.conftest import jpeg
 
 # A GPU that takes 2,000 images a second, CPUs that decode 500 each, a store that answers in 50 ms.
@@ -86,10 +89,23 @@ def test_nothing_stays_in_the_output_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("free", "state"), [(0.5, "FAIL"), (5, "WARN"), (50, "OK")])
 def test_room_on_the_actors_node(free: float, state: str) -> None:
-    mine = _Preflight(config(), None, 1)
+    mine: Any = Trial(config(), None, {})  # type: ignore[arg-type]
     mine._room("temporary folder", int(free * GIB), {"FAIL": 1.0, "WARN": 10.0}, "Ray's logs")
-    (check,) = mine._checks
+    (check,) = mine.checks
     assert (check.state, bool(check.remedy)) == (state, state != "OK")
+
+
+@pytest.mark.parametrize(("share", "state"), [(1, "OK"), (0.5, "OK"), (0.3, "WARN")])
+def test_actors_that_share_a_gpu_fit_into_its_memory(share: float, state: str) -> None:
+    mine: Any = Trial(config(gpus_per_actor=share), None, {})  # type: ignore[arg-type]
+    mine._gpu_room(replace(ONE, gpu_bytes=9 * GIB, gpu_total=24 * GIB))
+    (check,) = mine.checks
+    assert (check.state, bool(check.remedy)) == (state, state != "OK")
+    assert "9.0 GiB taken by an actor" in check.finding
+
+
+def test_memory_that_is_left_is_known_here() -> None:
+    assert 0 < _memory_free() < 1 << 50
 
 
 @pytest.mark.parametrize(
@@ -98,7 +114,8 @@ def test_room_on_the_actors_node(free: float, state: str) -> None:
         ("cat", "cat", True), ("cat", "dog", False), (3, 3, True), (3, 4, False), (None, "cat", True),
         (0.5, 0.51, True), (0.5, 0.53, False), (0.5, None, False), ([1.0, 2.0], [1.01, 2.0], True), ([1.0], [1.0, 2.0], False),
         ({"a": 1.0, "b": "x"}, {"a": 1.01, "b": "x"}, True), ({"a": 1.0}, {"a": 2.0}, False), ("3", 3, True),
+        ("0.5", 0.51, True), ("x", 0.5, False), ("3.5", 3, False),
     ],
 )  # fmt: skip
 def test_what_is_like_what_is_expected(want: Any, got: Any, same: bool) -> None:
-    assert _alike(want, got, 0.02) is same
+    assert alike(want, got, 0.02) is same

@@ -37,6 +37,9 @@ schedule.cron is {{ .Values.schedule.cron }} and job.output.uri is the same for 
 {{- if and (not .Values.schedule.cron) (contains "{time" (include "rayjob.jobYaml" .)) }}
 job has a {time:…}, which only runs of a schedule know: set schedule.cron, or write the time out
 {{- end }}
+{{- if and .Values.schedule.cron .Values.preflightHook.enabled }}
+schedule.cron is {{ .Values.schedule.cron }} and preflightHook.enabled is true, but the output has a URI only when a run starts: set preflightHook.enabled=false, and job.preflight.enabled=true
+{{- end }}
 {{- if and .Values.schedule.cron .Values.run.suspend }}
 schedule.cron is {{ .Values.schedule.cron }} and run.suspend is true, so that each run would wait for someone: set schedule.suspend to start none
 {{- end }}

@@ -1,0 +1,30 @@
+"""Lines of a table that says of each part of a job whether it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["OK", "WARN", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+        name: What was tried.
+        state: OK, WARN or FAIL.
+        finding: The fact, with its numbers.
+        remedy: What to do about it; "" where there is nothing to do.
+    """
+
+    name: str
+    state: State
+    finding: str
+    remedy: str = ""
+
+
+def some(texts: list[str]) -> str:
+    """The first five, and how many more there are."""
+    return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
