@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -20,8 +19,9 @@ from typing import Any
 
 import yaml
 
+from tests import debian
 from tests.e2e.cluster.cache import digest, product
-from tests.e2e.cluster.process import CommandError, kill, run
+from tests.e2e.cluster.process import kill
 from tests.job.servers import free_ports
 
 PACKAGE = "prometheus"
@@ -33,16 +33,7 @@ def package() -> Path:
     """The folder with `prometheus` and `promtool`: Debian's package, unpacked into the cache."""
 
     def make(partial: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder).chmod(0o755)
-            try:
-                run("apt-get", "download", "--quiet=2", PACKAGE, cwd=Path(folder), timeout=300)
-            except CommandError:
-                # No lists of packages yet.
-                run("apt-get", "update", "--quiet=2", timeout=300)
-                run("apt-get", "download", "--quiet=2", PACKAGE, cwd=Path(folder), timeout=300)
-            (archive,) = Path(folder).glob("*.deb")
-            run("dpkg-deb", "--extract", archive, partial, timeout=120)
+        debian.unpack(partial, PACKAGE, dependencies=False)
 
     return product(PACKAGE, digest(PACKAGE, platform.machine()), make) / "usr" / "bin"
 
@@ -52,10 +43,6 @@ def program(name: str) -> Path:
     """`prometheus` or `promtool`: on PATH, or Debian's."""
     if found := shutil.which(name):
         return Path(found)
-    if not shutil.which("apt-get"):
-        raise CommandError(
-            f"{name} is not on PATH, and there is no apt-get to have it by: install Prometheus 2.42 or newer"
-        )
     return package() / name
 
 

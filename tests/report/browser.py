@@ -13,8 +13,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests import debian
 from tests.e2e.cluster.cache import digest, product
-from tests.e2e.cluster.process import run
 
 _COMMANDS = (
     "chromium",
@@ -70,17 +70,7 @@ def _unpacked() -> tuple[str, dict[str, str]]:
 
 
 def _unpack(folder: Path) -> None:
-    """Gets the packages, and those that they need and the system lacks; needs root only for apt's lists."""
-    archives = folder / "archives"
-    (archives / "partial").mkdir(parents=True)
-    environment = {"DEBIAN_FRONTEND": "noninteractive"}
-    run("apt-get", "update", "--quiet=2", timeout=300)
-    wanted = ("install", "--quiet=2", "--yes", "--no-install-recommends", "--download-only")
-    options = ("-o", f"Dir::Cache::archives={archives}")
-    run("apt-get", *wanted, *options, *_PACKAGES, timeout=900, env=environment)
-    for package in sorted(archives.glob("*.deb")):
-        run("dpkg-deb", "--extract", package, folder, timeout=120)
-    shutil.rmtree(archives)
+    debian.unpack(folder, *_PACKAGES)
     (folder / "fonts.conf").write_text(_FONTS)
 
 
