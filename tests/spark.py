@@ -39,7 +39,8 @@ def _install(folder: Path) -> None:
 def _unpack_java(folder: Path) -> None:
     debian.unpack(folder, JAVA)
     # Its configuration is linked to where it would be installed.
-    for link in [path for path in folder.rglob("*") if path.is_symlink() and os.readlink(path).startswith("/etc/")]:
-        there = folder / os.readlink(link).lstrip("/")
-        link.unlink()
-        link.symlink_to(os.path.relpath(there, link.parent))
+    linked = {path: path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+    for path, target in linked.items():
+        if target.parts[:2] == ("/", "etc"):
+            path.unlink()
+            path.symlink_to(os.path.relpath(folder / target.relative_to("/"), path.parent))
