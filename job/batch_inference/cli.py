@@ -27,6 +27,7 @@ from batch_inference.errors import (
     UserError,
 )
 from batch_inference.terminal import plain
+from batch_inference.wording import count_of
 
 if TYPE_CHECKING:
     from batch_inference.planner import Plan
@@ -60,7 +61,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run a PyTorch image model over any number of images; each ends as exactly one row, a prediction or an error.",
+    help="Run a PyTorch image model over any number of images; each ends as exactly one row, a prediction or an error.\n\n"
+    "Example: batch-inference demo",
 )
 
 Inputs = Annotated[
@@ -357,6 +359,7 @@ def preflight(
         ),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Try a job on a few images and one actor: credentials, model, decoding, forward pass, speed; exits 2 where something fails.
 
@@ -377,7 +380,7 @@ def preflight(
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        print_preflight(found)
+        print_preflight(found, quiet=quiet)
     if not found.ok:
         raise typer.Exit(EXIT_USER)
 
@@ -412,7 +415,7 @@ def status(
 
 
 @app.command()
-def verify(output: OutputArgument, settings: Settings = None, as_json: Json = False) -> None:
+def verify(output: OutputArgument, settings: Settings = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Recount a job from its files: every manifest row exactly once; exits 4 where something is missing or double.
 
     Example: batch-inference verify out/
@@ -436,10 +439,12 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             "_commits/ files of the shards named, and they will be done anew"
         )
         raise typer.Exit(EXIT_COUNTS)
+    if quiet:
+        return
     if found.finished:
         typer.echo(
             f"OK: all {found.rows:,} inputs are there exactly once: {found.predictions:,} predictions, {found.errors:,} errors, "
-            f"{found.shards:,} shards"
+            f"{count_of(found.shards, 'shard')}"
         )
     else:
         typer.echo(
@@ -465,6 +470,7 @@ def diff(
     ] = None,
     settings: Settings = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two outputs, such as those of two models over the same images: which predictions changed.
 
@@ -477,7 +483,7 @@ def diff(
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        print_comparison(found)
+        print_comparison(found, quiet=quiet)
     if fail_above is not None and found.changed_percent > fail_above:
         raise typer.Exit(EXIT_THRESHOLD)
 

@@ -26,6 +26,7 @@ from batch_inference.planner import Cost, Plan
 from batch_inference.progress import Snapshot, duration
 from batch_inference.storage import display
 from batch_inference.terminal import plain
+from batch_inference.wording import count_of
 
 if TYPE_CHECKING:
     from batch_inference.comparison import Comparison
@@ -141,8 +142,9 @@ def verdict_of(result: RunResult) -> list[str]:
     else:
         first = f"SUCCEEDED: {_counts(result)}"
         speed = (
-            f"speed: {result.elapsed_s:.1f} s in all, {rate_text(result.images_per_s)} images/s without start-up, "
-            f"{result.shards:,} shard{'s' if result.shards != 1 else ''}"
+            f"speed: {result.elapsed_s:.1f} s in all, "
+            + (f"{result.images_per_s:,.1f} images/s without start-up, " if result.images_per_s is not None else "")
+            + count_of(result.shards, "shard")
             + (f". {result.balance}" if result.balance else "")
         )
     kinds = describe_errors(result.errors_by)
@@ -232,17 +234,25 @@ def watch_status(read: Callable[[], Status], every_s: float) -> None:
 
 def _status(found: Status) -> list[tuple[str, str]]:
     done = found.predictions + found.errors
-    rate = "unknown before the second commit" if found.images_per_s is None else f"{found.images_per_s:,.1f} images/s"
+    finished = found.state == "succeeded"
+    rate = (
+        f"{found.images_per_s:,.1f} images/s" if found.images_per_s is not None else "unknown before the second commit"
+    )
+    going = [("rate", rate)] if found.images_per_s is not None or not finished else []
+    if not finished:
+        going.append(("ETA", duration(found.eta_s)))
     return [
         (
             "rows",
             f"{done:,} of {found.rows:,} ({100 * done / max(1, found.rows):.1f} %): "
             f"{found.predictions:,} predictions, {found.errors:,} errors",
         ),
-        ("shards", f"{found.shards_done:,} of {found.shards:,} committed, by {len(found.attempts)} attempts"),
+        (
+            "shards",
+            f"{found.shards_done:,} of {found.shards:,} committed, by {count_of(len(found.attempts), 'attempt')}",
+        ),
         ("errors", ", ".join(describe_errors(found.errors_by)[:8]) or "none"),
-        ("rate", rate),
-        ("ETA", "-" if found.state == "succeeded" else duration(found.eta_s)),
+        *going,
         ("last commit", "none" if found.last_commit_age_s is None else f"{duration(found.last_commit_age_s)} ago"),
         *([("verdict", found.verdict)] if found.verdict else []),
         *([("balance", found.balance)] if found.balance else []),
@@ -250,8 +260,12 @@ def _status(found: Status) -> list[tuple[str, str]]:
     ]
 
 
-def print_comparison(found: Comparison) -> None:
-    """Prints what changed between two outputs on stdout."""
+def print_comparison(found: Comparison, *, quiet: bool = False) -> None:
+    """Prints what changed between two outputs on stdout; with ``quiet`` one line."""
+    if quiet:
+        changed = f"{found.changed:,} changed ({found.changed_percent:.2f} %)"
+        print(f"{found.column}: {found.same:,} same, {changed}, {found.newly_failed:,} now failed")
+        return
     pairs = [
         ("same", f"{found.same:,}"),
         ("changed", f"{found.changed:,} ({found.changed_percent:.2f} % of those predicted in both)"),
@@ -287,13 +301,16 @@ def print_plan(found: Plan, *, for_chart: bool, cost: Cost | None = None) -> Non
     print_pairs(
         "plan",
         [
-            ("inputs", f"{found.inputs:,} images in {found.shards:,} shards of {found.shard_size:,}"),
+            (
+                "inputs",
+                f"{count_of(found.inputs, 'image')} in {count_of(found.shards, 'shard')} of {found.shard_size:,}",
+            ),
             ("first", "\n".join(found.first)),
             *notes,
             ("runs", ", ".join(f"{k} {v}" for k, v in found.engine.items() if k.startswith(("model.", "predictor.")))),
             (
                 "actors",
-                f"{found.actors} with {found.gpus:g} GPUs in all, {found.cpus:g} CPUs with one preparation task",
+                f"{found.actors} with {count_of(found.gpus, 'GPU')} in all, {count_of(found.cpus, 'CPU')} with one preparation task",
             ),
             *where,
             *([("cost", _cost(cost))] if cost else []),
@@ -302,7 +319,7 @@ def print_plan(found: Plan, *, for_chart: bool, cost: Cost | None = None) -> Non
 
 
 def _cost(cost: Cost) -> str:
-    each = f"{cost.gpus:g} GPUs at {cost.gpu_hour_price:,.2f} are {cost.per_hour:,.2f} an hour"
+    each = f"{count_of(cost.gpus, 'GPU')} at {cost.gpu_hour_price:,.2f} are {cost.per_hour:,.2f} an hour"
     if cost.hours is None or cost.total is None:
         return f"{each}; --images-per-s RATE, which preflight measures, shows the whole"
     time = f"{cost.hours:,.1f} hours" if cost.hours >= 1 else f"{60 * cost.hours:,.1f} minutes"
@@ -321,43 +338,46 @@ def _pods(found: Capacity | None) -> list[tuple[str, str]]:
     if cpu_workers.replicas:
         lines.append(("CPU workers", f"{cpu_workers.replicas}: {_size(cpu_workers)}, {_room(cpu_workers)}"))
     total = (
-        f"{found.total('gpus')} GPUs, {found.total('cpu_millis') / 1000:g} CPUs, {found.total('memory_mib') / 1024:g} GiB of memory, "
-        "and the submitter"
+        f"{count_of(found.total('gpus'), 'GPU')}, {count_of(found.total('cpu_millis') / 1000, 'CPU')}, "
+        f"{found.total('memory_mib') / 1024:g} GiB of memory, and the submitter"
     )
     return [*lines, ("in all", total), *[("refused", problem) for problem in found.problems]]
 
 
 def _size(size: Size) -> str:
-    gpus = f"{size.gpus} GPUs, " if size.gpus else ""
+    gpus = f"{count_of(size.gpus, 'GPU')}, " if size.gpus else ""
     return (
-        f"{gpus}{size.cpu_millis / 1000:g} CPUs, {size.memory_mib / 1024:g} GiB of memory with "
+        f"{gpus}{count_of(size.cpu_millis / 1000, 'CPU')}, {size.memory_mib / 1024:g} GiB of memory with "
         f"{size.object_store_mib:,} MiB of object store"
     )
 
 
 def _room(size: Size) -> str:
-    return f"room for {size.actors} actors and {size.tasks} tasks" if size.actors else f"room for {size.tasks} tasks"
+    tasks = count_of(size.tasks, "task")
+    return f"room for {count_of(size.actors, 'actor')} and {tasks}" if size.actors else f"room for {tasks}"
 
 
 def _defaults(found: Capacity | None) -> str:
     if found is None or found.problems:
         return "; ".join(["needs values for the chart", *(found.problems if found else ())])
-    return f"{found.workers.replicas} workers, each with {_size(found.workers)}; --values FILE shows yours"
+    return f"{count_of(found.workers.replicas, 'worker')}, each with {_size(found.workers)}; --values FILE shows yours"
 
 
-def print_preflight(found: Preflight) -> None:
-    """Prints the checks of a preflight, each failure with its remedy, and the forecast on stdout."""
+def print_preflight(found: Preflight, *, quiet: bool = False) -> None:
+    """Prints the checks of a preflight, each failure with its remedy, and the forecast on stdout; with ``quiet`` what is not OK."""
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")
     colors = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
-    for check in found.checks:
+    for check in [check for check in found.checks if not quiet or check.state != "OK"]:
         remedy = f"\nremedy: {check.remedy}" if check.remedy else ""
         table.add_row(Text(check.state, style=colors[check.state]), check.name, Text(plain(check.finding + remedy)))
-    console.print(table)
-    console.print()
-    if found.measured and found.forecast:
+    if table.row_count:
+        console.print(table)
+    if not quiet:
+        console.print()
+    if found.measured and found.forecast and not quiet:
         measured, ahead = found.measured, found.forecast
         ms = {name: f"{1000 * getattr(measured, f'{name}_s'):.1f} ms" for name in ("fetch", "decode", "infer")}
         pairs = [
@@ -377,7 +397,9 @@ def print_preflight(found: Preflight) -> None:
         print_pairs("forecast", pairs)
     failed = sum(check.state == "FAIL" for check in found.checks)
     warned = sum(check.state == "WARN" for check in found.checks)
-    console.print(f"{'FAIL' if failed else 'OK'}: {len(found.checks)} checks, {failed} failed, {warned} warnings")
+    console.print(
+        f"{'FAIL' if failed else 'OK'}: {count_of(len(found.checks), 'check')}, {failed} failed, {count_of(warned, 'warning')}"
+    )
 
 
 def print_rows(output: str) -> None:

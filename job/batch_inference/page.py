@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from batch_inference import charts, exhibits, history
 from batch_inference.progress import duration
-from batch_inference.wording import NO_NUMBER, breakable, figure, images, masked, moment, percent, shown, whole
+from batch_inference.wording import NO_NUMBER, breakable, count_of, figure, masked, moment, percent, shown, whole
 
 if TYPE_CHECKING:
     from batch_inference.report import Facts
@@ -82,7 +82,7 @@ def _what(facts: Facts) -> str:
     model = config.get("model") or {}
     who = predictor.get("path") if isinstance(predictor, dict) else model.get("name")
     doing = "Embeddings of" if config.get("task") == "embed" else "Predictions by"
-    return f"{doing} {shown(str(who), 120)} for {images(facts.job.rows)}"
+    return f"{doing} {shown(str(who), 120)} for {count_of(facts.job.rows, 'image')}"
 
 
 def _verdict(facts: Facts) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def _verdict(facts: Facts) -> dict[str, Any]:
             "word": "Succeeded",
             "tone": "good",
             "sign": "✓",
-            "headline": f"Succeeded: all {images(rows)} are accounted for",
+            "headline": f"Succeeded: all {count_of(rows, 'image')} are accounted for",
             "lines": [f"{counted}; each image has exactly one row."],
             "remedy": "",
         }
-    done = f"{tally.rows:,} of {images(rows)} are committed, {counted}. They stay."
+    done = f"{tally.rows:,} of {count_of(rows, 'image')} are committed, {counted}. They stay."
     if facts.state == "failed":
         failed = facts.failed
         return {
@@ -120,9 +120,8 @@ def _verdict(facts: Facts) -> dict[str, Any]:
 
 def _tiles(facts: Facts) -> list[dict[str, str]]:
     tally, job, spent = facts.tally, facts.job, facts.spent
-    many = "s" if job.shards != 1 else ""
     tiles = [
-        _tile("Images", f"{job.rows:,}", f"in {job.shards:,} shard{many}"),
+        _tile("Images", f"{job.rows:,}", f"in {count_of(job.shards, 'shard')}"),
         _tile("Predictions", f"{tally.predictions:,}", percent(tally.predictions, job.rows)),
         _tile(
             "Errors",

@@ -1,4 +1,4 @@
-"""Texts and numbers as a report shows them: a stranger's text can't hide anything in it, nor say what is secret."""
+"""Texts and numbers for people: a stranger's text can't hide anything in them, nor say what is secret."""
 
 from __future__ import annotations
 
@@ -83,9 +83,14 @@ def whole(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,g}"
 
 
-def images(count: int) -> str:
-    """A number of images."""
-    return f"{count:,} image{'s' if count != 1 else ''}"
+def count_of(count: float, noun: str) -> str:
+    """A number of things.
+
+    >>> count_of(1, "shard"), count_of(2000, "shard")
+    ('1 shard', '2,000 shards')
+    """
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
 
 
 def moment(when: datetime) -> str:

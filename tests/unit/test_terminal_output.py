@@ -1,0 +1,107 @@
+"""What the program looks like on a real terminal of 80 columns."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from batch_inference.cli import app
+from tests.conftest import jpeg
+from tests.unit.outputs import finished
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+COLUMNS = 80
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# Foreground and background; bold and dim are no colors.
+COLOR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|4[0-7]|9[0-7]|38;|48;)")
+
+
+def on_a_terminal(*args: str, **env: str) -> str:
+    """What a terminal gets to see from the program."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    plain = {
+        k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "CI")
+    }
+    command = [sys.executable, "-m", "batch_inference", *args]
+    with subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env={**plain, "TERM": "xterm-256color", **env}
+    ):
+        os.close(follower)
+        said = b""
+        while True:
+            try:
+                piece = os.read(leader, 65536)
+            except OSError:  # what Linux says where the other side has closed
+                break
+            if not piece:
+                break
+            said += piece
+        os.close(leader)
+    return said.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("terminal"))
+    finished(
+        folder,
+        [f"s3://a-bucket/a-long-prefix/{'x' * 40}/{kind}-{i}.jpg" for i in range(9) for kind in ("ok", "bad")],
+        4,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits(command: str) -> None:
+    lines = [CONTROL.sub("", line) for line in on_a_terminal(command, "--help").splitlines()]
+    assert len(lines) > 5
+    assert max(map(len, lines)) <= COLUMNS, max(lines, key=len)
+
+
+def test_tables_fit(output: str, tmp_path: Path) -> None:
+    photos = tmp_path / ("a-folder-of-photos-with-a-long-name-" * 3)
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(jpeg(0))
+    model = ("--model", "resnet18", "--preset", "eks-spot", "--gpu-hour-price", "0.70")
+    for args in (("status", output), ("plan", str(photos), *model), ("diff", output, output, "--column", "value")):
+        lines = [CONTROL.sub("", line) for line in on_a_terminal(*args).splitlines()]
+        assert len(lines) > 3
+        assert max(map(len, lines)) <= COLUMNS, max(lines, key=len)
+
+
+def test_colors_are_for_those_who_want_them(output: str) -> None:
+    assert COLOR.search(on_a_terminal("run", "--help"))
+    for args in (("run", "--help"), ("status", output), ("verify", output)):
+        assert not COLOR.search(on_a_terminal(*args, NO_COLOR="1"))
+    # And on no terminal there are no controls at all.
+    done = subprocess.run(
+        [sys.executable, "-m", "batch_inference", "status", output], capture_output=True, text=True, check=True
+    )
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("pre", {"preflight"}), ("re", {"report", "retry"})])
+def test_bash_completes_commands(typed: str, offered: set[str]) -> None:
+    program = Path(sys.executable).with_name("batch-inference")
+    asked = {"_BATCH_INFERENCE_COMPLETE": "complete_bash", "COMP_WORDS": f"batch-inference {typed}", "COMP_CWORD": "1"}
+    done = subprocess.run([program], env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_shown_for_every_shell(shell: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("batch-inference"), "--show-completion", shell],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "_BATCH_INFERENCE_COMPLETE" in done.stdout
