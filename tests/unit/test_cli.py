@@ -135,7 +135,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 ) -> None:
     said = program("run", folder, "--output", tmp_path / "out", *SMALL, "--limit", "2", "--dry-run")
     assert said.code == 0
-    assert "2 images in 1 shards" in said.text
+    assert "2 images in 1 shard" in said.text
     assert not (tmp_path / "out").exists()
 
 
@@ -214,7 +214,7 @@ def test_plan_with_values_of_the_chart_shows_its_pods(
 def test_plan_with_a_preset_and_a_price_shows_pods_and_cost(folder: Path, program: Callable[..., Said]) -> None:
     args = ["plan", folder, "--model", "resnet18", "--set", "inference.actors=3", "--preset", "gke-spot"]
     said = program(*args, "--gpu-hour-price", "0.7")
-    assert "workers 3: 1 GPUs" in said.text
+    assert "workers 3: 1 GPU," in said.text
     assert "3 GPUs at 0.70 are 2.10 an hour; --images-per-s RATE" in said.text
     found = json.loads(program(*args, "--gpu-hour-price", "0.7", "--images-per-s", "0.01", "--json").out)
     hours = found["inputs"] / 0.03 / 3600
@@ -230,7 +230,7 @@ def test_plan_of_a_schedule_is_that_of_the_run_that_starts_now(tmp_path: Path, p
     values = tmp_path / "values.yaml"
     uris = f"{{input: {{uris: ['{tmp_path}/{{time:%Y}}/']}}, output: {{uri: 's3://o/{{time:%Y}}/'}}}}"
     values.write_text(f"schedule: {{cron: '@daily'}}\njob: {uris}\n")
-    assert "1 images in 1 shards" in program("plan", "--values", values, *SMALL).text
+    assert "1 image in 1 shard" in program("plan", "--values", values, *SMALL).text
     values.write_text(f"schedule: {{cron: '@daily', timeZone: Mars}}\njob: {uris}\n")
     assert "schedule.timeZone is 'Mars', which is no time zone" in program("plan", "--values", values, *SMALL).text
 
@@ -262,7 +262,7 @@ def test_plan_of_a_job_that_joins_a_cluster(folder: Path, tmp_path: Path, progra
 
 def test_plan_without_values_says_what_the_chart_would_make(folder: Path, program: Callable[..., Said]) -> None:
     said = program("plan", folder, "--model", "resnet18")
-    assert "on Kubernetes 4 workers, each with 1 GPUs, 5 CPUs, 15 GiB of memory" in said.text
+    assert "on Kubernetes 4 workers, each with 1 GPU, 5 CPUs, 15 GiB of memory" in said.text
     said = program("plan", folder, "--model", "resnet18", "--set", "inference.gpus_per_actor=2")
     assert said.code == 0
     assert "needs values for the chart; job.inference.gpus_per_actor is 2, workers.gpusPerWorker is 1" in said.text
@@ -289,7 +289,7 @@ def test_status_and_verify_of_a_finished_job(tmp_path: Path, program: Callable[.
     assert said.code == 0
     assert "succeeded" in said.out
     assert "3 of 3 (100.0 %): 2 predictions, 1 errors" in said.text
-    assert "2 of 2 committed, by 1 attempts" in said.text
+    assert "2 of 2 committed, by 1 attempt" in said.text
     assert "decode TRUNCATED 1" in said.text
     found = json.loads(program("status", tmp_path, "--json").out)
     assert (found["state"], found["fingerprint"], found["shards_done"]) == ("succeeded", job.fingerprint, 2)
