@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_inference.capacity import Capacity, Size
-from batch_inference.collection import describe_errors
+from batch_inference.collection import Tally, describe_errors
 from batch_inference.driver import RunResult
 from batch_inference.errors import BatchInferenceError
 from batch_inference.planner import Cost, Plan
@@ -55,11 +55,13 @@ class Display:
     """Follows a run; a context manager whose :meth:`update` is the run's ``on_progress``."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        self._shown: tuple[float, Snapshot, list[Text | ProgressBar | Table]] | None = None
         self._console = Console(stderr=True)
         self._live = (
             None
             if quiet or not self._console.is_terminal
-            else Live(console=self._console, refresh_per_second=4, transient=True)
+            # Drawn by the clock: while Ray and the model start, nothing else moves.
+            else Live(console=self._console, get_renderable=self._now, refresh_per_second=4, transient=True)
         )
         self._quiet = quiet
         self._phase = ""
@@ -79,7 +81,7 @@ class Display:
     def update(self, snapshot: Snapshot) -> None:
         """Shows where the run stands; cheap enough for every batch."""
         if self._live:
-            self._live.update(self._table(snapshot))
+            self._shown = (time.monotonic() - snapshot.elapsed_s, snapshot, list(_parts(snapshot)))
         elif not self._quiet:
             self._line(snapshot)
 
@@ -101,36 +103,48 @@ class Display:
         self._phase = snapshot.phase
         self._line_at = moment
 
-    def _table(self, snapshot: Snapshot) -> Table:
-        tally = snapshot.tally
-        head = Text.assemble(
-            (f"{_PHASES[snapshot.phase]:<28}", "bold"),
-            f"{tally.rows:,} of {snapshot.rows_total:,} rows   {rate_text(snapshot.images_per_s)} images/s   "
-            f"errors {tally.errors:,}   ETA {duration(snapshot.eta_s)}",
-        )
-        bar = ProgressBar(total=max(1, snapshot.rows_total), completed=tally.rows, width=76)
-        stages = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for name in ("stage", "ms an image", "share", "errors"):
-            stages.add_column(
-                name, justify="left" if name == "stage" else "right", style="dim" if name == "stage" else ""
-            )
-        seconds = {"fetch": tally.fetch_s, "decode": tally.decode_s, "infer": tally.infer_s}
-        total = sum(seconds.values()) or 1.0
-        for stage, spent in seconds.items():
-            failed = sum(tally.errors_by.get(stage, {}).values())
-            stages.add_row(
-                stage, f"{1000 * spent / max(1, tally.seen):.1f}", f"{100 * spent / total:.0f} %", f"{failed:,}"
-            )
-        foot = Text(
-            f"shards {snapshot.shards_done:,} of {snapshot.shards_total:,} committed   running for {duration(snapshot.elapsed_s)}"
-            + (f"   dashboard {snapshot.dashboard}" if snapshot.dashboard else ""),
-            style="dim",
-        )
-        # A bar by itself does not end its line; in a grid every part gets one of its own.
+    def _now(self) -> Table:
+        """Called in a thread of its own, while the run goes on: only time is read here."""
         grid = Table.grid()
-        for part in (head, bar, stages, foot):
-            grid.add_row(part)
+        if self._shown is not None:
+            began, snapshot, parts = self._shown
+            moments = [f"running for {duration(time.monotonic() - began)}"]
+            if snapshot.phase == "run" and snapshot.eta_s is not None:
+                moments.append(f"ETA {duration(snapshot.eta_s)}")
+            grid.add_row(Text.assemble((_PHASES[snapshot.phase], "bold"), f"   {', '.join(moments)}"))
+            for part in parts:
+                grid.add_row(part)  # a bar by itself does not end its line
         return grid
+
+
+def _parts(snapshot: Snapshot) -> Iterator[Text | ProgressBar | Table]:
+    """What is known so far, from top to bottom."""
+    tally = snapshot.tally
+    if snapshot.rows_total:
+        yield ProgressBar(total=snapshot.rows_total, completed=tally.rows, width=76)
+        counts = [f"{tally.rows:,} of {count_of(snapshot.rows_total, 'row')}", count_of(tally.errors, "error")]
+        if snapshot.images_per_s is not None:
+            counts.insert(1, f"{rate_text(snapshot.images_per_s)} images/s")
+        yield Text("   ".join(counts))
+    if tally.seen:
+        yield _stages(tally)
+    if snapshot.shards_total:
+        yield Text(f"{snapshot.shards_done:,} of {count_of(snapshot.shards_total, 'shard')} committed", style="dim")
+    if snapshot.dashboard:
+        yield Text(f"dashboard {snapshot.dashboard}", style="dim")
+
+
+def _stages(tally: Tally) -> Table:
+    """Where the time goes, and what failed where."""
+    stages = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("stage", "ms an image", "share", "errors"):
+        stages.add_column(name, justify="left" if name == "stage" else "right", style="dim" if name == "stage" else "")
+    seconds = {"fetch": tally.fetch_s, "decode": tally.decode_s, "infer": tally.infer_s}
+    total = sum(seconds.values()) or 1.0
+    for stage, spent in seconds.items():
+        failed = sum(tally.errors_by.get(stage, {}).values())
+        stages.add_row(stage, f"{1000 * spent / tally.seen:.1f}", f"{100 * spent / total:.0f} %", f"{failed:,}")
+    return stages
 
 
 def verdict_of(result: RunResult) -> list[str]:
@@ -184,7 +198,9 @@ def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot
 def print_verdict(lines: list[str]) -> None:
     """Prints the verdict to stdout, after everything that is on its way to stderr."""
     sys.stderr.flush()
-    console = Console(soft_wrap=True, highlight=False)
+    # A terminal's lines end between words; what goes elsewhere stays whole.
+    console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal
     for place, line in enumerate(lines):
         style = ("green" if line.startswith("SUCCEEDED") else "red") if place == 0 else ""
         console.print(Text(plain(line), style=style))

@@ -419,7 +419,6 @@ class Attempt:
         tally.check(self.config.errors)
         if self._load is not None:
             self._balance = balance(self._load)
-            log.info(self._balance.sentence)
         totals = {
             "rows": tally.rows,
             "predictions": tally.predictions,

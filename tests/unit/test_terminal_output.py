@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from batch_inference.cli import app
 from tests.conftest import jpeg
+from tests.terminal import COLUMNS, CONTROL, on_a_terminal
 from tests.unit.outputs import finished
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
-COLUMNS = 80
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Foreground and background; bold and dim are no colors.
 COLOR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|4[0-7]|9[0-7]|38;|48;)")
-
-
-def on_a_terminal(*args: str, **env: str) -> str:
-    """What a terminal gets to see from the program."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
-    plain = {
-        k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "CI")
-    }
-    command = [sys.executable, "-m", "batch_inference", *args]
-    with subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, env={**plain, "TERM": "xterm-256color", **env}
-    ):
-        os.close(follower)
-        said = b""
-        while True:
-            try:
-                piece = os.read(leader, 65536)
-            except OSError:  # what Linux says where the other side has closed
-                break
-            if not piece:
-                break
-            said += piece
-        os.close(leader)
-    return said.decode().replace("\r\n", "\n")
 
 
 @pytest.fixture(scope="module")
