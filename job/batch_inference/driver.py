@@ -240,6 +240,10 @@ class Attempt:
             except BatchInferenceError as exc:
                 self._failed(ledger, job, exc)
                 raise
+            except KeyboardInterrupt:
+                # What interruptible() makes of it, it makes further out, where nothing is written any more.
+                self._write_spent(ledger.store, "interrupted")
+                raise
 
     @contextlib.contextmanager
     def _cluster(self, address: str | None, dashboard_host: str | None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from batch_inference.config import StorageConfig
+from batch_inference.history import attempts
 from batch_inference.storage import Store
 from tests.job.conftest import job_args, start, verified
 from tests.job.servers import Proxy
@@ -249,6 +250,9 @@ def test_130_within_seconds_when_interrupted_and_then_it_resumes(
     status = json.loads(program("status", str(output), "--json").stdout)
     assert (status["state"], status["shards_done"]) == ("unfinished", committed)
     assert program("verify", str(output)).returncode == 0
+    (attempt,) = attempts(Store(str(output), StorageConfig()))
+    assert attempt.state == "interrupted"
+    assert not (output / "_FAILED").exists()
 
 
 def test_130_while_ray_itself_waits_for_the_model(
