@@ -166,7 +166,7 @@ def test_a_finished_job_is_done_at_once_in_another_release_and_without_gpus(worl
 
 def test_a_preflight_that_fails_installs_nothing(world: World, kubernetes: Kubernetes, releases: Releases) -> None:
     wrong = {"job": {"input": {"uris": ["s3://images/phots/"]}}, "preflightHook": {"enabled": True}}
-    with pytest.raises(CommandError, match="pre-install hooks failed"):
+    with pytest.raises(CommandError, match="job tried-preflight failed"):
         releases.rayjob("tried", merged(WITHOUT_GPUS, wrong))
     said = world.cluster.kubectl("logs", "--namespace", NAMESPACE, "job/tried-preflight")
     assert "FAIL" in said and "s3://images/phots/" in said
