@@ -17,12 +17,14 @@ class Check:
         state: OK, WARN or FAIL.
         finding: The fact, with its numbers.
         remedy: What to do about it; "" where there is nothing to do.
+        passing: Whether another try may find it otherwise, on another node, say.
     """
 
     name: str
     state: State
     finding: str
     remedy: str = ""
+    passing: bool = False
 
 
 def some(texts: list[str]) -> str:

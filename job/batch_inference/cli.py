@@ -321,7 +321,7 @@ def _few(limit: int | None, sample: int | None, seed: int | None) -> list[str]:
 
 def _given(options: dict[str, Any]) -> list[str]:
     """Options that stand for keys, as settings."""
-    return [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
 
 
 @app.command()
@@ -358,6 +358,13 @@ def preflight(
             show_default="0.02",
         ),
     ] = None,
+    one_actor: Annotated[
+        bool,
+        typer.Option(
+            "--one-actor",
+            help="This is no place for the whole job: leave out whether it has room here, and how long it takes.",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -374,9 +381,9 @@ def preflight(
     options = _given(
         {"preflight.samples": samples, "preflight.golden": golden, "preflight.golden_tolerance": golden_tolerance}
     )
-    checked = _config(inputs, output, manifest, model, weights, config, [*(settings or []), *options])
+    checked = _config(inputs, output, manifest, model, weights, config, [*options, *(settings or [])])
     with logs.stdout_as_lines():
-        found = try_job(checked, address=address)
+        found = try_job(checked, address=address, one_actor=one_actor)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

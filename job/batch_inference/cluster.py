@@ -145,13 +145,13 @@ def connected(config: JobConfig, address: str | None, dashboard_host: str | None
 
     logging.getLogger("ray").propagate = False
     if ray.is_initialized():
-        _wait_until_it_fits(Demand.of(config))
+        wait_until_it_fits(Demand.of(config))
         yield None
         return
     ours = not address or address == "local"
     context = _start(config, dashboard_host) if ours else _join(str(address))
     try:
-        _wait_until_it_fits(Demand.of(config))
+        wait_until_it_fits(Demand.of(config))
         url = getattr(context, "dashboard_url", None)
         yield f"http://{url}" if url else None
     finally:
@@ -241,7 +241,7 @@ def _join(address: str) -> Any:
         ) from None
 
 
-def _wait_until_it_fits(demand: Demand) -> None:
+def wait_until_it_fits(demand: Demand) -> None:
     """Gives the nodes of a cluster time to join, or asks for them where they come on demand.
 
     Raises:

@@ -106,6 +106,16 @@ def describe_errors(by: dict[str, dict[str, int]]) -> list[str]:
     return [f"{stage} {kind} {count:,}" for count, stage, kind in sorted(flat, key=lambda i: (-i[0], i[1], i[2]))]
 
 
+def failure_of_all(where: str, stage: str, kind: str, message: str) -> BatchInferenceError:
+    """What ends a job in which everything fails for one reason that is the system's."""
+    fact = f"{where} failed at {stage} with {kind}: {message}"
+    if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
+        return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")
+    if stage in ("infer", "postprocess"):
+        return UserError(fact, "Mend the predictor; try it on one image first.")
+    return SystemFault(fact, "Check the store and the network, then start the same command again; it resumes.")
+
+
 def count_errors(bad: pa.Table) -> dict[str, dict[str, int]]:
     """Failed rows as ``{stage: {error_type: count}}``."""
     by: dict[str, dict[str, int]] = {}
@@ -319,9 +329,4 @@ class Collector:
         else:
             whose, where = "store", "everything"
         stage, kind, message = self._last.get(whose) or ("fetch", "STORE_UNREACHABLE", "")
-        fact = f"{where} failed at {stage} with {kind}: {message}"
-        if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
-            return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")
-        if stage in ("infer", "postprocess"):
-            return UserError(fact, "Mend the predictor; try it on one image first.")
-        return SystemFault(fact, "Check the store and the network, then start the same command again; it resumes.")
+        return failure_of_all(where, stage, kind, message)

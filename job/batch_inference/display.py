@@ -55,7 +55,8 @@ class Display:
     """Follows a run; a context manager whose :meth:`update` is the run's ``on_progress``."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._shown: tuple[float, Snapshot, list[Text | ProgressBar | Table]] | None = None
+        self._shown: tuple[Snapshot, list[Text | ProgressBar | Table]] | None = None
+        self._began, self._elapsed_s = time.monotonic(), 0.0
         self._console = Console(stderr=True)
         self._live = (
             None
@@ -81,7 +82,9 @@ class Display:
     def update(self, snapshot: Snapshot) -> None:
         """Shows where the run stands; cheap enough for every batch."""
         if self._live:
-            self._shown = (time.monotonic() - snapshot.elapsed_s, snapshot, list(_parts(snapshot)))
+            if snapshot.elapsed_s != self._elapsed_s:  # a snapshot from afar may come again as it was
+                self._elapsed_s, self._began = snapshot.elapsed_s, time.monotonic() - snapshot.elapsed_s
+            self._shown = (snapshot, list(_parts(snapshot)))
         elif not self._quiet:
             self._line(snapshot)
 
@@ -107,8 +110,8 @@ class Display:
         """Called in a thread of its own, while the run goes on: only time is read here."""
         grid = Table.grid()
         if self._shown is not None:
-            began, snapshot, parts = self._shown
-            moments = [f"running for {duration(time.monotonic() - began)}"]
+            snapshot, parts = self._shown
+            moments = [f"running for {duration(time.monotonic() - self._began)}"]
             if snapshot.phase == "run" and snapshot.eta_s is not None:
                 moments.append(f"ETA {duration(snapshot.eta_s)}")
             grid.add_row(Text.assemble((_PHASES[snapshot.phase], "bold"), f"   {', '.join(moments)}"))

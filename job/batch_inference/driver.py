@@ -21,7 +21,7 @@ from batch_inference import logs
 from batch_inference.apart import AFTER_FAILURE, AFTER_SUCCESS, REPORT, Patience, ReportFailed, make_apart
 from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
-from batch_inference.cluster import connected, is_client_address
+from batch_inference.cluster import Demand, connected, is_client_address, wait_until_it_fits
 from batch_inference.collection import Collector
 from batch_inference.config import JobConfig
 from batch_inference.environment import RUN_VARIABLE
@@ -40,7 +40,7 @@ from batch_inference.inference import raise_end_of_job
 from batch_inference.ledger import Commit, Job, Ledger, Retry, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
-from batch_inference.preflight import first_step
+from batch_inference.preflight import first_step, of_one_actor
 from batch_inference.progress import Snapshot
 from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
@@ -194,7 +194,7 @@ class Attempt:
             if early:
                 # Ray's processes take seconds to come up; meanwhile the model is looked at.
                 try:
-                    cluster.enter_context(self._cluster(address, dashboard_host))
+                    cluster.enter_context(self._cluster(address, dashboard_host, self.config))
                 except UserError:
                     ahead.result()  # of two mistakes the model's comes first, as where Ray is started later
                     raise
@@ -227,13 +227,18 @@ class Attempt:
                     reporter = self._reporter = Reporter(telemetry.run, self.config.inference.actors, self.snapshot)
                     cluster.callback(reporter.stop)
                     reporter.start()
+                    first = self.config.preflight.enabled and not commits
                     if not early:
-                        cluster.enter_context(self._cluster(address, dashboard_host))
+                        # Where workers come on demand, one actor's come first.
+                        config = of_one_actor(self.config) if first else self.config
+                        cluster.enter_context(self._cluster(address, dashboard_host, config))
                         cluster.callback(reporter.stop)  # before the connection ends
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
                     cpus = float(os.cpu_count() or 1) if early else math.inf
-                    if self.config.preflight.enabled and not commits:
-                        self._try_first(ledger.store, job, engine)
+                    if first:
+                        self._try_first(ledger.store, job, engine, cpus)
+                        if not early:
+                            wait_until_it_fits(Demand.of(self.config))
                     self._work(ledger, job, engine, pending, again, cpus, telemetry)
                 cluster.close()
                 return self._finish(ledger, job)
@@ -246,8 +251,8 @@ class Attempt:
                 raise
 
     @contextlib.contextmanager
-    def _cluster(self, address: str | None, dashboard_host: str | None) -> Iterator[None]:
-        with connected(self.config, address, dashboard_host) as dashboard, interruptible():
+    def _cluster(self, address: str | None, dashboard_host: str | None, config: JobConfig) -> Iterator[None]:
+        with connected(config, address, dashboard_host) as dashboard, interruptible():
             self.snapshot.dashboard = dashboard
             if dashboard:
                 log.info("Ray's dashboard", url=dashboard)
@@ -307,11 +312,12 @@ class Attempt:
         self._show("done")
         return self._result(job, already_done=True)
 
-    def _try_first(self, store: Store, job: Job, engine: Engine) -> None:
+    def _try_first(self, store: Store, job: Job, engine: Engine, cpus: float) -> None:
         """One actor's try, of which a job ends that would end so with all of them."""
         self._show("preflight")
+        self._load = possible_load(self.config, job.shards, cpus)  # what is held meanwhile counts
         try:
-            first_step(self.config, engine, store, job)
+            first_step(self.config, engine, store, job, cpus)
         except Exception as exc:
             failure = explain_ray_failure(exc)
             if failure is exc:

@@ -22,7 +22,8 @@ class Measured:
         tmp_free: Bytes free in the temporary folder of the actor's node; likewise shm_free in shared memory.
         shm_free: See tmp_free.
         actor_bytes: Memory that the actor's process took at most.
-        memory_free: Bytes left beside it, of its container or node; 0 where that is not known.
+        memory_free: Bytes left beside it, of its container or node; memory_total is all of them.
+        memory_total: See memory_free.
         gpu_bytes: GPU memory that the actor took at most, 0 without one; gpu_total is its GPU's.
         gpu_total: See gpu_bytes.
     """
@@ -37,6 +38,7 @@ class Measured:
     shm_free: int
     actor_bytes: int = 0
     memory_free: int = 0
+    memory_total: int = 0
     gpu_bytes: int = 0
     gpu_total: int = 0
 

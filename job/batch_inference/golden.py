@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -38,41 +39,53 @@ def golden_samples(config: JobConfig) -> pa.Table | None:
     return table
 
 
-def compare(expected: pa.Table, result: pa.Table, tolerance: float) -> Check:
+def compare(
+    expected: pa.Table, result: pa.Table | None, failed: dict[int, str], tolerance: float, where: str = ""
+) -> Check:
     """Holds predictions against those that are expected.
 
     Args:
         expected: See :func:`golden_samples`.
-        result: Of ``RESULT_SCHEMA`` and the predictor's columns; ``row`` is the place in ``expected``.
+        result: Of ``RESULT_SCHEMA`` and the predictor's columns; ``row`` is the place in ``expected``. None: there are none.
+        failed: Places of those that could not be read or decoded, with stage and type.
         tolerance: How far numbers with fractions may be off; everything else has to be equal.
+        where: What the predictions were made on, for the text.
     """
-    result = result.sort_by("row")
-    columns = [name for name in expected.column_names if name in result.column_names]
-    missing = [name for name in expected.column_names if name not in (*result.column_names, "uri")]
-    if not columns:
-        remedy = f"The output has {', '.join(n for n in result.column_names if n not in RESULT_SCHEMA.names)}."
-        return Check(_NAME, "FAIL", f"no column is the output's: {', '.join(missing)}", remedy)
+    predicted = {row["row"]: row for row in result.to_pylist()} if result is not None else {}
+    known = [] if result is None else [name for name in result.column_names if name not in RESULT_SCHEMA.names]
+    columns = [name for name in expected.column_names if name in known]
+    missing = [name for name in expected.column_names if name not in (*known, "uri")]
+    if not columns and result is not None:
+        return Check(
+            _NAME, "FAIL", f"no column is the output's: {', '.join(missing)}", f"The output has {', '.join(known)}."
+        )
     off = []
-    for want, got in zip(expected.to_pylist(), result.to_pylist(), strict=True):
-        if got["error_type"] is not None:
-            off.append(f"{display(want['uri'])}: {got['stage']} {got['error_type']}")
+    for place, want in enumerate(expected.to_pylist()):
+        got = predicted.get(place)
+        if got is None or got["error_type"] is not None:
+            why = failed.get(place, "no prediction") if got is None else f"{got['stage']} {got['error_type']}"
+            off.append(f"{display(want['uri'])}: {why}")
             continue
         differing = [name for name in columns if not alike(want[name], got[name], tolerance)]
         if differing:
             said = ", ".join(f"{n} is {_short(got[n])}, not {_short(want[n])}" for n in differing)
             off.append(f"{display(want['uri'])}: {said}")
-    compared = f"{expected.num_rows} samples, {', '.join(columns)}"
-    if missing:
+    compared = ", ".join([f"{expected.num_rows} samples", *columns])
+    if missing and known:
         compared += f" ({', '.join(missing)} not in the output)"
     if not off:
-        return Check(_NAME, "OK", f"{compared} are as expected")
+        return Check(_NAME, "OK", f"{compared} are as expected{where}")
     remedy = "Look at weights, transform and inference.precision; or allow more with preflight.golden_tolerance."
-    return Check(_NAME, "FAIL", f"{len(off)} of {compared} are off: {some(off)}", remedy)
+    return Check(_NAME, "FAIL", f"{len(off)} of {compared} are off{where}: {some(off)}", remedy)
 
 
 def alike(want: Any, got: Any, tolerance: float) -> bool:
-    """Whether a value is what is expected; lists and structs piece by piece, None as nothing that is compared."""
-    if want is None:
+    """Whether a value is what is expected.
+
+    Lists and structs piece by piece; None, and the empty field of a CSV, as nothing that is compared; text of a CSV as the number
+    that is predicted; no number as no number.
+    """
+    if want is None or want == "":
         return True
     if isinstance(want, dict):
         return isinstance(got, dict) and all(alike(value, got.get(key), tolerance) for key, value in want.items())
@@ -80,12 +93,13 @@ def alike(want: Any, got: Any, tolerance: float) -> bool:
         return (
             isinstance(got, list) and len(want) == len(got) and all(map(lambda w, g: alike(w, g, tolerance), want, got))
         )
-    if isinstance(want, str) and isinstance(got, (int, float)):
+    if isinstance(want, str) and isinstance(got, float):
         with contextlib.suppress(ValueError):
-            want = float(want)  # a CSV has text alone
+            want = float(want)
     if isinstance(want, float) or isinstance(got, float):
-        both = isinstance(want, (int, float)) and isinstance(got, (int, float))
-        return both and abs(want - got) <= tolerance
+        if not (isinstance(want, (int, float)) and isinstance(got, (int, float))):
+            return False
+        return abs(want - got) <= tolerance or (math.isnan(want) and math.isnan(got))
     return bool(want == got) or str(want) == str(got)
 
 

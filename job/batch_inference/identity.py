@@ -47,6 +47,14 @@ class Engine:
         return replace(self, factory=replace(self.factory, images=images)) if self.transform is not None else self
 
 
+def without_output(engine: Engine, config: JobConfig) -> Engine:
+    """The same, whose actors keep what they decide to themselves: a job's are the same for all of its rows, and so are its own."""
+    if engine.transform is None:
+        return engine
+    alone = config.model_copy(update={"output": config.output.model_copy(update={"uri": ""})})
+    return replace(engine, factory=replace(engine.factory, config=alone))
+
+
 def resolve_engine(config: JobConfig) -> Engine:
     """Finds model or predictor and checks all that can be checked without loading it.
 

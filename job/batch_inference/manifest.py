@@ -170,7 +170,11 @@ def read_shard(store: Store, shard: int) -> pa.Table:
 
 def read_places(store: Store, shard: int) -> tuple[pa.Table, pa.Table | None]:
     """A manifest shard, and where those of its inputs lie that are members of files: columns of ``PLACE_SCHEMA``, or None."""
-    table = read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+    return apart(read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet")))
+
+
+def apart(table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
+    """Inputs, and where those lie that are members of files; see :func:`with_places`."""
     if containers.PLACE_COLUMNS[0] not in table.column_names:
         return table, None
     columns = list(containers.PLACE_COLUMNS)
@@ -288,6 +292,10 @@ def read_expected(manifest: str, storage: StorageConfig) -> pa.Table:
     """
     section = InputConfig(manifest=manifest)
     table, _, folder = _read_manifest(section, storage)
+    if "uri" not in table.column_names:
+        raise UserError(
+            f"{manifest} has no column uri; it has: {', '.join(table.column_names)}", "Call its images' column uri."
+        )
     table = table.drop_columns([name for name in table.column_names if name in RESERVED_COLUMNS])
     table = _checked_columns(table, section, manifest)
     return table.set_column(0, "uri", _canonical_column(table["uri"], folder))

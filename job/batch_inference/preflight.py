@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from batch_inference.balance import possible_load
 from batch_inference.checks import Check
 from batch_inference.cluster import Demand, connected
 from batch_inference.config import JobConfig
-from batch_inference.errors import BatchInferenceError, UserError
+from batch_inference.errors import BatchInferenceError, SystemFault, UserError
 from batch_inference.forecast import Forecast, Measured, forecast
 from batch_inference.golden import golden_samples
 from batch_inference.identity import Engine, check_columns, check_same_job, resolve_engine
 from batch_inference.ledger import Job, Ledger, fingerprint
-from batch_inference.manifest import Inputs, find_inputs, read_places
+from batch_inference.manifest import Inputs, apart, find_inputs, read_parquet, shard_name
 from batch_inference.progress import duration
 from batch_inference.storage import Store, display, is_local, local_path, open_output
 from batch_inference.trial import Trial
@@ -53,12 +54,13 @@ class Preflight:
         return {"ok": self.ok, **asdict(self)}
 
 
-def preflight(config: JobConfig, *, address: str | None = None) -> Preflight:
+def preflight(config: JobConfig, *, address: str | None = None, one_actor: bool = False) -> Preflight:
     """Tries everything that a job needs, in the order in which it would need it; writes nothing that stays.
 
     Args:
         config: The job; ``preflight`` in it says how many images are tried, and what is expected of them.
         address: Ray cluster to try it on, as for ``run``; None starts one on this machine.
+        one_actor: Whether this is no place for the whole job: whether it has room here, and how long it would take, is not asked.
 
     Returns:
         A check for each part; parts that need one that failed are left out.
@@ -67,10 +69,10 @@ def preflight(config: JobConfig, *, address: str | None = None) -> Preflight:
         UserError: If no input or output is given.
         SystemFault: If Ray does not start.
     """
-    return _Preflight(config, address).run()
+    return _Preflight(config, address, one_actor).run()
 
 
-def first_step(config: JobConfig, engine: Engine, store: Store, job: Job) -> None:
+def first_step(config: JobConfig, engine: Engine, store: Store, job: Job, cpus: float = math.inf) -> None:
     """A job's own preflight: one actor of the cluster that Ray is connected to, before there are others.
 
     Args:
@@ -78,43 +80,42 @@ def first_step(config: JobConfig, engine: Engine, store: Store, job: Job) -> Non
         engine: Model or predictor.
         store: The output, with the job's manifest in it.
         job: The plan.
+        cpus: See :func:`~batch_inference.balance.possible_load`.
 
     Raises:
         UserError: If a check fails; names all that do, each with its remedy.
-        SystemFault: If the store fails, or the actor does not start.
+        SystemFault: If the store fails, the actor does not start, or its node has no room.
         RayError: The actor or its node is gone, which says nothing about the job.
     """
     expected = golden_samples(config)
-    chosen = _evenly(job.shards, _SHARDS)
+    chosen = _evenly(job.shards, min(_SHARDS, config.preflight.samples))
     a_shard = -(-config.preflight.samples // len(chosen))
-    uris: list[str] = []
-    passthrough: dict[str, str] = {}
-    for shard in chosen:
-        table, _ = read_places(store, int(shard))
-        passthrough |= {field.name: str(field.type) for field in table.schema if field.name in job.passthrough}
-        uris += table["uri"].take(pa.array(_evenly(table.num_rows, a_shard))).to_pylist()
-    one = Trial(_of_one_actor(config), engine, passthrough)
-    measured = one.run(uris, expected)
+    tables = [read_parquet(store.get(f"_manifest/{shard_name(int(shard))}.parquet")) for shard in chosen]
+    tables = [table.take(pa.array(_evenly(table.num_rows, a_shard))) for table in tables]
+    samples = pa.concat_tables(tables, promote_options="permissive").slice(0, config.preflight.samples)
+    one = Trial(config, engine, {f.name: str(f.type) for f in samples.schema if f.name in job.passthrough})
+    measured = one.run(samples, expected)
     one.same_versions()
     for check in one.checks:
         tell = {"OK": log.info, "WARN": log.warning, "FAIL": log.error}[check.state]
         tell(f"preflight: {check.name}: {check.finding}", **({"remedy": check.remedy} if check.remedy else {}))
     failed = [check for check in one.checks if check.state == "FAIL"]
     if failed:
-        raise UserError(
+        kind = SystemFault if all(check.passing for check in failed) else UserError
+        raise kind(
             "; ".join(f"preflight: {check.name}: {check.finding}" for check in failed),
             " ".join([*dict.fromkeys(check.remedy for check in failed), "Or set preflight.enabled=false."]),
         )
     if measured:
-        ahead = forecast(measured, possible_load(config, job.shards), job.rows, config)
+        ahead = forecast(measured, possible_load(config, job.shards, cpus), job.rows, config)
         log.info(
             f"preflight: about {ahead.images_per_s:,.1f} images/s, limited by {ahead.limit}, {duration(ahead.seconds)} in all"
         )
 
 
 class _Preflight:
-    def __init__(self, config: JobConfig, address: str | None) -> None:
-        self._config = config
+    def __init__(self, config: JobConfig, address: str | None, one_actor: bool) -> None:
+        self._config, self._one_actor = config, one_actor
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._checks: list[Check] = []
 
@@ -130,22 +131,23 @@ class _Preflight:
         expected = self._try("golden samples", lambda: golden_samples(self._config), lambda _: "")
         if not engine or not found:
             return Preflight(tuple(c for c in self._checks if c.finding))
-        config = _of_one_actor(self._config)
+        config = self._config
         has_gpus, wants_gpus = _gpus(self._address), config.inference.gpus_per_actor > 0
         if wants_gpus and not has_gpus:
             cpu = {"gpus_per_actor": 0.0}
             config = config.model_copy(update={"inference": config.inference.model_copy(update=cpu)})
             engine = resolve_engine(config)
         begun = time.perf_counter()
-        with connected(config, self._address, None):
+        with connected(of_one_actor(config), self._address, None):
             ray_s = time.perf_counter() - begun
             measured = self._measure(Trial(config, engine, _types(found)), found, expected)
             load = possible_load(self._config, -(-found.table.num_rows // self._config.shard_size), self._cpus())
-            self._fits(has_gpus or not wants_gpus)
+            if not self._one_actor:
+                self._fits(has_gpus or not wants_gpus)
         predicted = None
         if measured:
             measured = replace(measured, load_s=ray_s + measured.load_s)
-            if has_gpus or not wants_gpus:
+            if not self._one_actor and (has_gpus or not wants_gpus):
                 predicted = forecast(measured, load, found.table.num_rows, self._config)
         return Preflight(tuple(c for c in self._checks if c.finding), measured, predicted)
 
@@ -167,7 +169,7 @@ class _Preflight:
         places = pa.array(_evenly(found.table.num_rows, self._config.preflight.samples))
         measured, failure = None, None
         try:
-            measured = trial.run(found.table["uri"].take(places).to_pylist(), expected)
+            measured = trial.run(found.table.take(places), expected)
         except BatchInferenceError as exc:
             failure = Check("forward pass", "FAIL", exc.message, exc.remedy)
         except ray.exceptions.RayError as exc:
@@ -250,7 +252,7 @@ class _Preflight:
         return float(os.cpu_count() or 1) if self._own else float("inf")
 
 
-def _of_one_actor(config: JobConfig) -> JobConfig:
+def of_one_actor(config: JobConfig) -> JobConfig:
     """One is enough to try, and fits where the whole job may not."""
     return config.model_copy(update={"inference": config.inference.model_copy(update={"actors": 1})})
 
@@ -261,7 +263,8 @@ def _evenly(count: int, most: int) -> np.ndarray:
 
 
 def _types(found: Inputs) -> dict[str, str]:
-    return {field.name: str(field.type) for field in found.table.schema if field.name != "uri"}
+    inputs, _ = apart(found.table)
+    return {field.name: str(field.type) for field in inputs.schema if field.name != "uri"}
 
 
 def _gpus(address: str | None) -> bool:

@@ -7,7 +7,7 @@ import resource
 import shutil
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from batch_inference.checks import Check, State, some
-from batch_inference.config import JobConfig
-from batch_inference.errors import BatchInferenceError, SystemFault
+from batch_inference.collection import failure_of_all
+from batch_inference.config import InputConfig, JobConfig
+from batch_inference.errors import NOT_TRIED, STORE_ERROR_TYPES, BatchInferenceError, SystemFault
 from batch_inference.forecast import Measured
 from batch_inference.golden import compare
-from batch_inference.identity import Engine, versions
+from batch_inference.identity import Engine, versions, without_output
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
+from batch_inference.manifest import apart, with_places
 from batch_inference.pipeline import STUCK_S
 from batch_inference.prefixes import Prefixes
 from batch_inference.preparation import Preparation
@@ -30,19 +32,38 @@ GIB = 1 << 30
 # Batches are repeated for so long, after one that does not count.
 _MEASURE_S = 5.0
 # Ray's logs and what it spills go to the temporary folder, blocks on their way to shared memory.
-_TMP_GIB = {"FAIL": 1.0, "WARN": 10.0}
-_SHM_GIB = {"FAIL": 0.0, "WARN": 1.0}
-# Ray ends processes where a node has less than 5 % left.
-_MEMORY_GIB = {"FAIL": 0.0, "WARN": 1.0}
+_TMP_GIB, _TMP_LEAST_GIB, _SHM_GIB = 10.0, 1.0, 1.0
+# Where a node has less left, Ray ends processes (RAY_memory_usage_threshold).
+_MEMORY_SHARE, _MEMORY_GIB = 0.05, 1.0
+# Decoded samples lie in one task; photos of 12 megapixels are 36 MB each.
+_SAMPLE_BYTES = 512 << 20
 # Nodes that say nothing for so long are busy or gone.
 _VERSIONS_S = 30.0
 # Ray's resource for a kind of GPU, such as accelerator_type:L4; each node with one has 1 of it.
 _KIND = "accelerator_type:"
 _CGROUP = Path("/sys/fs/cgroup")
+_ROWS = "They would end in the errors table."
+# What of prepared rows is for the driver: no pixels, which are the actors' matter.
+_FACTS = ("row", "stage", "error_type", "message", "fetch_s", "decode_s")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Samples that a task has fetched and decoded.
+
+    Attributes:
+        facts: Columns ``_FACTS`` of all of them, and their ``uri``.
+        rows: Ray's reference to those that were decoded.
+    """
+
+    facts: pa.Table
+    rows: Any
 
 
 class Trial:
     """Tries images on one actor of the cluster that Ray is connected to, and keeps a check for each part.
+
+    Nothing of it stays: what the actor decides, on precision or sizes of batches, is not the job's decision.
 
     Args:
         config: The job.
@@ -54,11 +75,11 @@ class Trial:
         self._config, self._engine, self._passthrough = config, engine, passthrough
         self.checks: list[Check] = []
 
-    def run(self, uris: list[str], expected: pa.Table | None = None) -> Measured | None:
+    def run(self, samples: pa.Table, expected: pa.Table | None = None) -> Measured | None:
         """Fetches, decodes and predicts, on each kind of GPU that the cluster has.
 
         Args:
-            uris: The samples, of the job's input.
+            samples: Inputs of the job: ``uri``, and where they lie if they are members of files.
             expected: See :func:`~batch_inference.golden.golden_samples`.
 
         Returns:
@@ -68,18 +89,19 @@ class Trial:
             BatchInferenceError: What a job would end with at once; SystemFault also if no actor or task has answered for 30 min.
             RayError: The actor or its node is gone.
         """
-        prepared = self._prepare(uris, Prefixes.of(self._config.input))
-        good = prepared.filter(prepared["error_type"].is_null())
-        self._bad_samples(prepared)
+        prepared = self._prepare(samples, Prefixes.of(self._config.input))
+        good = prepared.facts.filter(prepared.facts["error_type"].is_null())
+        self._bad_samples(prepared.facts)
         if not good.num_rows:
             return None
-        section = self._config.inference
-        batch = 32 if section.batch_size == "auto" else section.batch_size
-        full = good.take(pa.array(np.arange(batch) % good.num_rows))
         # Prefixes are for the job's input.
-        golden = None if expected is None else self._prepare(expected["uri"].to_pylist(), None)
+        golden = (
+            None
+            if expected is None
+            else self._prepare(with_places(expected, InputConfig(), self._config.storage), None)
+        )
         kinds = self._kinds()
-        tried = [self._on(kind, full, expected, golden) for kind in kinds]
+        tried = [self._on(kind, prepared.rows, expected, golden) for kind in kinds]
         found = [one for one in tried if one is not None]
         if len(found) < len(kinds):
             return None
@@ -90,11 +112,6 @@ class Trial:
             decode_s=_mean(good, "decode_s"),
         )
         self._add("output schema", "OK", ", ".join(f"{name} {kind}" for name, kind in slowest.columns.items()))
-        self._room("temporary folder", slowest.tmp_free, _TMP_GIB, "Ray writes logs and what it spills there")
-        self._room("shared memory", slowest.shm_free, _SHM_GIB, "images on their way to the actors lie there")
-        taken = f"{slowest.actor_bytes / GIB:,.1f} GiB taken by the actor"
-        self._room("memory", slowest.memory_free, _MEMORY_GIB, "processes are killed without it", taken)
-        self._gpu_room(slowest)
         return slowest
 
     def same_versions(self) -> None:
@@ -126,21 +143,25 @@ class Trial:
         else:
             self._add("versions", "OK", f"the same on {len(nodes)} nodes and here")
 
-    def _add(self, name: str, state: State, finding: str, remedy: str = "") -> None:
-        self.checks.append(Check(name, state, finding, remedy))
+    def _add(self, name: str, state: State, finding: str, remedy: str = "", *, passing: bool = False) -> None:
+        self.checks.append(Check(name, state, finding, remedy, passing))
 
-    def _prepare(self, uris: list[str], prefixes: Prefixes | None) -> pa.Table:
-        """Rows of samples, fetched and decoded by a task; where one of them ends its process, each in a process of its own."""
+    def _prepare(self, samples: pa.Table, prefixes: Prefixes | None) -> _Prepared:
+        """Samples, fetched and decoded by a task; where one of them ends its process, each in a process of its own."""
         import ray
 
         preparation = Preparation(
             self._config.storage, self._config.preprocess, self._engine.transform, prefixes=prefixes
         )
-        task: Any = ray.remote(num_cpus=self._config.preprocess.cpus_per_task, max_retries=0)(_rows)
+        inputs, places = apart(samples)
+        uris = inputs["uri"].to_pylist()
+        task: Any = ray.remote(num_cpus=self._config.preprocess.cpus_per_task, max_retries=0, num_returns=2)(_rows)
         try:
-            return _get(task.remote(preparation, uris, False))
+            facts, rows = task.remote(preparation, uris, places, False)
+            return _Prepared(_get(facts), rows)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-            return _get(task.remote(preparation, uris, True))
+            facts, rows = task.remote(preparation, uris, places, True)
+            return _Prepared(_get(facts), rows)
 
     def _kinds(self) -> list[str | None]:
         """Kinds of GPU that the job's actors may come to, as Ray names them; None for whatever there is."""
@@ -152,88 +173,107 @@ class Trial:
         kinds = sorted(name for name in there if name.startswith(_KIND))
         return list(kinds) if len(kinds) > 1 else [None]
 
-    def _on(
-        self, kind: str | None, full: pa.Table, expected: pa.Table | None, golden: pa.Table | None
-    ) -> Measured | None:
+    def _on(self, kind: str | None, rows: Any, expected: pa.Table | None, golden: _Prepared | None) -> Measured | None:
         """What a batch takes on one kind of GPU; None where it failed."""
         import ray
 
         section = self._config.inference
+        batch = 32 if section.batch_size == "auto" else section.batch_size
+        where = "" if kind is None else f" on {kind.removeprefix(_KIND)}"
         begun = time.perf_counter()
         actor: Any = ray.remote(
             num_gpus=section.gpus_per_actor,
             num_cpus=section.cpus_per_actor,
             resources={} if kind is None else {kind: 0.001},
             max_restarts=0,
-        )(TrialActor).remote(self._engine.factory, self._engine.decoder)
+        )(TrialActor).remote(without_output(self._engine, self._config).factory, self._engine.decoder)
         try:
-            first: pa.Table = _get(actor.predict.remote(full))
+            first: pa.Table = _get(actor.predict.remote(rows, batch))
             load_s = time.perf_counter() - begun
             raise_end_of_job(first)
-            where = "" if kind is None else f" on {kind.removeprefix(_KIND)}"
             failed = first.filter(first["error_type"].is_valid())
             if failed.num_rows:
                 why = f"{failed['error_type'][0]}: {failed['message'][0]}"
-                none = failed.num_rows == full.num_rows
-                remedy = (
-                    "Mend the predictor, or model.* in the configuration."
-                    if none
-                    else "They would end in the errors table."
-                )
-                finding = f"{failed.num_rows} of {full.num_rows} images failed{where} with {why}"
+                none = failed.num_rows == batch
+                remedy = "Mend the predictor, or model.* in the configuration." if none else _ROWS
+                finding = f"{failed.num_rows} of {batch} images failed{where} with {why}"
                 self._add("forward pass", "FAIL" if none else "WARN", finding, remedy)
             else:
-                self._add("forward pass", "OK", f"a batch of {full.num_rows} gave {full.num_rows} predictions{where}")
-            if failed.num_rows == full.num_rows:
+                self._add("forward pass", "OK", f"a batch of {batch} gave {batch} predictions{where}")
+            if failed.num_rows == batch:
                 return None
             if expected is not None and golden is not None:
-                tolerance = self._config.preflight.golden_tolerance
-                self.checks.append(compare(expected, _get(actor.predict.remote(golden)), tolerance))
-            measured: Measured = _get(actor.measure.remote(full, _MEASURE_S))
+                self.checks.append(self._compared(expected, golden, actor, where))
+            measured: Measured = _get(actor.measure.remote(rows, batch, _MEASURE_S))
         finally:
             ray.kill(actor)
+        self._rooms(measured, where)
         place = {"uri": "string", "shard": "int32", "row": "int32"}
         columns = {field.name: str(field.type) for field in first.schema if field.name not in RESULT_SCHEMA.names}
         return replace(measured, load_s=load_s, columns={**place, **columns, **self._passthrough})
 
-    def _bad_samples(self, table: pa.Table) -> None:
-        bad = table.filter(table["error_type"].is_valid()).to_pylist()
-        tried = f"{table.num_rows} samples"
+    def _compared(self, expected: pa.Table, golden: _Prepared, actor: Any, where: str) -> Check:
+        failed = {
+            row["row"]: f"{row['stage']} {row['error_type']}"
+            for row in golden.facts.to_pylist()
+            if row["error_type"] is not None
+        }
+        result: pa.Table | None = None
+        if len(failed) < expected.num_rows:
+            result = _get(actor.predict.remote(golden.rows, None))
+            raise_end_of_job(result)
+        return compare(expected, result, failed, self._config.preflight.golden_tolerance, where)
+
+    def _bad_samples(self, facts: pa.Table) -> None:
+        bad = facts.filter(facts["error_type"].is_valid()).to_pylist()
+        tried = f"{facts.num_rows} samples"
         if not bad:
             self._add("samples", "OK", f"all {tried} were fetched and decoded")
             return
+        if len(bad) == facts.num_rows and {one["error_type"] for one in bad} <= STORE_ERROR_TYPES:
+            known = next((one for one in bad if one["error_type"] != NOT_TRIED), bad[0])
+            raise failure_of_all(f"every one of {tried}", known["stage"], known["error_type"], known["message"])
         named = some([f"{display(b['uri'])}: {b['stage']} {b['error_type']}" for b in bad])
-        percent = 100 * len(bad) / table.num_rows
+        percent = 100 * len(bad) / facts.num_rows
         most = self._config.errors.max_percent
-        too_many = len(bad) == table.num_rows or (most is not None and percent > most)
-        self._add(
-            "samples",
-            "FAIL" if len(bad) == table.num_rows else "WARN",
-            f"{len(bad)} of {tried} ({percent:.0f} %) failed: {named}",
-            f"More than errors.max_percent = {most:g} allows: mend the input, or raise it."
-            if too_many and most is not None
-            else "They would end in the errors table.",
-        )
+        if len(bad) == facts.num_rows:
+            state: State = "FAIL"
+            remedy = "Mend the input, or name another: nothing of it could be used."
+        else:
+            state = "WARN"
+            too_many = most is not None and percent > most
+            remedy = (
+                f"More than errors.max_percent = {most:g} allows: mend the input, or raise it." if too_many else _ROWS
+            )
+        self._add("samples", state, f"{len(bad)} of {tried} ({percent:.0f} %) failed: {named}", remedy)
 
-    def _room(self, name: str, free: int, limits: dict[str, float], why: str, taken: str = "") -> None:
-        gib = free / GIB
-        state: State = "FAIL" if gib < limits["FAIL"] else "WARN" if gib < limits["WARN"] else "OK"
-        remedy = "" if state == "OK" else f"Make room, at least {limits['WARN']:g} GiB: {why}."
-        finding = f"{gib:,.1f} GiB free where the actor runs"
-        self._add(name, state, f"{finding}, {taken}" if taken else finding, remedy)
-
-    def _gpu_room(self, measured: Measured) -> None:
+    def _rooms(self, measured: Measured, where: str) -> None:
+        """Disk and memory of the node that an actor was on."""
+        where = where or " where the actor runs"
+        why = "Ray writes logs and what it spills there"
+        self._room("temporary folder", measured.tmp_free, _TMP_GIB, why, where, least=_TMP_LEAST_GIB)
+        self._room("shared memory", measured.shm_free, _SHM_GIB, "images on their way to the actors lie there", where)
+        enough = max(_MEMORY_GIB, _MEMORY_SHARE * measured.memory_total / GIB)
+        taken = f", {measured.actor_bytes / GIB:,.1f} GiB taken by the actor"
+        self._room("memory", measured.memory_free, enough, "Ray ends processes without it", where + taken)
         if not measured.gpu_total:
             return
-        share = self._config.inference.gpus_per_actor
-        on_one = max(1, int(1 / share)) if 0 < share < 1 else 1
-        free = measured.gpu_total - on_one * measured.gpu_bytes
+        share, actors = self._config.inference.gpus_per_actor, self._config.inference.actors
+        on_one = min(actors, max(1, int(1 / share))) if 0 < share < 1 else 1
+        short = on_one * measured.gpu_bytes > measured.gpu_total
         self._add(
             "GPU memory",
-            "WARN" if free < 0 else "OK",
-            f"{measured.gpu_bytes / GIB:,.1f} GiB taken by an actor, {on_one} of them on a GPU of {measured.gpu_total / GIB:,.1f} GiB",
-            "Raise inference.gpus_per_actor, or lower inference.batch_size." if free < 0 else "",
+            "WARN" if short else "OK",
+            f"{measured.gpu_bytes / GIB:,.1f} GiB taken by an actor, {on_one} of them on a GPU of "
+            f"{measured.gpu_total / GIB:,.1f} GiB{where}",
+            "Raise inference.gpus_per_actor, or lower inference.batch_size." if short else "",
         )
+
+    def _room(self, name: str, free: int, enough: float, why: str, where: str, *, least: float = 0.0) -> None:
+        gib = free / GIB
+        state: State = "FAIL" if gib < least else "WARN" if gib < enough else "OK"
+        remedy = "" if state == "OK" else f"Make room, at least {enough:g} GiB: {why}."
+        self._add(name, state, f"{gib:,.1f} GiB free{where}", remedy, passing=True)
 
 
 class TrialActor:
@@ -242,20 +282,21 @@ class TrialActor:
     def __init__(self, factory: Any, decoder: Any) -> None:
         self._actor = InferenceActor(factory, [], decoder)
 
-    def predict(self, table: pa.Table) -> pa.Table:
-        """Predicts prepared rows once."""
-        return self._actor(table)
+    def predict(self, rows: pa.Table, batch: int | None) -> pa.Table:
+        """Predicts so many rows at once, some of them several times where there are fewer; None: all as they are."""
+        return self._actor(rows if batch is None else _full(rows, batch))
 
-    def measure(self, table: pa.Table, seconds: float) -> Measured:
-        """Predicts the same rows for so many seconds."""
+    def measure(self, rows: pa.Table, batch: int, seconds: float) -> Measured:
+        """Predicts the same batch for so many seconds; raises what a job would end with."""
+        table = _full(rows, batch)
         begun = time.perf_counter()
         rounds = 0
         while not rounds or time.perf_counter() - begun < seconds:
-            self._actor(table)
+            raise_end_of_job(self._actor(table))
             rounds += 1
         infer_s = (time.perf_counter() - begun) / (rounds * table.num_rows)
         shm = Path("/dev/shm")  # noqa: S108 - Ray's own place, asked for its size
-        gpu_bytes, gpu_total = _gpu_memory()
+        (free, total), (gpu_bytes, gpu_total) = memory(), _gpu_memory()
         return Measured(
             images=table.num_rows,
             fetch_s=0.0,
@@ -266,22 +307,28 @@ class TrialActor:
             tmp_free=shutil.disk_usage(tempfile.gettempdir()).free,
             shm_free=shutil.disk_usage(shm).free if shm.exists() else 0,
             actor_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            memory_free=_memory_free(),
+            memory_free=free,
+            memory_total=total,
             gpu_bytes=gpu_bytes,
             gpu_total=gpu_total,
         )
 
 
-def _memory_free() -> int:
-    """Bytes that processes here may still take: of the machine, and of the container where that has less."""
+def _full(rows: pa.Table, batch: int) -> pa.Table:
+    return rows.take(pa.array(np.arange(batch) % rows.num_rows))
+
+
+def memory() -> tuple[int, int]:
+    """Bytes that processes here may still take, and may take in all: of the machine, or of the container where that has less."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    free, total = (int(meminfo[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     # Files that were read are in memory.current, but make room when it is needed.
     with contextlib.suppress(OSError, ValueError, KeyError):
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
         used = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
-        free = min(free, int((_CGROUP / "memory.max").read_text()) - used)
-    return max(0, free)
+        most = int((_CGROUP / "memory.max").read_text())
+        free, total = min(free, most - used), min(total, most)
+    return max(0, free), total
 
 
 def _gpu_memory() -> tuple[int, int]:
@@ -310,8 +357,23 @@ def _get(answer: Any) -> Any:
         raise
 
 
-def _rows(preparation: Preparation, uris: list[str], careful: bool) -> pa.Table:
-    return pa.concat_tables(list(preparation.rows(0, uris, careful=careful)))
+def _rows(
+    preparation: Preparation, uris: list[str], places: pa.Table | None, careful: bool
+) -> tuple[pa.Table, pa.Table]:
+    """Facts of all rows, and the rows that were decoded, as many as a task has room for."""
+    facts: list[pa.Table] = []
+    kept: list[pa.Table] = []
+    taken = 0
+    for table in preparation.rows(0, uris, places, careful=careful):
+        facts.append(table.select(_FACTS))
+        good = table.filter(table["error_type"].is_null())
+        # The first in any case.
+        if good.num_rows and (not kept or taken + good.nbytes <= _SAMPLE_BYTES):
+            kept.append(good)
+            taken += good.nbytes
+    said = pa.concat_tables(facts)
+    named = pa.array([uris[row] for row in said["row"].to_pylist()], pa.string())
+    return said.append_column("uri", named), pa.concat_tables(kept) if kept else pa.table({})
 
 
 def _mean(table: pa.Table, name: str) -> float:

@@ -342,6 +342,8 @@ CASES = [
     Case(0, "a preflight before a schedule",
          {"schedule": {"cron": "@daily"}, "job": {"output": {"uri": "s3://o/{time:%Y}/"}}, "preflightHook": {"enabled": True}},
          "set preflightHook.enabled=false, and job.preflight.enabled=true"),
+    Case(0, "a preflight's pod beside a shared cluster", {"clusterSelector": "shared", "preflightHook": {"enabled": True}},
+         "whose pod would ask for GPUs beside that cluster's"),
     Case(0, "a schedule of six fields", {"schedule": {"cron": "0 30 2 * * *"}}, "does not match pattern"),
     Case(0, "no input", {"job": {"input": {"uris": []}}}, "job.input.uris is empty"),
     Case(0, "two inputs", {"job": {"input": {"manifest": "s3://m.csv"}}}, "are both given"),

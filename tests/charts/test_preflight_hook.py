@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from . import check
+from .flows import Pod, allowed
 from .render import Values, find, merged, render
+from .test_network import DNS, HEAD, IN_CLUSTER_STORE, INTERNET, OPERATOR, STRANGER
 
 ON: Values = {"preflightHook": {"enabled": True}}
 
@@ -34,7 +36,7 @@ def test_what_the_pod_needs_is_there_before_it() -> None:
     """Nothing of the release is, when Helm runs its hooks."""
     made = hooks({"serviceAccount": {"annotations": {"example.com/role": "reader"}}})
     order = {item["kind"]: int(item["metadata"]["annotations"].get("helm.sh/hook-weight", 0)) for item in made}
-    assert order == {"ConfigMap": -10, "ServiceAccount": -10, "Job": 0}
+    assert order == {"ConfigMap": -10, "ServiceAccount": -10, "NetworkPolicy": -10, "Job": 0}
     assert all(item["metadata"]["name"] == "demo-preflight" for item in made)
     account = find(made, "ServiceAccount")
     assert account["metadata"]["annotations"]["example.com/role"] == "reader"
@@ -44,12 +46,18 @@ def test_what_the_pod_needs_is_there_before_it() -> None:
     assert mounted["job"] == "demo-preflight"
     assert yaml.safe_load(find(made, "ConfigMap")["data"]["job.yaml"])["inference"]["actors"] == 4
     (container,) = spec["containers"]
-    assert container["command"] == ["batch-inference", "preflight", "--config", "/etc/batch-inference/job.yaml"]
+    assert container["command"] == [
+        "batch-inference",
+        "preflight",
+        "--one-actor",
+        "--config",
+        "/etc/batch-inference/job.yaml",
+    ]
 
 
 def test_an_account_that_is_there_already_is_used() -> None:
     values = {"serviceAccount": {"create": False, "name": "mine"}}
-    assert [item["kind"] for item in hooks(values)] == ["ConfigMap", "Job"]
+    assert {item["kind"] for item in hooks(values)} == {"ConfigMap", "NetworkPolicy", "Job"}
     assert pod(values)["serviceAccountName"] == "mine"
 
 
@@ -71,13 +79,23 @@ def test_it_takes_the_gpus_of_one_actor(values: Values, gpus: str | None) -> Non
 
 def test_it_goes_where_workers_go_and_may_do_no_more() -> None:
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    values = {"workers": {"tolerations": tolerations, "nodeSelector": {"pool": "gpu"}}, "queue": {"name": "gpus"}}
+    own = {"tolerations": tolerations, "nodeSelector": {"pool": "gpu"}, "annotations": {"gke-gcsfuse/volumes": "true"}}
+    values = {
+        "workers": own,
+        "queue": {"name": "gpus", "priorityClass": "high"},
+        "pods": {"labels": {"azure.workload.identity/use": "true"}},
+    }
     spec = pod(values)
     assert spec["tolerations"] == tolerations
     assert spec["nodeSelector"] == {"pool": "gpu"}
     check.valid(hooks(values))
     (job,) = (item for item in hooks(values) if item["kind"] == "Job")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+    metadata = job["spec"]["template"]["metadata"]
+    assert metadata["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert metadata["labels"]["azure.workload.identity/use"] == "true"
+    assert metadata["labels"]["app.kubernetes.io/component"] == "preflight"
 
 
 def test_claimed_gpus() -> None:
@@ -86,3 +104,25 @@ def test_claimed_gpus() -> None:
     (container,) = spec["containers"]
     assert container["resources"]["claims"] == [{"name": "gpus"}]
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
+
+
+def test_a_worker_of_many_actors_is_asked_for_one_actor_s_share() -> None:
+    values = {"job": {"inference": {"actors": 16}}, "workers": {"gpusPerWorker": 8, "cpus": 40, "memoryGiB": 120}}
+    (container,) = pod(values)["containers"]
+    requests = container["resources"]["requests"]
+    assert (requests["cpu"], requests["memory"], requests["nvidia.com/gpu"]) == ("5000m", "15360Mi", "1")
+
+
+def test_nobody_reaches_it_and_it_reaches_the_store_before_the_release_has_policies() -> None:
+    values = {"job": {"storage": {"endpoint_url": "http://store.data.svc:8333"}}}
+    policies = [item for item in hooks(values) if item["kind"] == "NetworkPolicy"]
+    (job,) = (item for item in hooks(values) if item["kind"] == "Job")
+    mine = Pod("a preflight", "10.0.0.8", "default", job["spec"]["template"]["metadata"]["labels"])
+    assert allowed(policies, mine, IN_CLUSTER_STORE, 8333)
+    assert allowed(policies, mine, DNS, 53)
+    assert allowed(policies, mine, INTERNET, 443)
+    assert not allowed(policies, mine, INTERNET, 22)
+    for stranger in (STRANGER, HEAD, OPERATOR):
+        assert not allowed(policies, stranger, mine, 6379)
+    assert hooks({"networkPolicy": {"enabled": False}})
+    assert not [item for item in hooks({"networkPolicy": {"enabled": False}}) if item["kind"] == "NetworkPolicy"]

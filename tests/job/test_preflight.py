@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
+from batch_inference.config import StorageConfig
+from batch_inference.history import attempts
+from batch_inference.storage import Store
 from tests.job.conftest import job_args, verified
-from tests.job.servers import ray_cluster
+from tests.job.servers import Proxy, ray_cluster
 from tests.job.test_poison import POISON
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -160,3 +164,62 @@ def test_each_kind_of_gpu_is_tried(photos: Callable[..., Path], tmp_path: Path, 
     assert done.returncode == 0, done.stdout + done.stderr
     passes = [c["finding"] for c in json.loads(done.stdout)["checks"] if c["name"] == "forward pass"]
     assert passes == ["a batch of 8 gave 8 predictions on L4", "a batch of 8 gave 8 predictions on T4"]
+
+
+def test_members_of_a_tar_file_are_tried_as_members(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    folder = photos(12)
+    archive = tmp_path / "in" / "photos.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    out = tmp_path / "out"
+    args = [*job_args(archive.parent, out), "--address", cluster["address"], "--set", "preflight.enabled=true"]
+    done = program(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "preflight: samples: all 12 samples were fetched and decoded" in " ".join(done.stderr.split())
+    frame = pd.read_parquet(out / "predictions")
+    frame.drop(columns=["pid"]).to_parquet(tmp_path / "golden.parquet")
+    args = [a for a in job_args(archive.parent, tmp_path / "other") if a not in ("--dashboard-host", "none")]
+    tried = program(
+        "preflight", *args[1:], "--address", cluster["address"], "--golden", f"{tmp_path}/golden.parquet", "--json"
+    )
+    checks = {check["name"]: check for check in json.loads(tried.stdout)["checks"]}
+    assert checks["golden samples"]["finding"] == "12 samples, mean are as expected"
+    assert checks["output schema"]["finding"] == "uri string, shard int32, row int32, mean float, pid int64"
+    # And nothing of it stays, neither files nor decisions.
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_store_that_is_down_is_no_user_s_mistake(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str], s3: str, proxy: Proxy
+) -> None:
+    """Exit code 2 would end the retries, too."""
+    source = f"s3://tests/{tmp_path.name}/in"
+    store = Store(source, StorageConfig(endpoint_url=s3))
+    for path in photos(8).iterdir():
+        store.put(path.name, path.read_bytes())
+    settings = [
+        "--set",
+        f"storage.endpoint_url={proxy.url}",
+        "--set",
+        "storage.max_retries=0",
+        "--set",
+        "storage.retry_timeout_s=1",
+    ]
+    proxy.answer = lambda method, path: 503 if method == "GET" and path.endswith(".jpg") else None
+    args = [
+        *job_args(source, tmp_path / "out"),
+        *settings,
+        "--address",
+        cluster["address"],
+        "--set",
+        "preflight.enabled=true",
+    ]
+    done = program(*args)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "every one of 8 samples failed at fetch with" in done.stdout
+    (attempt,) = attempts(Store(str(tmp_path / "out"), StorageConfig()))
+    assert attempt.state == "failed"

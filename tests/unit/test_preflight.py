@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from batch_inference.balance import Load
 from batch_inference.config import JobConfig, load_config
 from batch_inference.forecast import Measured, forecast
-from batch_inference.golden import alike
+from batch_inference.golden import alike, compare
+from batch_inference.identity import resolve_engine, without_output
 from batch_inference.preflight import preflight
-from batch_inference.trial import GIB, Trial, _memory_free
+from batch_inference.trial import GIB, Trial, memory
 from tests.conftest import jpeg
 
 # A GPU that takes 2,000 images a second, CPUs that decode 500 each, a store that answers in 50 ms.
@@ -90,7 +92,7 @@ def test_nothing_stays_in_the_output_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("free", "state"), [(0.5, "FAIL"), (5, "WARN"), (50, "OK")])
 def test_room_on_the_actors_node(free: float, state: str) -> None:
     mine: Any = Trial(config(), None, {})  # type: ignore[arg-type]
-    mine._room("temporary folder", int(free * GIB), {"FAIL": 1.0, "WARN": 10.0}, "Ray's logs")
+    mine._room("temporary folder", int(free * GIB), 10.0, "Ray's logs", " here", least=1.0)
     (check,) = mine.checks
     assert (check.state, bool(check.remedy)) == (state, state != "OK")
 
@@ -98,14 +100,39 @@ def test_room_on_the_actors_node(free: float, state: str) -> None:
 @pytest.mark.parametrize(("share", "state"), [(1, "OK"), (0.5, "OK"), (0.3, "WARN")])
 def test_actors_that_share_a_gpu_fit_into_its_memory(share: float, state: str) -> None:
     mine: Any = Trial(config(gpus_per_actor=share), None, {})  # type: ignore[arg-type]
-    mine._gpu_room(replace(ONE, gpu_bytes=9 * GIB, gpu_total=24 * GIB))
-    (check,) = mine.checks
+    mine._rooms(replace(ONE, gpu_bytes=9 * GIB, gpu_total=24 * GIB), "")
+    (check,) = [one for one in mine.checks if one.name == "GPU memory"]
     assert (check.state, bool(check.remedy)) == (state, state != "OK")
     assert "9.0 GiB taken by an actor" in check.finding
 
 
 def test_memory_that_is_left_is_known_here() -> None:
-    assert 0 < _memory_free() < 1 << 50
+    free, total = memory()
+    assert 0 < free < total < 1 << 50
+
+
+@pytest.mark.parametrize(("free", "total", "state"), [(2, 16, "OK"), (2, 64, "WARN"), (0.5, 4, "WARN")])
+def test_memory_has_to_be_more_than_where_ray_ends_processes(free: float, total: float, state: str) -> None:
+    mine: Any = Trial(config(), None, {})  # type: ignore[arg-type]
+    mine._rooms(replace(ONE, memory_free=int(free * GIB), memory_total=int(total * GIB)), "")
+    (check,) = [one for one in mine.checks if one.name == "memory"]
+    assert check.state == state
+
+
+def test_golden_samples_are_compared_with_the_predictor_s_columns_only() -> None:
+    """A column of the input may have the name of one that only we know."""
+    expected = pa.table({"uri": ["a", "b"], "bytes": ["777", "777"], "mean": [1.0, 2.0]})
+    result = pa.table(
+        {"row": [1, 0], "stage": [None, None], "error_type": [None, None], "bytes": [1, 2], "mean": [2.0, 1.0]}
+    )
+    assert compare(expected, result, {}, 0.01).finding == "2 samples, mean (bytes not in the output) are as expected"
+    off = compare(expected, result.slice(0, 1), {0: "fetch NOT_FOUND"}, 0.01, " on L4")
+    assert (off.state, off.finding) == (
+        "FAIL",
+        "1 of 2 samples, mean (bytes not in the output) are off on L4: a: fetch NOT_FOUND",
+    )
+    nothing = compare(expected, None, {0: "fetch NOT_FOUND", 1: "fetch TIMEOUT"}, 0.01)
+    assert nothing.finding == "2 of 2 samples are off: a: fetch NOT_FOUND; b: fetch TIMEOUT"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +141,22 @@ def test_memory_that_is_left_is_known_here() -> None:
         ("cat", "cat", True), ("cat", "dog", False), (3, 3, True), (3, 4, False), (None, "cat", True),
         (0.5, 0.51, True), (0.5, 0.53, False), (0.5, None, False), ([1.0, 2.0], [1.01, 2.0], True), ([1.0], [1.0, 2.0], False),
         ({"a": 1.0, "b": "x"}, {"a": 1.01, "b": "x"}, True), ({"a": 1.0}, {"a": 2.0}, False), ("3", 3, True),
-        ("0.5", 0.51, True), ("x", 0.5, False), ("3.5", 3, False),
+        ("0.5", 0.51, True), ("3", 4, False), ("", 4, True),
+        (float("nan"), float("nan"), True), (1.0, float("nan"), False), ("x", 0.5, False), ("3.5", 3, False),
     ],
 )  # fmt: skip
 def test_what_is_like_what_is_expected(want: Any, got: Any, same: bool) -> None:
     assert alike(want, got, 0.02) is same
+
+
+def test_what_a_trial_decides_is_not_in_the_job_s_output() -> None:
+    """Precision and sizes of batches are decided once a job, of its own images."""
+    job = load_config(
+        None, {"output": {"uri": "/out"}, "model": {"name": "resnet18"}, "inference": {"gpus_per_actor": 0}}
+    )
+    engine = resolve_engine(job)
+    assert engine.factory.config.output.uri == "/out"
+    alone = without_output(engine, job)
+    assert alone.factory.config.output.uri == ""
+    assert alone.factory.config.inference == job.inference
+    assert alone.identity == engine.identity

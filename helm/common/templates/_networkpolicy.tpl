@@ -82,49 +82,55 @@ spec:
       ports:
         - {port: 8265, protocol: TCP}
     {{- end }}
-    {{- /* The cluster's DNS, and the cache that some have on each node. */}}
-    - to:
-        - namespaceSelector: {}
-        - ipBlock: {cidr: 169.254.20.10/32}
-      ports:
-        - {port: 53, protocol: UDP}
-        - {port: 53, protocol: TCP}
-    {{- /* Object stores, weights, and the API server where Ray asks it for workers: addresses that no policy can know. */}}
-    - to:
-        - ipBlock:
-            cidr: 0.0.0.0/0
-            except: [169.254.0.0/16]
-        - ipBlock:
-            cidr: "::/0"
-            except: ["fd00:ec2::/32", "fe80::/10"]
-      ports:
-        {{- $ports := concat $policy.storePorts (default (list) .ports) }}
-        {{- if .root.Values.autoscaling.enabled }}{{ $ports = concat $ports (list 443 6443) }}{{ end }}
-        {{- range $ports | uniq }}
-        - {port: {{ int64 . }}, protocol: TCP}
-        {{- end }}
-    {{- with .ports }}
-    {{- /* A store may be a pod, whose address some networks do not take for one. */}}
-    - to:
-        - namespaceSelector: {}
-      ports:
-        {{- range . }}
-        - {port: {{ int64 . }}, protocol: TCP}
-        {{- end }}
+    {{- include "common.egress" . | nindent 4 }}
+{{- end }}
+{{- end }}
+
+{{- /* Where pods may go beside their release: dict root ports. */}}
+{{- define "common.egress" -}}
+{{- $policy := .root.Values.networkPolicy -}}
+{{- /* The cluster's DNS, and the cache that some have on each node. */}}
+- to:
+    - namespaceSelector: {}
+    - ipBlock: {cidr: 169.254.20.10/32}
+  ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- /* Object stores, weights, and the API server where Ray asks it for workers: addresses that no policy can know. */}}
+- to:
+    - ipBlock:
+        cidr: 0.0.0.0/0
+        except: [169.254.0.0/16]
+    - ipBlock:
+        cidr: "::/0"
+        except: ["fd00:ec2::/32", "fe80::/10"]
+  ports:
+    {{- $ports := concat $policy.storePorts (default (list) .ports) }}
+    {{- if .root.Values.autoscaling.enabled }}{{ $ports = concat $ports (list 443 6443) }}{{ end }}
+    {{- range $ports | uniq }}
+    - {port: {{ int64 . }}, protocol: TCP}
     {{- end }}
-    {{- if $policy.metadataService }}
-    {{- /* GKE's metadata server and its port on the node, EC2's, EKS Pod Identity's. */}}
-    - to:
-        - ipBlock: {cidr: 169.254.169.254/32}
-        - ipBlock: {cidr: 169.254.169.252/32}
-        - ipBlock: {cidr: 169.254.170.23/32}
-        - ipBlock: {cidr: "fd00:ec2::/32"}
-      ports:
-        - {port: 80, protocol: TCP}
-        - {port: 988, protocol: TCP}
+{{- with .ports }}
+{{- /* A store may be a pod, whose address some networks do not take for one. */}}
+- to:
+    - namespaceSelector: {}
+  ports:
+    {{- range . }}
+    - {port: {{ int64 . }}, protocol: TCP}
     {{- end }}
-    {{- with $policy.egress }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+{{- end }}
+{{- if $policy.metadataService }}
+{{- /* GKE's metadata server and its port on the node, EC2's, EKS Pod Identity's. */}}
+- to:
+    - ipBlock: {cidr: 169.254.169.254/32}
+    - ipBlock: {cidr: 169.254.169.252/32}
+    - ipBlock: {cidr: 169.254.170.23/32}
+    - ipBlock: {cidr: "fd00:ec2::/32"}
+  ports:
+    - {port: 80, protocol: TCP}
+    - {port: 988, protocol: TCP}
+{{- end }}
+{{- with $policy.egress }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}

@@ -16,6 +16,16 @@ nothing is ever edited in place: the operator ignores most edits, and breaks on 
 {{ toYaml .Values.job }}
 {{- end }}
 
+{{- /* Of the job's own endpoint, as a list. */}}
+{{- define "rayjob.storePorts" -}}
+{{- $ports := list -}}
+{{- with dig "storage" "endpoint_url" "" .Values.job -}}
+{{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}
+{{- $ports = list (default (ternary 80 443 (hasPrefix "http:" .)) $port | int64) -}}
+{{- end -}}
+{{- toJson $ports -}}
+{{- end }}
+
 {{- define "rayjob.submitterServiceAccountName" -}}
 {{ include "common.name" . }}-submitter
 {{- end }}

@@ -40,6 +40,9 @@ job has a {time:…}, which only runs of a schedule know: set schedule.cron, or 
 {{- if and .Values.schedule.cron .Values.preflightHook.enabled }}
 schedule.cron is {{ .Values.schedule.cron }} and preflightHook.enabled is true, but the output has a URI only when a run starts: set preflightHook.enabled=false, and job.preflight.enabled=true
 {{- end }}
+{{- if and .Values.clusterSelector .Values.preflightHook.enabled }}
+clusterSelector is {{ .Values.clusterSelector }} and preflightHook.enabled is true, whose pod would ask for GPUs beside that cluster's: set preflightHook.enabled=false, and job.preflight.enabled=true
+{{- end }}
 {{- if and .Values.schedule.cron .Values.run.suspend }}
 schedule.cron is {{ .Values.schedule.cron }} and run.suspend is true, so that each run would wait for someone: set schedule.suspend to start none
 {{- end }}
