@@ -55,16 +55,16 @@ def test_the_demand_in_all_and_piece_by_piece() -> None:
 
 def test_a_job_that_fits_asks_nobody(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
     resources(monkeypatch, {"CPU": 4, "GPU": 1})
-    cluster._wait_until_it_fits(GPU_JOB)
+    cluster.wait_until_it_fits(GPU_JOB)
     monkeypatch.setenv(WAIT_VARIABLE, "9")
-    cluster._wait_until_it_fits(GPU_JOB)
+    cluster.wait_until_it_fits(GPU_JOB)
     assert asked == []
 
 
 def test_a_fixed_cluster_that_is_too_small_is_refused_soon(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
     resources(monkeypatch, {"CPU": 2})
     with pytest.raises(UserError) as caught:
-        cluster._wait_until_it_fits(GPU_JOB)
+        cluster.wait_until_it_fits(GPU_JOB)
     assert "the actors need 1 GPUs (inference.actors x gpus_per_actor), there are 0" in caught.value.message
     assert "4 CPUs are needed (3 for the actors and 1 for a preparation task), there are 2" in caught.value.message
     assert WAIT_VARIABLE in caught.value.remedy
@@ -74,7 +74,7 @@ def test_a_fixed_cluster_that_is_too_small_is_refused_soon(monkeypatch: pytest.M
 def test_a_cluster_that_grows_is_asked_and_waited_for(monkeypatch: pytest.MonkeyPatch, asked: list[Group]) -> None:
     monkeypatch.setenv(WAIT_VARIABLE, "9")
     resources(monkeypatch, {}, {"CPU": 2}, {"CPU": 4, "GPU": 1})
-    cluster._wait_until_it_fits(GPU_JOB)
+    cluster.wait_until_it_fits(GPU_JOB)
     (group,) = asked
     assert group.bundles == GPU_JOB.bundles
     assert group.events == ["reserved", "removed"]
@@ -86,7 +86,7 @@ def test_workers_that_do_not_come_are_a_system_fault_and_no_longer_asked_for(
     monkeypatch.setenv(WAIT_VARIABLE, "0.3")
     resources(monkeypatch, {})
     with pytest.raises(SystemFault) as caught:
-        cluster._wait_until_it_fits(GPU_JOB)
+        cluster.wait_until_it_fits(GPU_JOB)
     assert f"the workers did not come within 0.3 s ({WAIT_VARIABLE}): the actors need 1 GPUs" in caught.value.message
     assert "pending pods" in caught.value.remedy
     assert asked[0].events == ["removed"]
@@ -104,7 +104,7 @@ def test_an_interrupted_wait_leaves_nothing_asked_for(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ray, "cluster_resources", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cluster._wait_until_it_fits(GPU_JOB)
+        cluster.wait_until_it_fits(GPU_JOB)
     assert asked[0].events == ["removed"]
 
 
@@ -112,4 +112,4 @@ def test_an_interrupted_wait_leaves_nothing_asked_for(monkeypatch: pytest.Monkey
 def test_a_time_that_is_none_is_the_user_s_to_mend(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WAIT_VARIABLE, text)
     with pytest.raises(UserError, match=f"{WAIT_VARIABLE} is '{text}', not a number of seconds"):
-        cluster._wait_until_it_fits(GPU_JOB)
+        cluster.wait_until_it_fits(GPU_JOB)
