@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from batch_inference.errors import UserError
 
@@ -88,16 +88,16 @@ class OutputConfig(_Section):
 
 _CREDENTIALS = "the URL has credentials in it"
 # What the chart can take a port from, too: no query, no escapes.
-_ENDPOINT = re.compile(r"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/@:+=,-]*)?$")
+_PORT = r"[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_ENDPOINT = re.compile(rf"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:({_PORT}))?(/[A-Za-z0-9._~/@:+=,-]*)?$")
 
 
 class StorageConfig(_Section):
     """How object stores are reached. Credentials come from the environment, never from here."""
 
-    endpoint_url: str | None = Field(
+    endpoint_url: Annotated[str, WithJsonSchema({"type": "string", "pattern": _ENDPOINT.pattern})] | None = Field(
         None,
         description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own.",
-        json_schema_extra={"pattern": _ENDPOINT.pattern},
     )
 
     @field_validator("endpoint_url")

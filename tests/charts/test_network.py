@@ -107,6 +107,7 @@ def test_the_autoscaler_reaches_the_api_server(scaling: bool) -> None:
         ("http://minio.example", 80),
         ("http://[fd00::1]:9000", 9000),
         ("http://minio.example/a:1", 80),
+        ("https://minio.example:65535/a:1/", 65535),
     ],
 )
 def test_the_port_of_the_endpoint_is_open(endpoint: str, port: int) -> None:

@@ -327,7 +327,19 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["%", "", "minio:9000", "http://", "http://minio:port", "http://a b", "https://minio/?x=1", "https://m/%zz"]
+    "url",
+    [
+        "%",
+        "",
+        "minio:9000",
+        "http://",
+        "http://minio:port",
+        "http://minio:65536",
+        "http://minio:0",
+        "http://a b",
+        "https://minio/?x=1",
+        "https://m/%zz",
+    ],
 )
 def test_an_endpoint_is_a_url(url: str) -> None:
     with pytest.raises(UserError, match=r"storage\.endpoint_url: an endpoint is a URL such as"):

@@ -20,7 +20,7 @@ nothing is ever edited in place: the operator ignores most edits, and breaks on 
 {{- define "rayjob.storePorts" -}}
 {{- $ports := list -}}
 {{- with dig "storage" "endpoint_url" "" .Values.job -}}
-{{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}
+{{- $port := regexReplaceAll "^https?://(\\[[^]]*\\]|[^:/]*):?([0-9]*).*$" . "${2}" -}}
 {{- $ports = list (default (ternary 80 443 (hasPrefix "http:" .)) $port | int64) -}}
 {{- end -}}
 {{- toJson $ports -}}
