@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -113,3 +114,13 @@ def test_a_time_that_is_none_is_the_user_s_to_mend(text: str, monkeypatch: pytes
     monkeypatch.setenv(WAIT_VARIABLE, text)
     with pytest.raises(UserError, match=f"{WAIT_VARIABLE} is '{text}', not a number of seconds"):
         cluster.wait_until_it_fits(GPU_JOB)
+
+
+def test_what_a_killed_driver_had_asked_for_is_free_soon() -> None:
+    """Ray Data reads it when it is first imported, which is after the program has connected."""
+    code = (
+        "import os; from batch_inference import cluster; os.environ.update(cluster._RAY)\n"
+        "from ray.data._internal.cluster_autoscaler.default_cluster_autoscaler_v2 import DefaultClusterAutoscalerV2 as V2\n"
+        "assert 2 * V2.MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS < V2.AUTOSCALING_REQUEST_EXPIRE_TIME_S <= 30\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
