@@ -316,13 +316,8 @@ class Attempt:
         """One actor's try, of which a job ends that would end so with all of them."""
         self._show("preflight")
         self._load = possible_load(self.config, job.shards, cpus)  # what is held meanwhile counts
-        try:
+        with _explained():
             first_step(self.config, engine, store, job, cpus)
-        except Exception as exc:
-            failure = explain_ray_failure(exc)
-            if failure is exc:
-                raise
-            raise failure from exc
 
     # --- the work ---
 
@@ -348,14 +343,9 @@ class Attempt:
             contextlib.closing(
                 results(ledger.store, self.config, engine, rows, writers.handles, self.attempt, chosen, telemetry)
             ) as tables,
+            _explained(),
         ):
-            try:
-                self._collect(tables, collector, closing, writers)
-            except Exception as exc:
-                failure = explain_ray_failure(exc)
-                if failure is exc:
-                    raise
-                raise failure from exc
+            self._collect(tables, collector, closing, writers)
 
     def _collect(self, tables: Iterator[pa.Table], collector: Collector, closing: Closing, writers: Writers) -> None:
         begun: float | None = None
@@ -588,6 +578,18 @@ class Attempt:
         )
         with contextlib.suppress(BatchInferenceError):
             spent.write(store)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What Ray raises as what really happened."""
+    try:
+        yield
+    except Exception as exc:
+        failure = explain_ray_failure(exc)
+        if failure is exc:
+            raise
+        raise failure from exc
 
 
 def _kept(config: JobConfig) -> dict[str, Any]:

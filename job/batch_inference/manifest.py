@@ -170,7 +170,12 @@ def read_shard(store: Store, shard: int) -> pa.Table:
 
 def read_places(store: Store, shard: int) -> tuple[pa.Table, pa.Table | None]:
     """A manifest shard, and where those of its inputs lie that are members of files: columns of ``PLACE_SCHEMA``, or None."""
-    return apart(read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet")))
+    return apart(read_stored(store, shard))
+
+
+def read_stored(store: Store, shard: int) -> pa.Table:
+    """A manifest shard with all columns that it is stored with; raises FileNotFoundError without it."""
+    return read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
 
 
 def apart(table: pa.Table) -> tuple[pa.Table, pa.Table | None]:

@@ -25,7 +25,7 @@ from batch_inference.forecast import Forecast, Measured, forecast
 from batch_inference.golden import golden_samples
 from batch_inference.identity import Engine, check_columns, check_same_job, resolve_engine
 from batch_inference.ledger import Job, Ledger, fingerprint
-from batch_inference.manifest import Inputs, apart, find_inputs, read_parquet, shard_name
+from batch_inference.manifest import Inputs, apart, find_inputs, read_stored
 from batch_inference.progress import duration
 from batch_inference.storage import Store, display, is_local, local_path, open_output
 from batch_inference.trial import Trial
@@ -90,7 +90,7 @@ def first_step(config: JobConfig, engine: Engine, store: Store, job: Job, cpus: 
     expected = golden_samples(config)
     chosen = _evenly(job.shards, min(_SHARDS, config.preflight.samples))
     a_shard = -(-config.preflight.samples // len(chosen))
-    tables = [read_parquet(store.get(f"_manifest/{shard_name(int(shard))}.parquet")) for shard in chosen]
+    tables = [read_stored(store, int(shard)) for shard in chosen]
     tables = [table.take(pa.array(_evenly(table.num_rows, a_shard))) for table in tables]
     samples = pa.concat_tables(tables, promote_options="permissive").slice(0, config.preflight.samples)
     one = Trial(config, engine, {f.name: str(f.type) for f in samples.schema if f.name in job.passthrough})
