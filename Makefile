@@ -75,7 +75,7 @@ test-faults: $(VENV)/.ready ## 500 faults injected into whole jobs, with a table
 	$(BIN)/pytest -s tests/faults
 
 .PHONY: test-platform
-test-platform: $(VENV)/.ready ## The charts under real Argo CD, Kueue and Prometheus on kind clusters: an hour, not part of `test`; a first run builds them
+test-platform: $(VENV)/.ready ## The charts under real Argo CD, Kueue and Prometheus on kind clusters: twenty minutes, not part of `test`; a first run builds them
 	$(BIN)/python -m tests.e2e.cluster build
 	$(BIN)/python -m tests.platform.components
 	$(BIN)/python -m tests.e2e.image

@@ -20,6 +20,7 @@ import structlog
 from batch_inference.config import InferenceConfig, JobConfig
 from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
+from batch_inference.wording import last_line
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -43,6 +44,9 @@ _CONNECT_S = 10.0
 # Nodes of a fixed cluster join within seconds of each other.
 _NODES_S = 30.0
 _SAY_EVERY_S = 60.0
+# Ray Client's proxy makes a process for each driver, which ends at once now and then: the proxy forks while its own gRPC threads
+# are at work (without GRPC_ENABLE_FORK_SUPPORT=0, as the image has it, in 3 of 8 new clusters on a busy machine).
+_CLIENT_TRIES = 4
 # How long workers that have joined may take until all of what was asked for is reserved.
 _RESERVED_S = 10.0
 
@@ -225,23 +229,29 @@ def _join(address: str) -> Any:
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
     _check_listening(address)
-    try:
-        with _stderr_aside():
-            return ray.init(
-                address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False
-            )
-    except (ConnectionError, TimeoutError, ValueError, RuntimeError, AssertionError, OSError) as exc:
-        text = " ".join(str(exc).split())[:300]
-        if "auth" in text.lower() or "token" in text.lower():
-            raise UserError(
-                f"the Ray cluster at {address} refused the connection: {text}",
-                "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's token.",
+    for left in reversed(range(_CLIENT_TRIES)):
+        try:
+            with _stderr_aside():
+                return ray.init(
+                    address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False
+                )
+        except (ConnectionError, TimeoutError, ValueError, RuntimeError, AssertionError, OSError) as exc:
+            text = " ".join(str(exc).split())[:300] if "Traceback (most" not in str(exc) else last_line(str(exc))
+            if "auth" in text.lower() or "token" in text.lower():
+                raise UserError(
+                    f"the Ray cluster at {address} refused the connection: {text}",
+                    "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's token.",
+                ) from None
+            # What the proxy says of a driver's process that did not come up, and of nothing else.
+            if left and isinstance(exc, ConnectionAbortedError):
+                log.warning("Ray Client made no process for the driver, trying again: %s", text)
+                continue
+            raise SystemFault(
+                f"there is no Ray cluster to be reached at {address}: {text}",
+                "Check the address and the port (10001 for ray://, 6379 otherwise), that versions are equal, and that the cluster's "
+                "token is in RAY_AUTH_TOKEN or ~/.ray/auth_token if it asks for one.",
             ) from None
-        raise SystemFault(
-            f"there is no Ray cluster to be reached at {address}: {text}",
-            "Check the address and the port (10001 for ray://, 6379 otherwise), that versions are equal, and that the cluster's "
-            "token is in RAY_AUTH_TOKEN or ~/.ray/auth_token if it asks for one.",
-        ) from None
+    raise AssertionError("the last try returns or raises")
 
 
 def wait_until_it_fits(demand: Demand) -> None:

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from batch_inference.errors import UserError
+from batch_inference.wording import last_line
 
 _REQUEST_S = 30.0
 # The first submission makes the cluster's job agent connect to Ray first.
@@ -80,7 +81,7 @@ class JobServer:
             found = json.loads(text) if status == 200 else {}
             return Job(found["status"], found["message"] or "", found["driver_exit_code"], found["start_time"])
         except (ValueError, KeyError, TypeError):
-            raise NoAnswer(f"answered {status}: {_line(text)}") from None
+            raise NoAnswer(f"answered {status}: {last_line(text)}") from None
 
     async def create(self, body: dict[str, Any]) -> bool:
         """Submits the job; False if there is one with its ID already.
@@ -97,10 +98,10 @@ class JobServer:
         # The head answers 500 where the agent behind it has answered 400, and quotes it.
         if status == 400 or "with status code 400" in text:
             raise UserError(
-                f"the Ray cluster refused the job: {_line(text)}",
+                f"the Ray cluster refused the job: {last_line(text)}",
                 "Compare the cluster's Ray version with this program's.",
             )
-        raise NoAnswer(f"answered {status} to the submission: {_line(text)}")
+        raise NoAnswer(f"answered {status} to the submission: {last_line(text)}")
 
     @contextlib.asynccontextmanager
     async def log(self) -> AsyncIterator[LogStream]:
@@ -201,11 +202,5 @@ def base_url(address: str) -> str:
     return url
 
 
-def _line(text: str) -> str:
-    """The last line of an answer with a word in it, where a traceback has its message."""
-    lines = [line.strip() for line in text.splitlines() if any(char.isalnum() for char in line)]
-    return (lines or ["nothing"])[-1][:300]
-
-
 def _reason(exc: BaseException) -> str:
-    return "no answer in time" if isinstance(exc, asyncio.TimeoutError) else _line(str(exc) or type(exc).__name__)
+    return "no answer in time" if isinstance(exc, asyncio.TimeoutError) else last_line(str(exc) or type(exc).__name__)

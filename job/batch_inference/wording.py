@@ -29,6 +29,16 @@ def shown(text: str, most: int = 240) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
 
 
+def last_line(text: str, most: int = 300) -> str:
+    r"""The last line with a word in it, where a traceback has its message.
+
+    >>> last_line("Traceback (most recent call last):\n  ...\nValueError: no\n")
+    'ValueError: no'
+    """
+    lines = [line.strip() for line in text.splitlines() if any(char.isalnum() for char in line)]
+    return (lines or ["nothing"])[-1][:most]
+
+
 def masked(value: Any, key: str = "") -> Any:
     """A configuration without what looks like a secret; the program has none of its own, but arguments of predictors may.
 

@@ -219,7 +219,9 @@ def ray_cluster(
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     # Jobs that are submitted to it find the program as they do in the image.
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    env = {**os.environ, **auth, "PYTHONPATH": str(Path(__file__).parent), "PATH": path}
+    # As the image has it: else Ray Client's processes end at once now and then.
+    fork = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+    env = {**os.environ, **auth, **fork, "PYTHONPATH": str(Path(__file__).parent), "PATH": path}
     with contextlib.ExitStack() as stack:
         # Ray sends a submitted job to the cluster whose address is in its temporary folder; in a shared one that is the
         # cluster of this machine that was started last. Short, since sockets live in it.

@@ -124,3 +124,48 @@ def test_what_a_killed_driver_had_asked_for_is_free_soon() -> None:
         "assert 2 * V2.MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS < V2.AUTOSCALING_REQUEST_EXPIRE_TIME_S <= 30\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ENDED_AT_ONCE = """Initialization failure from server:
+Traceback (most recent call last):
+  File "ray/util/client/server/proxier.py", line 772, in Datapath
+RuntimeError: Starting Ray client server failed. See ray_client_server_23000.err for detailed logs.
+"""
+
+
+@pytest.mark.parametrize(("failures", "tries"), [(2, 3), (99, cluster._CLIENT_TRIES)])
+def test_ray_client_is_tried_again_when_its_process_ended_at_once(
+    monkeypatch: pytest.MonkeyPatch, failures: int, tries: int
+) -> None:
+    asked: list[str] = []
+
+    def init(address: str, **options: Any) -> str:
+        asked.append(address)
+        if len(asked) <= failures:
+            raise ConnectionAbortedError(ENDED_AT_ONCE)
+        return "joined"
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_check_listening", lambda address: None)
+    if failures < tries:
+        assert cluster._join("ray://head:10001") == "joined"
+    else:
+        with pytest.raises(
+            SystemFault, match=r"ray://head:10001: RuntimeError: Starting Ray client server failed\. See ray_"
+        ):
+            cluster._join("ray://head:10001")
+    assert len(asked) == tries
+
+
+def test_nobody_there_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def init(address: str, **options: Any) -> str:
+        asked.append(address)
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_check_listening", lambda address: None)
+    with pytest.raises(SystemFault, match="ray client connection timeout"):
+        cluster._join("ray://head:10001")
+    assert len(asked) == 1
