@@ -142,6 +142,7 @@ def notes_commands_work(world: World, notes: str) -> None:
     commands = [line.strip() for line in notes.splitlines() if line.strip().startswith("kubectl ")]
     ending = [line for line in commands if not re.search(r"--watch|--follow|port-forward| exec ", line)]
     assert len(ending) >= 4
+    assert re.search(r"a head without tasks, [12] workers? of 1 GPU and \d+ CPUs?\.", notes), notes
     for line in ending:
         assert world.cluster.kubectl(*shlex.split(line)[1:])
 

@@ -45,6 +45,25 @@ class Application:
         return list(self.status.get("sync", {}).get("revisions") or [])
 
     @property
+    def operation(self) -> dict[str, Any]:
+        """The last sync that has begun, as `operationState` has it."""
+        return dict(self.status.get("operationState") or {})
+
+    @property
+    def synced_commits(self) -> list[str]:
+        """The revisions of its sources that the last sync is about."""
+        return list(self.operation.get("syncResult", {}).get("revisions") or [])
+
+    @property
+    def hooks(self) -> dict[str, tuple[str, str]]:
+        """The last sync's hooks that are Jobs, by name: when they run, and what became of them."""
+        return {
+            item["name"]: (item["hookType"], item.get("hookPhase", ""))
+            for item in self.operation.get("syncResult", {}).get("resources") or []
+            if item["kind"] == "Job" and item.get("hookType")
+        }
+
+    @property
     def runs(self) -> dict[str, dict[str, str]]:
         """The health of its RayJobs, by name: status and message."""
         return {
@@ -146,6 +165,16 @@ class Argo:
             return now if commit in now.commits and now.sync == "Synced" else None
 
         return until(f"{name} has {commit[:8]}", synced, SEEN_SECONDS)
+
+    def until_sync_ended(self, phase: str, name: str, commit: str) -> Application:
+        """Waits until a commit's sync has ended as it should."""
+        self.look("application", name)
+
+        def ended() -> Application | None:
+            now = self.application(name)
+            return now if commit in now.synced_commits and now.operation.get("phase") == phase else None
+
+        return until(f"the sync of {commit[:8]} is {phase}", ended, RUN_SECONDS)
 
     def until_healthy_is(self, status: str, name: str, timeline: Timeline | None = None) -> Application:
         """Waits for a health of an application."""

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from tests.charts.render import Values, merged
 from tests.e2e.runs import Kubernetes
-from tests.e2e.test_rayjob import BROKEN, PHOTOS, verified
-from tests.e2e.world import World, until
+from tests.e2e.test_rayjob import BROKEN, PHOTOS, WITHOUT_GPUS, verified
+from tests.e2e.world import NAMESPACE, World, until
 from tests.platform.argocd import Argo, Timeline
 
 # Argo CD begins to heal what it sees out of step within 5 s.
@@ -100,6 +101,48 @@ def a_deleted_run_comes_back_and_does_nothing(world: World, argo: Argo, name: st
     assert "was done already" in run.log()
     argo.until_healthy_is("Healthy", "photos")
     assert {item.path: item for item in output.objects() if not item.path.startswith("_report")} == before
+
+
+def test_a_preflight_goes_before_a_sync_and_where_it_fails_nothing_changes(
+    world: World, kubernetes: Kubernetes, argo: Argo
+) -> None:
+    repository = argo.repository("tried-jobs")
+
+    def job(number: int, more: Values | None = None) -> str:
+        tried = merged(WITHOUT_GPUS, {"preflightHook": {"enabled": True}})
+        return argo.values(f"s3://images/out/git-tried-{number}/", merged(tried, more or {}))
+
+    commit = repository.commit({"jobs/photos.yaml": job(1)})
+    argo.example("application.yaml", repository)
+    argo.until_synced("photos", commit)
+    application = argo.until_sync_ended("Succeeded", "photos", commit)
+    assert application.hooks == {"photos-preflight": ("PreSync", "Succeeded")}
+    first = argo.only_run()
+    argo.until_healthy_is("Healthy", "photos")
+    verified(world, "s3://images/out/git-tried-1/", PHOTOS, BROKEN)
+    first.until_cluster_is_gone()
+    done = first.object
+    jobs = ("get", "jobs", "--namespace", NAMESPACE, "--output=name")
+    assert "photos-preflight" not in world.cluster.kubectl(*jobs)
+
+    # An edit is undone by a sync of that one object, which has no hooks.
+    an_edited_run_is_mended_and_does_not_run_again(argo, kubernetes, first.name)
+    assert argo.application("photos").hooks == {}
+
+    wrong = job(2, {"job": {"input": {"uris": ["s3://images/phots/"]}}})
+    commit = repository.commit({"jobs/photos.yaml": wrong})
+    application = argo.until_sync_ended("Failed", "photos", commit)
+    print(f"\n{application.operation['message']}")
+    assert application.hooks == {"photos-preflight": ("PreSync", "Failed")}
+    assert argo.only_run().object["status"] == done["status"]
+    said = world.cluster.kubectl("logs", "--namespace", NAMESPACE, "job/photos-preflight")
+    assert "FAIL" in said and "s3://images/phots/" in said
+
+    commit = repository.commit({"jobs/photos.yaml": job(3)})
+    application = argo.until_sync_ended("Succeeded", "photos", commit)
+    assert application.hooks == {"photos-preflight": ("PreSync", "Succeeded")}
+    assert argo.only_run().name != first.name
+    assert "photos-preflight" not in world.cluster.kubectl(*jobs)
 
 
 def test_the_applicationset_has_one_application_for_each_file(argo: Argo, kubernetes: Kubernetes) -> None:

@@ -74,6 +74,21 @@ def test_two_jobs_share_a_quota_one_after_the_other(world: World, queue: Queue, 
         verified(world, f"s3://images/out/{release}/", PHOTOS, BROKEN)
 
 
+def test_where_one_pool_is_full_the_next_job_gets_the_other(queue: Queue, releases: Releases) -> None:
+    """On-demand first, then spot, as in the example; that pods start there is the other tests'."""
+    queue.set_up("on-demand", {"gpu-on-demand": 1, "gpu-spot": 1})
+    first = releases.rayjob("first", merged(ONE_GPU, queued()))
+    queue.until_admitted(first)
+    second = releases.rayjob("second", merged(ONE_GPU, queued()))
+    queue.until_admitted(second)
+    got = {run.name: queue.flavors(run)["gpu"]["nvidia.com/gpu"] for run in (first, second)}
+    print(f"\n{got}")
+    assert list(got.values()) == ["gpu-on-demand", "gpu-spot"]
+    worker = pods(second)["workers"].spec
+    assert worker.node_selector == {POOL: "spot"}
+    assert "spot" in [item.key for item in worker.tolerations]
+
+
 @pytest.mark.timeout(2400)
 def test_an_urgent_job_takes_the_gpus_of_one_that_can_wait_which_resumes(
     world: World, queue: Queue, releases: Releases, slow_predictor: Path

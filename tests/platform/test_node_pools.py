@@ -1,10 +1,11 @@
-"""Two nodes, labelled and tainted as pools with and without GPUs: where the presets send a job's pods.
+"""Nodes that are labelled and tainted as pools with and without GPUs: where the presets send a job's pods.
 
 Pods are placed and do not start, for neither node has the image: this is about the scheduler, whom nobody has to believe anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -33,24 +34,39 @@ DEVICES = {
 
 
 class Pools:
-    """A cluster with a pool of CPU nodes and one of GPU nodes, a node each."""
+    """A cluster with a pool of CPU nodes and two of GPU nodes, a node each; the second of these is closed until it is marked."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.cpu, self.gpu = cluster.nodes
+        self.cpu, self.gpu, self.more = cluster.nodes
         self._core = client.CoreV1Api(config.new_client_from_config(str(cluster.kubeconfig)))
 
-    def marked(self, workers: dict[str, Any]) -> None:
-        """Makes the GPU node one of the platform that a preset is for."""
-        node = self._core.read_node(self.gpu)
-        labels = {key: None for key in node.metadata.labels if "kubernetes.io/" not in key}
-        labels |= workers.get("nodeSelector", {})
+    def closed(self) -> None:
+        """Keeps everything off the second GPU node."""
+        taint = {"key": "closed", "value": "true", "effect": "NoSchedule"}
+        self._core.patch_node(self.more, {"spec": {"taints": [taint]}})
+
+    def marked(
+        self, workers: dict[str, Any], node: str = "", gpus: int = GPUS, spot: dict[str, str] | None = None
+    ) -> None:
+        """Makes a node, the first GPU node if no other is named, one of the platform that a preset is for.
+
+        Args:
+            workers: What the preset says of workers.
+            node: Its name.
+            gpus: How many it has.
+            spot: The label of spot nodes, for one of these.
+        """
+        node = node or self.gpu
+        there = self._core.read_node(node).metadata.labels
+        labels = {key: None for key in there if "kubernetes.io/" not in key}
+        labels |= {**workers.get("nodeSelector", {}), **(spot or {})}
         taints = [
             {"key": taint["key"], "value": taint.get("value", "present"), "effect": "NoSchedule"}
             for taint in workers["tolerations"]
         ]
-        self._core.patch_node(self.gpu, {"metadata": {"labels": labels}, "spec": {"taints": taints}})
-        self.cluster.advertise_gpus(GPUS, workers.get("gpuResource", "nvidia.com/gpu"), self.gpu)
+        self._core.patch_node(node, {"metadata": {"labels": labels}, "spec": {"taints": taints}})
+        self.cluster.advertise_gpus(gpus, workers.get("gpuResource", "nvidia.com/gpu"), node)
 
     def install(self, name: str, given: dict[str, Any]) -> None:
         """Installs a job whose image is nowhere."""
@@ -84,15 +100,30 @@ class Pools:
         return placed
 
 
+@contextlib.contextmanager
+def installed(pools: Pools, name: str, given: dict[str, Any]) -> Iterator[None]:
+    """A release for as long as it is looked at, with evidence where that fails."""
+    try:
+        pools.install(name, given)
+        yield
+    except BaseException:
+        pools.cluster.evidence(FOLDER / "evidence" / name)
+        raise
+    finally:
+        pools.uninstall(name)
+
+
 @pytest.fixture(scope="module")
 def pools() -> Iterator[Pools]:
-    cluster = Cluster("pools", FOLDER / "kubeconfig", workers=1)
+    cluster = Cluster("pools", FOLDER / "kubeconfig", workers=2)
     try:
         cluster.up(0, FOLDER / "evidence" / "start")
         cluster.kubectl("apply", "--filename", REPOSITORY / "k8s" / "namespace.yaml")
         secret = ("create", "secret", "generic", "s3-credentials", f"--namespace={NAMESPACE}", "--from-literal=A=b")
         cluster.kubectl(*secret)
-        yield Pools(cluster)
+        made = Pools(cluster)
+        made.closed()
+        yield made
     finally:
         cluster.down()
 
@@ -104,23 +135,38 @@ def test_workers_go_to_the_gpu_pool_and_the_head_to_the_other(pools: Pools, file
     pools.marked(preset["workers"])
     if "gpuClaimTemplate" in preset["workers"]:
         offer_devices(pools)
-    try:
-        pools.install(file.stem, preset)
+    with installed(pools, file.stem, preset):
         placed = pools.placed(file.stem, 3)
         print(f"{file.stem}: {placed}")
         assert placed == {"head": {pools.cpu}, "workers": {pools.gpu}}
-    except BaseException:
-        pools.cluster.evidence(FOLDER / "evidence" / file.stem)
-        raise
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "file", [file for file in PRESETS if "affinity" in values(file)["workers"]], ids=lambda file: file.stem
+)
+def test_workers_go_to_spot_nodes_and_where_these_are_full_to_others(pools: Pools, file: Any) -> None:
+    preset = values(file)
+    (preferred,) = preset["workers"]["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    (label,) = preferred["preference"]["matchExpressions"]
+    spot = {label["key"]: label["values"][0]}
+    pools.marked(preset["workers"])
+    try:
+        # The fewer GPUs are preferred all the same.
+        for gpus, nodes in ((1, {pools.gpu, pools.more}), (GPUS, {pools.more})):
+            pools.marked(preset["workers"], pools.more, gpus, spot)
+            with installed(pools, file.stem, preset):
+                placed = pools.placed(file.stem, 3)
+                print(f"{file.stem}, {gpus} GPUs on spot: {placed}")
+                assert placed == {"head": {pools.cpu}, "workers": nodes}
     finally:
-        pools.uninstall(file.stem)
+        pools.closed()
 
 
 def test_without_its_preset_no_worker_gets_onto_the_pool(pools: Pools) -> None:
     preset = values(next(file for file in PRESETS if file.stem == "gke"))
     pools.marked(preset["workers"])
-    try:
-        pools.install("plain", {})
+    with installed(pools, "plain", {}):
         until("three pods", lambda: len(pools.pods("plain")) >= 3, SCHEDULED_S)
         time.sleep(10)
         waiting = [pod for pod in pools.pods("plain") if pod.spec.node_name is None]
@@ -128,8 +174,6 @@ def test_without_its_preset_no_worker_gets_onto_the_pool(pools: Pools) -> None:
         (condition,) = [item for item in waiting[0].status.conditions if item.type == "PodScheduled"]
         print(condition.message)
         assert "untolerated taint" in condition.message
-    finally:
-        pools.uninstall("plain")
 
 
 def offer_devices(pools: Pools) -> None:

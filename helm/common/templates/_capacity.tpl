@@ -67,3 +67,15 @@ The result is JSON, read with fromJson, which makes all numbers floats: int64 be
 {{- $headSize := dict "memoryMiB" $headMemory "objectStoreMiB" (div (mul $headMemory (int64 $head.objectStorePercent)) 100) -}}
 {{- dict "demand" $demand "workers" $size "cpuWorkers" $cpuSize "head" $headSize | toJson -}}
 {{- end }}
+
+{{- /* The number of things, for people. Takes a list: how many, and what one is called. */}}
+{{- define "common.count" -}}
+{{ int64 (index . 0) }} {{ index . 1 }}{{ if ne (int64 (index . 0)) 1 }}s{{ end }}
+{{- end }}
+
+{{- /* The pods of a cluster in a sentence of the notes. */}}
+{{- define "common.capacityInWords" -}}
+{{- $capacity := fromJson (include "common.capacity" .) -}}
+a head without tasks, {{ include "common.count" (list $capacity.workers.replicas "worker") }} of {{ include "common.count" (list $capacity.workers.gpus "GPU") }} and {{ include "common.count" (list $capacity.workers.cpus "CPU") }}
+{{- if $capacity.cpuWorkers.replicas }}, {{ include "common.count" (list $capacity.cpuWorkers.replicas "CPU worker") }}{{ end }}.
+{{- end }}
