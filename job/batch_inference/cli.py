@@ -255,7 +255,8 @@ def plan(
         typer.Option(
             min=0,
             metavar="PRICE",
-            help="Price of a GPU for an hour, to show what the job costs (report.gpu_hour_price).",
+            help="Price of a GPU for an hour, to show what the job costs (report.gpu_hour_price). Where a preset shares GPUs out "
+            "(mig, time-slicing), that of a share.",
         ),
     ] = None,
     images_per_s: Annotated[

@@ -242,8 +242,8 @@ def _join(address: str) -> Any:
                     f"the Ray cluster at {address} refused the connection: {text}",
                     "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's token.",
                 ) from None
-            # What the proxy says of a driver's process that did not come up, and of nothing else.
-            if left and isinstance(exc, ConnectionAbortedError):
+            # The proxy's own failure, whose traceback it sends, and nothing that the driver's process has said.
+            if left and isinstance(exc, ConnectionAbortedError) and "proxier.py" in str(exc):
                 log.warning("Ray Client made no process for the driver, trying again: %s", text)
                 continue
             raise SystemFault(

@@ -196,6 +196,16 @@ def test_thresholds_are_the_values(chart: str) -> None:
     assert found["PodsPending"]["for"] == found["ActorsMissing"]["for"] == "9m"
 
 
+@pytest.mark.parametrize(
+    "waits", [{"queue": {"name": "gpus"}}, {"cluster": {"suspend": True}}], ids=["queued", "suspended"]
+)
+def test_a_cluster_that_may_be_suspended_is_not_reported_as_pending(waits: dict[str, Any]) -> None:
+    (group,) = find(render("raycluster", {**ON, **waits}), "PrometheusRule")["spec"]["groups"]
+    assert {rule["alert"].removeprefix("BatchInference") for rule in group["rules"]} == set(alerts("rayjob")) - {
+        "PodsPending"
+    }
+
+
 def metrics_in(expression: str) -> set[str]:
     return set(re.findall(r"\b((?:ray|kuberay)_\w+)\{", expression))
 

@@ -79,7 +79,6 @@ def test_the_examples_differ_in_nothing_but_their_jobs(file: str) -> None:
     assert (spec["sources"][0]["chart"], spec["sources"][0]["targetRevision"]) == (chart["name"], chart["version"])
     assert spec["syncPolicy"] == {
         "automated": {"prune": True, "selfHeal": True},
-        "retry": {"limit": 1},
         "syncOptions": ["RespectIgnoreDifferences=true"],
     }
     assert spec["ignoreDifferences"] == [

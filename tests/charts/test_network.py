@@ -118,7 +118,8 @@ def test_the_port_of_the_endpoint_is_open(endpoint: str, port: int) -> None:
 @pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
 def test_a_drain_leaves_the_head_alone(chart: str) -> None:
     budget = find(render(chart), "PodDisruptionBudget")["spec"]
-    assert budget["minAvailable"] == 1
+    # No number of runs at once leaves a head over.
+    assert budget["minAvailable"] == 1000
     for role, template in check.pods(find(render(chart), "RayJob" if chart == "rayjob" else "RayCluster")):
         selected = budget["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
         assert selected is (role == "head")

@@ -27,7 +27,24 @@ from batch_inference.config import JobConfig, load_config, parse_config
 from .documents import REPOSITORY, Block, blocks, commands, documents, helm_values
 
 # Programs that only the reader has, or that everyone has.
-_OTHERS = {"az", "cosign", "xargs", "mkdir", "tee", "jq", "git", "cat", "ls", "cd", "nice", "aws", "pip", "eval", "ray"}
+_OTHERS = {
+    "az",
+    "cosign",
+    "gh",
+    "xargs",
+    "mkdir",
+    "tee",
+    "jq",
+    "git",
+    "cat",
+    "ls",
+    "cd",
+    "nice",
+    "aws",
+    "pip",
+    "eval",
+    "ray",
+}
 # Folders of values that a command before has written.
 _WRITTEN = ("build/",)
 
@@ -120,7 +137,11 @@ def _helm(words: list[str]) -> None:
 def _files_exist(*options: str) -> Callable[[list[str]], None]:
     def check(words: list[str]) -> None:
         for option, file in itertools.pairwise(words):
-            if option in options and file != "-":
+            if file.startswith("https://"):
+                (version,) = re.findall(r"/(v\d+\.\d+\.\d+)/", file)
+                tested = "".join(mod.read_text() for mod in (REPOSITORY / "docker/kind/modules").glob("*/go.mod"))
+                assert f" {version}" in tested, f"{version} is not the version that is tested"
+            elif option in options and file != "-":
                 assert (REPOSITORY / file).exists(), f"there is no {file}"
 
     return check

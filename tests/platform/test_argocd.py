@@ -114,6 +114,8 @@ def test_a_preflight_goes_before_a_sync_and_where_it_fails_nothing_changes(
 
     commit = repository.commit({"jobs/photos.yaml": job(1)})
     argo.example("application.yaml", repository)
+    once_more = '{"spec": {"syncPolicy": {"retry": {"limit": 1}}}}'
+    world.cluster.kubectl("patch", "application", "photos", "--namespace=argocd", "--type=merge", "--patch", once_more)
     argo.until_synced("photos", commit)
     application = argo.until_sync_ended("Succeeded", "photos", commit)
     assert application.hooks == {"photos-preflight": ("PreSync", "Succeeded")}

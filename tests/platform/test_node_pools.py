@@ -1,6 +1,6 @@
 """Nodes that are labelled and tainted as pools with and without GPUs: where the presets send a job's pods.
 
-Pods are placed and do not start, for neither node has the image: this is about the scheduler, whom nobody has to believe anything.
+Pods are placed and do not start, for no node has the image: this is about the scheduler, whom nobody has to believe anything.
 """
 
 from __future__ import annotations

@@ -22,13 +22,14 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_inference import jobserver, submitter
+from batch_inference import submitter
 from batch_inference.cli import app, main
 from batch_inference.config import load_config
 from batch_inference.environment import CONFIG_VARIABLE, RUN_VARIABLE
 from batch_inference.errors import Interrupted, SystemFault, UserError
 from batch_inference.jobserver import Job, JobServer, base_url, token_from_environment
 from batch_inference.submitter import LogCopy, Patience, Submitter, request_body
+from batch_inference.wording import last_line
 
 LOG = "".join(f"line {i} ü\n" for i in range(20))
 CONFLICT = "ValueError: Job with submission_id x already exists. Please use a different submission_id.\n."
@@ -634,5 +635,5 @@ def test_delays_grow_and_have_a_limit() -> None:
 
 
 def test_answers_are_told_in_one_line() -> None:
-    assert jobserver._line("a\nb c\n.\n") == "b c"
-    assert jobserver._line("") == "nothing"
+    assert last_line("a\nb c\n.\n") == "b c"
+    assert last_line("") == "nothing"

@@ -1,6 +1,7 @@
 {{- /*
 Keeps the head's pod where it is while nodes are drained: the attempt ends with it, whereas workers are replaced.
-minAvailable and not maxUnavailable: Kubernetes does not know how many pods a RayCluster wants.
+minAvailable and not maxUnavailable: Kubernetes does not know how many pods a RayCluster wants. More than any release has: it may have several
+runs at once, and none of their heads is one too many.
 */}}
 {{- define "common.disruptionBudget" -}}
 {{- if .Values.podDisruptionBudget.enabled }}
@@ -12,7 +13,7 @@ metadata:
   labels:
     {{- include "common.labels" . | nindent 4 }}
 spec:
-  minAvailable: 1
+  minAvailable: 1000
   selector:
     matchLabels:
       {{- include "common.selectorLabels" . | nindent 6 }}

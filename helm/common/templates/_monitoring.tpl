@@ -104,18 +104,20 @@ spec:
           annotations:
             summary: "{{ "{{ $value }}" }} actors of run {{ "{{ $labels.run }}" }} have been missing for {{ int64 $rules.pendingMinutes }} minutes: pods are pending, or the model does not load"
             runbook_url: {{ printf "%s#batchinferenceactorsmissing" $rules.runbookUrl | quote }}
+        {{- with .pending }}
         - alert: BatchInferencePodsPending
           {{- /* Where the operator is scraped without honorLabels, Prometheus has renamed its label. */}}
           expr: |-
             max by (run) (label_replace(
-              {{ .pending.metric }}{ {{- .pending.selector }}, namespace={{ $namespace | quote -}} }
-              or {{ .pending.metric }}{ {{- .pending.selector }}, exported_namespace={{ $namespace | quote -}} },
+              {{ .metric }}{ {{- .selector }}, namespace={{ $namespace | quote -}} }
+              or {{ .metric }}{ {{- .selector }}, exported_namespace={{ $namespace | quote -}} },
               "run", "$1", "name", "(.*)")) == 1
           for: {{ int64 $rules.pendingMinutes }}m
           labels: {severity: warning, namespace: {{ $namespace | quote }}}
           annotations:
             summary: "{{ "{{ $labels.run }}" }} has waited {{ int64 $rules.pendingMinutes }} minutes for its pods"
             runbook_url: {{ printf "%s#batchinferencepodspending" $rules.runbookUrl | quote }}
+        {{- end }}
         - alert: BatchInferenceRetryLoop
           expr: |-
             (
