@@ -18,7 +18,6 @@ from batch_inference.errors import (
     STORE_ERROR_TYPES,
     SYSTEMIC_ERROR_TYPES,
     BatchInferenceError,
-    CountsDoNotClose,
     SystemFault,
     ThresholdExceeded,
     UserError,
@@ -206,9 +205,8 @@ class Collector:
             The shards that are complete now and fit to be committed.
 
         Raises:
-            CountsDoNotClose: If a row came back twice or has no place.
             UserError: If nothing but denied access or a failing predictor came back.
-            SystemFault: If nothing but an unreachable store came back.
+            SystemFault: If nothing but an unreachable store came back, or a row came back twice or has no place.
         """
         failed = pc.is_valid(table["error_type"])
         self._count(table, failed)
@@ -225,14 +223,14 @@ class Collector:
         """Checks, when all rows are in, that nothing is left open.
 
         Raises:
-            CountsDoNotClose: If rows never came back.
-            UserError, SystemFault: If every row of this attempt failed for a systemic reason.
+            UserError: If every row of this attempt failed for a systemic reason.
+            SystemFault: If that is the store, or rows never came back.
         """
         if self._given_up or (self._held and not self._well):
             raise self._stop()
         if self._open:
             shard, part = next(iter(self._open.items()))
-            raise CountsDoNotClose(
+            raise SystemFault(
                 f"{len(self._open)} shards did not come back whole, {manifest.shard_name(shard)} has "
                 f"{int(part.seen.sum())} of {len(part.seen)} rows",
                 "They are not committed; running the same command again does them anew.",
@@ -250,8 +248,9 @@ class Collector:
     def _add_shard(self, shard: int, table: pa.Table) -> list[tuple[int, OpenShard]]:
         if shard not in self._open:
             if shard not in self._rows:
-                raise CountsDoNotClose(
-                    f"rows of {manifest.shard_name(shard)} came back, which was not to be done", "This is a defect."
+                raise SystemFault(
+                    f"rows of {manifest.shard_name(shard)} came back, which is complete or was not to be done",
+                    "What is committed stands; running the same command again does the rest.",
                 )
             to_do = self._rows.pop(shard)
             seen = np.zeros(to_do, bool)
@@ -262,7 +261,8 @@ class Collector:
         part = self._open[shard]
         rows = table["row"].to_numpy()
         if rows.max(initial=0) >= len(part.seen) or part.seen[rows].any() or len(np.unique(rows)) < len(rows):
-            raise CountsDoNotClose(
+            # Ray matches the blocks of a task that it runs again by their number, and failures move where one ends.
+            raise SystemFault(
                 f"a row of {manifest.shard_name(shard)} came back twice or has no place in it",
                 "The shard is not committed; running the same command again does it anew.",
             )

@@ -155,7 +155,10 @@ def verdict_of(result: RunResult) -> list[str]:
     where = display(result.output)
     if result.already_done:
         first = f"SUCCEEDED: this job was done already; {_counts(result)}; nothing was run"
-        speed = f"speed: answered in {result.elapsed_s:.1f} s; delete {where} or choose another --output to run it anew"
+        speed = (
+            f"speed: answered in {result.elapsed_s:.1f} s; inputs that have come since are not in it: choose another --output for a run "
+            f"anew, or delete {where}"
+        )
     else:
         first = f"SUCCEEDED: {_counts(result)}"
         speed = (

@@ -75,7 +75,7 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "`retry`.",
         True,
     ),
-    ErrorType("fetch", "CHANGED", "the file was replaced since the job was planned", "A new job."),
+    ErrorType("fetch", "CHANGED", "the tar or Parquet file was replaced since the job was planned", "A new job."),
     ErrorType(
         "fetch", "TRUNCATED", "the tar or Parquet file ends before this image does", "Make the file anew; a new job."
     ),

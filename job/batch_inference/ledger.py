@@ -315,7 +315,9 @@ class Ledger:
 
     def begin_retry(self, retry: Retry) -> bool:
         """Begins a generation; False if another driver has begun one of the same number."""
-        return self.store.create(f"_retries/{retry.generation}.json", json.dumps(asdict(retry), indent=1).encode())
+        name, content = f"_retries/{retry.generation}.json", json.dumps(asdict(retry), indent=1).encode()
+        # A create whose answer was lost is sent again, and then meets itself.
+        return self.store.create(name, content) or self.store.get_or_none(name) == content
 
     # --- the end ---
 

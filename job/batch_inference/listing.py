@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import obstore
 
 from batch_inference.config import StorageConfig
-from batch_inference.errors import UserError
+from batch_inference.errors import SystemFault, UserError
 from batch_inference.storage import classify, is_local, local_path, open_bucket, split_bucket
 
 WILDCARDS = re.compile(r"[*?\[]")
@@ -97,6 +97,11 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
         failure = classify(exc)
         if failure.error_type == "NOT_FOUND":
             return
+        if failure.retryable:
+            raise SystemFault(
+                f"cannot list {uri}: {failure.message}",
+                "Check the store, its endpoint and the network, then start the same command again.",
+            ) from None
         raise UserError(
             f"cannot list {uri}: {failure.message}",
             "Check bucket, endpoint and the credentials in the environment (list permission is needed).",

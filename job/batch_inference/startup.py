@@ -12,6 +12,9 @@ from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError, SystemFault
 from batch_inference.identity import Engine, resolve_engine
 
+# For weights of many gigabytes over a slow line.
+_MOST_S = 3600.0
+
 
 class EngineAhead:
     """The engine, being resolved; a context manager.
@@ -61,7 +64,13 @@ class EngineAhead:
         """
         if self._engine is None:
             assert self._process is not None  # noqa: S101
-            out, said = self._process.communicate()
+            try:
+                out, said = self._process.communicate(timeout=_MOST_S)
+            except subprocess.TimeoutExpired:
+                raise SystemFault(
+                    f"the model could not be looked at within {_MOST_S:,.0f} s",
+                    "Look for a download that stands still, or a model's own code that waits for something.",
+                ) from None
             if self._process.returncode:
                 last = said.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
                 raise SystemFault(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,11 +64,16 @@ def canonical_uri(uri: str) -> str:
             "Use a local path or one of " + ", ".join(s + "://" for s in SCHEMES) + ".",
         )
     bucket = rest.partition("/")[0]
-    if scheme in ("s3", "gs") and ":" in bucket and "@" in bucket:
-        # Not repeated here: what is printed is logged.
+    # Not repeated here: what is printed is logged.
+    if scheme != "file" and ":" in bucket and "@" in bucket:
         raise UserError(
             f"a {scheme}:// URI has credentials before its bucket {bucket.rpartition('@')[2]}",
             "Give them in the environment; a URI is stored with the job and in each row.",
+        )
+    if scheme != "file" and _SIGNATURE.search(rest):
+        raise UserError(
+            f"a {scheme}:// URI of {bucket} has a signature behind its name",
+            "Name the object alone, and give credentials in the environment; a URI is stored with the job and in each row.",
         )
     if scheme == "file" and not rest.startswith("/"):
         raise UserError(f"{uri} is not an absolute file URI", f"Write file:///{rest} or a plain path.")
@@ -153,6 +159,12 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
         ) from None
 
 
+# What makes a presigned URL of S3 or GCS, or one with a SAS of Azure's, one that opens the object for whoever has it.
+_SIGNATURE = re.compile(r"[?&](?:x-amz-signature|x-amz-security-token|x-goog-signature|sig)=", re.IGNORECASE)
+# What S3 answers, with 400, where credentials were good once.
+_EXPIRED = re.compile(r"<code>(?:expiredtoken|invalidtoken|tokenrefreshrequired)</code>")
+# An answer of S3's or Azure's: all but code and message may repeat what was sent, a token too.
+_ANSWER = re.compile(r"(?:<\?xml[^>]*>\s*)?<Error\b.*(?:</Error>|\Z)", re.DOTALL)
 # Asked for credentials where the environment has none; its answer says nothing about the bucket.
 _METADATA_SERVICE = "169.254.169.254"
 
@@ -168,7 +180,7 @@ class Failure:
 
 def classify(exc: Exception) -> Failure:
     """Sorts whatever a store or the operating system raised into one of a few kinds."""
-    text = str(exc).partition("\n\nDebug source")[0].strip() or type(exc).__name__
+    text = _said(exc) or type(exc).__name__
     low = str(exc).lower()
     if isinstance(exc, (FileNotFoundError, NotADirectoryError, obx.NotFoundError)):
         return Failure("NOT_FOUND", "there is no such object", False)
@@ -182,7 +194,7 @@ def classify(exc: Exception) -> Failure:
         )
     if isinstance(exc, (PermissionError, obx.PermissionDeniedError)) or "403 forbidden" in low:
         return Failure("ACCESS_DENIED", f"access denied: {text}", False)
-    if isinstance(exc, obx.UnauthenticatedError) or "401 unauthorized" in low:
+    if isinstance(exc, obx.UnauthenticatedError) or "401 unauthorized" in low or _EXPIRED.search(low):
         return Failure("UNAUTHENTICATED", f"not authenticated: {text}", False)
     if "429 too many requests" in low or "503 service unavailable" in low:
         return Failure("THROTTLED", f"the store asked to slow down: {text}", True)
@@ -193,6 +205,16 @@ def classify(exc: Exception) -> Failure:
     if isinstance(exc, TimeoutError) or any(sign in low for sign in ("timed out", "timedout", "408 request timeout")):
         return Failure("TIMEOUT", text, True)
     return Failure("STORE_UNREACHABLE", text, True)
+
+
+def _said(exc: BaseException) -> str:
+    """An exception's message without a library's debug dump, and of a store's answer only the code and the message."""
+
+    def short(answer: re.Match[str]) -> str:
+        found = [re.search(rf"<{tag}>([^<]*)</{tag}>", answer[0]) for tag in ("Code", "Message")]
+        return ": ".join(part[1].strip() for part in found if part) or "an error without a code"
+
+    return _ANSWER.sub(short, str(exc).partition("\n\nDebug source")[0]).strip()
 
 
 class Store:
@@ -331,7 +353,8 @@ class Store:
             UserError: Where a second create of the same name does not fail, or the first does not work.
         """
         name = f"_probe/{uuid4().hex}"
-        first = self.create(name, b"1")
+        # A create whose answer was lost is sent again, and then meets itself.
+        first = self.create(name, b"1") or self.get_or_none(name) == b"1"
         try:
             second = self.create(name, b"2")
             content = self.get(name)
@@ -372,7 +395,7 @@ class Store:
 
 def exc_line(exc: BaseException) -> str:
     """An exception's message on one line, without a library's debug dump."""
-    return " ".join(str(exc).partition("\n\nDebug source")[0].split())[:500] or type(exc).__name__
+    return " ".join(_said(exc).split())[:500] or type(exc).__name__
 
 
 def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:

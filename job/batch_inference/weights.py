@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from batch_inference.errors import SystemFault, UserError
 from batch_inference.storage import canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
 
 _CHUNK = 8 << 20
+# For weights of many gigabytes over a slow line.
+_LOCK_S = 3600.0
 
 
 def weights_file(location: str, storage: StorageConfig, sha256: str | None = None) -> Path:
@@ -105,7 +108,18 @@ def cache_folder() -> Path:
 def node_lock(name: str) -> Iterator[None]:
     """Holds a lock that all processes of this node share; released when its holder dies."""
     with (cache_folder() / f"{name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise SystemFault(
+                        f"another process of this node has held {file.name} for {_LOCK_S:,.0f} s",
+                        "It downloads the weights, or hangs: `fuser` on that file names it.",
+                    ) from None
+                time.sleep(0.1)
         yield
 
 

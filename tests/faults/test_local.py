@@ -222,7 +222,7 @@ def test_failed_rows_are_predictions_after_a_retry(
 
 
 @pytest.mark.parametrize(
-    ("fault", "what", "code"), [("credentials expire", 403, 2), ("the store stops", 503, 5)], ids=["expired", "stopped"]
+    ("fault", "what", "code"), [("credentials expire", 400, 2), ("the store stops", 503, 5)], ids=["expired", "stopped"]
 )
 def test_a_job_that_ends_in_the_middle_resumes(
     fault: str, what: int, code: int, inputs: Inputs, proxy: Proxy, program: Program, record: Record

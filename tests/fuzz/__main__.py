@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="in all")
     parser.add_argument("--inputs", type=int, metavar="N", help="so many for each target instead")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other inputs")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the table and what is found")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument(
         "--replay", type=Path, metavar="FILE", help="feed this file to the target that its folder is named after"
@@ -134,12 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first += BATCH
     for name, result in results.items():
         for place, data in enumerate(result.findings.values()):
-            file = FOLDER / name / f"{place}"
+            file = asked.folder / name / f"{place}"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
     text = table(results)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "fuzz.md").write_text(text + "\n")
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    (asked.folder / "fuzz.md").write_text(text + "\n")
     print(text)
     return int(any(result.findings for result in results.values()))
 

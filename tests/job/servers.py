@@ -135,7 +135,9 @@ class Proxy:
                     self._break_off()
                     return
                 if isinstance(status, int):
-                    self._reply(status, [], b"<Error><Code>Injected</Code></Error>")
+                    # S3's own answer to credentials that were good once is a 400.
+                    code = "ExpiredToken" if status == 400 else "Injected"
+                    self._reply(status, [], f"<Error><Code>{code}</Code></Error>".encode())
                     return
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
                 connection = http.client.HTTPConnection(host, int(port), timeout=60)

@@ -14,7 +14,6 @@ from batch_inference.collection import ERROR_COLUMNS, Collector, OpenShard, Tall
 from batch_inference.config import ErrorsConfig
 from batch_inference.errors import (
     BatchInferenceError,
-    CountsDoNotClose,
     SystemFault,
     ThresholdExceeded,
     UserError,
@@ -102,7 +101,7 @@ def test_a_row_that_comes_twice_is_refused(case: tuple[dict[int, int], Any, Any]
     again = rng.randrange(len(every))
     every.insert(rng.randint(again, len(every)), every[again])
     collector = Collector(dict(sizes), Tally())
-    with pytest.raises(CountsDoNotClose, match="came back"):
+    with pytest.raises(SystemFault, match="came back"):
         for row in every:
             collector.add(results([row]))
 
@@ -110,26 +109,24 @@ def test_a_row_that_comes_twice_is_refused(case: tuple[dict[int, int], Any, Any]
 @pytest.mark.parametrize("row", [3, 100])
 def test_a_row_that_has_no_place_is_refused(row: int) -> None:
     collector = Collector({0: 3}, Tally())
-    with pytest.raises(CountsDoNotClose, match="shard-00000 came back twice or has no place"):
+    with pytest.raises(SystemFault, match="shard-00000 came back twice or has no place"):
         collect(collector, [(0, row, None)])
 
 
 def test_a_row_twice_in_one_table_is_refused() -> None:
-    with pytest.raises(CountsDoNotClose, match="came back twice"):
+    with pytest.raises(SystemFault, match="came back twice"):
         collect(Collector({0: 3}, Tally()), [(0, 1, None), (0, 1, None)])
 
 
 def test_a_shard_that_was_not_to_be_done_is_refused() -> None:
-    with pytest.raises(CountsDoNotClose, match="shard-00007 came back, which was not to be done"):
+    with pytest.raises(SystemFault, match="shard-00007 came back, which is complete or was not to be done"):
         collect(Collector({0: 3}, Tally()), [(7, 0, None)])
 
 
 def test_rows_that_never_come_back_are_named() -> None:
     collector = Collector({0: 3, 1: 2}, Tally())
     assert len(collect(collector, [(0, 0, None), (0, 2, None), *whole(1, 2)])) == 1
-    with pytest.raises(
-        CountsDoNotClose, match="1 shards did not come back whole, shard-00000 has 2 of 3 rows"
-    ) as caught:
+    with pytest.raises(SystemFault, match="1 shards did not come back whole, shard-00000 has 2 of 3 rows") as caught:
         collector.finish()
     assert "running the same command again" in caught.value.remedy
 

@@ -24,8 +24,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_damaged_inputs_are_answered() -> None:
-    done = run("-m", "tests.fuzz", "--inputs", "150")
+def test_damaged_inputs_are_answered(tmp_path: Path) -> None:
+    done = run("-m", "tests.fuzz", "--inputs", "150", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"| all | {150 * len(targets()):,} |" in done.stdout
 

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from obstore import exceptions as obx
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Fetcher
+from batch_inference.listing import list_uris
 from batch_inference.storage import (
     Store,
     canonical_uri,
     classify,
     display,
+    exc_line,
     is_local,
     local_path,
     read_object,
@@ -465,3 +468,74 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
         canonical_uri("s3://key:hunter2@photos/1.jpg")
     assert "hunter2" not in str(caught.value)
     assert canonical_uri("az://container@account.example/1.jpg")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://photos/1.jpg?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Signature=hunter2",
+        "gs://photos/1.jpg?x-goog-signature=hunter2",
+        "az://photos/1.jpg?sv=1&sig=hunter2",
+        "az://me:hunter2@photos/1.jpg",
+    ],
+)
+def test_what_opens_an_object_for_whoever_has_it_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError) as caught:
+        canonical_uri(uri)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.remedy
+    assert canonical_uri("s3://photos/what?.jpg") == "s3://photos/what?.jpg"
+
+
+EXPIRED = """Generic S3 error: Server returned non-2xx status code: 400 Bad Request: <?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message><Token-0>hunter2</Token-0></Error>
+
+Debug source:
+..."""
+
+
+def test_expired_credentials_are_no_failure_of_the_store_and_are_not_repeated() -> None:
+    failure = classify(obx.GenericError(EXPIRED))
+    assert (failure.error_type, failure.retryable) == ("UNAUTHENTICATED", False)
+    assert failure.message.endswith("400 Bad Request: ExpiredToken: The provided token has expired.")
+    assert "hunter2" not in exc_line(obx.GenericError(EXPIRED))
+
+
+def test_an_answer_that_is_cut_is_not_repeated_either() -> None:
+    assert classify(obx.GenericError(f"{EXPIRED[:-60]}")).error_type == "UNAUTHENTICATED"
+    assert "hunter2" not in classify(obx.GenericError(EXPIRED.partition("</Token")[0])).message
+
+
+@pytest.mark.parametrize("status", [503, 500])
+def test_a_store_that_is_down_while_it_is_listed_is_no_mistake_of_the_user_s(status: int) -> None:
+    class Down(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Down) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        storage = StorageConfig(endpoint_url=endpoint, anonymous=True, max_retries=0, retry_timeout_s=1)
+        with pytest.raises(SystemFault, match=r"cannot list s3://photos/") as caught:
+            list(list_uris("s3://photos/", True, storage))
+        server.shutdown()
+    assert "start the same command again" in caught.value.remedy
+
+
+def test_a_create_whose_answer_was_lost_meets_itself(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = obstore.put
+    lost: list[str] = []
+
+    def losing(target: Any, path: str, data: bytes, *, mode: str) -> Any:
+        done = real(target, path, data, mode=mode)
+        if path not in lost:
+            lost.append(path)
+            raise obx.AlreadyExistsError("sent again, and there already")
+        return done
+
+    monkeypatch.setattr(obstore, "put", losing)
+    store.probe()
+    assert len(lost) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_inference import weights
 from batch_inference.config import StorageConfig
 from batch_inference.errors import SystemFault, UserError
 from batch_inference.weights import cache_folder, file_digest, node_lock, weights_file
@@ -182,6 +183,12 @@ def test_the_lock_of_a_killed_process_is_free(cache: Path) -> None:
     process.kill()
     process.join(10)
     with node_lock("x"):
+        pass
+
+
+def test_a_lock_that_is_never_free_is_not_waited_for_for_ever(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_LOCK_S", 0.2)
+    with node_lock("x"), pytest.raises(SystemFault, match=r"has held .*x\.lock for 0 s"), node_lock("x"):
         pass
 
 
