@@ -144,6 +144,7 @@ class Closing:
         try:
             commit = self._writers.close(shard, errors, again)
         except CountsDoNotClose:
+            self.ledger.look([shard])
             if again is None or self.ledger.generations()[shard] < again.generation:
                 raise
             # Another driver has finished this retry, and swept the errors that it took the place of.

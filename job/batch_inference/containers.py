@@ -26,12 +26,13 @@ _MEMBER = r"\.(?:tar|parquet)#"
 _SPLIT = re.compile(_MEMBER, re.IGNORECASE)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 # Where a member lies. Null: an object by itself. A tar's member: place and size of its data in bytes. A Parquet file's:
-# the number of its row, and the column's path. An offset of -1: there is no such member.
+# the number of its row, and the column's path. An offset of -1: there is no such member. Then the version of the object or
+# of the member's file, null if it is not known.
 PLACE_SCHEMA = pa.schema(
     [
         ("_offset", pa.int64()),
         ("_size", pa.int64()),
-        ("_etag", pa.dictionary(pa.int32(), pa.string())),
+        ("_version", pa.int64()),
         ("_column", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
@@ -183,20 +184,22 @@ def places(uris: pa.ChunkedArray, section: InputConfig, storage: StorageConfig) 
             wanted.setdefault(split[0], {}).setdefault(split[1], []).append(line)
     fetcher = Fetcher(storage)
 
-    def look(item: tuple[str, dict[str, list[int]]]) -> tuple[dict[str, tuple[int, int | None]], str, str, list[str]]:
+    def look(
+        item: tuple[str, dict[str, list[int]]],
+    ) -> tuple[dict[str, tuple[int, int | None]], int | None, str, list[str]]:
         uri, names = item
         try:
             if uri.lower().endswith(".tar"):
                 found = tar_files.index(uri, fetcher, names.__contains__)
-                return dict(found.places), found.etag, "", found.notes
+                return dict(found.places), found.version, "", found.notes
             footer = parquet_files.footer(fetcher, uri)
             column = parquet_files.bytes_column(footer, uri, section.bytes_column)
             rows = int(footer.starts[-1])
             given = {name: int(name) for name in names if name.isascii() and name.isdigit()}
-            return {name: (row, None) for name, row in given.items() if row < rows}, footer.etag, column, []
+            return {name: (row, None) for name, row in given.items() if row < rows}, footer.version, column, []
         except RowFailure as exc:
             if exc.error.error_type == "NOT_FOUND":
-                return {}, "", "", []
+                return {}, None, "", []
             raise UserError(
                 f"cannot read {display(uri)}: {exc.error.message}", "Check the location and the credentials."
             ) from None
@@ -204,17 +207,17 @@ def places(uris: pa.ChunkedArray, section: InputConfig, storage: StorageConfig) 
     lines = len(uris)
     offsets: list[int | None] = [None] * lines
     sizes: list[int | None] = [None] * lines
-    etags: list[str | None] = [None] * lines
+    versions: list[int | None] = [None] * lines
     columns: list[str | None] = [None] * lines
     notes = []
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for names, (found, etag, column, said) in zip(wanted.values(), pool.map(look, wanted.items()), strict=True):
+        for names, (found, version, column, said) in zip(wanted.values(), pool.map(look, wanted.items()), strict=True):
             notes += said
             for name, where in names.items():
                 offset, size = found.get(name, (NO_SUCH_MEMBER, None))
                 for line in where:
-                    offsets[line], sizes[line], etags[line], columns[line] = offset, size, etag, column
-    table = pa.table([pa.array(c, f.type) for c, f in zip((offsets, sizes, etags, columns), PLACE_SCHEMA, strict=True)],
+                    offsets[line], sizes[line], versions[line], columns[line] = offset, size, version, column
+    table = pa.table([pa.array(c, f.type) for c, f in zip((offsets, sizes, versions, columns), PLACE_SCHEMA, strict=True)],
                      schema=PLACE_SCHEMA)  # fmt: skip
     return table, notes
 
@@ -227,14 +230,14 @@ def _tar(uri: str, section: InputConfig, fetcher: Fetcher) -> Contents:
     names = pa.array(found.places, pa.string())
     offsets = pa.array([offset for offset, _ in found.places.values()], pa.int64())
     sizes = pa.array([size for _, size in found.places.values()], pa.int64())
-    return Contents(_table(uri, names, offsets, sizes, found.etag, ""), found.skipped, found.replaced, found.notes)
+    return Contents(_table(uri, names, offsets, sizes, found.version, ""), found.skipped, found.replaced, found.notes)
 
 
 def _parquet(uri: str, section: InputConfig, fetcher: Fetcher) -> Contents:
     footer = parquet_files.footer(fetcher, uri)
     column = parquet_files.bytes_column(footer, uri, section.bytes_column)
     rows = pa.array(range(int(footer.starts[-1])), pa.int64())
-    table = _table(uri, rows.cast(pa.string()), rows, pa.nulls(len(rows), pa.int64()), footer.etag, column)
+    table = _table(uri, rows.cast(pa.string()), rows, pa.nulls(len(rows), pa.int64()), footer.version, column)
     names = section.passthrough_columns
     if names and len(rows):
         more = parquet_files.read_columns(uri, fetcher, names)
@@ -250,14 +253,26 @@ def _parquet(uri: str, section: InputConfig, fetcher: Fetcher) -> Contents:
     return Contents(table, notes=notes)
 
 
-def _table(uri: str, names: pa.Array, offsets: pa.Array, sizes: pa.Array, etag: str, column: str) -> pa.Table:
-    def same(text: str) -> pa.DictionaryArray:
-        return pa.DictionaryArray.from_arrays(pa.array([0] * len(names), pa.int32()), pa.array([text], pa.string()))
-
+def _table(uri: str, names: pa.Array, offsets: pa.Array, sizes: pa.Array, version: int | None, column: str) -> pa.Table:
+    columns = pa.DictionaryArray.from_arrays(pa.array([0] * len(names), pa.int32()), pa.array([column], pa.string()))
+    versions = pa.repeat(pa.scalar(version, pa.int64()), len(names))
     full = pc.binary_join_element_wise(uri + "#", names, "")
-    return pa.table(
-        [full, offsets, sizes, same(etag), same(column)], schema=pa.schema([("uri", pa.string()), *PLACE_SCHEMA])
+    return pa.table([full, offsets, sizes, versions, columns], schema=pa.schema([("uri", pa.string()), *PLACE_SCHEMA]))
+
+
+def without_versions(table: pa.Table) -> pa.Table:
+    """Inputs, or their places, with no version of objects by themselves: those are taken as they are then.
+
+    Members of files keep theirs: what lies where in another version is not known.
+    """
+    if "_version" not in table.column_names:
+        return table
+    place = table.column_names.index("_version")
+    none = pa.nulls(table.num_rows, pa.int64())
+    kept = (
+        pc.if_else(pc.is_valid(table["_offset"]), table["_version"], none) if "_offset" in table.column_names else none
     )
+    return table.set_column(place, "_version", kept)
 
 
 def merged(given: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from PIL import Image
 from ray.data.block import BlockAccessor
 
 from batch_inference.config import InputConfig, JobConfig, PreprocessConfig, StorageConfig
-from batch_inference.containers import PLACE_SCHEMA
+from batch_inference.containers import PLACE_SCHEMA, without_versions
 from batch_inference.errors import RowFailure, UserError
 from batch_inference.fetcher import Fetcher
 from batch_inference.images import open_image, to_rgb
@@ -105,7 +105,7 @@ def read_images(
 def _images(table: pa.Table, storage: StorageConfig | None, preprocess: PreprocessConfig | None) -> ray.data.Dataset:
     config = (storage or StorageConfig(), preprocess or PreprocessConfig())
     load: Any = _load
-    return ray.data.from_items(table.to_pylist()).map_batches(
+    return ray.data.from_items(without_versions(table).to_pylist()).map_batches(
         load, fn_args=config, batch_size=_IMAGES_AT_ONCE, batch_format="pyarrow"
     )
 
@@ -189,7 +189,7 @@ def _load(table: pa.Table, storage: StorageConfig, preprocess: PreprocessConfig)
     """Reads and decodes the images of some URIs, one table an image."""
     uris = table.column("uri").to_pylist()
     places = None
-    if PLACE_SCHEMA.names[0] in table.column_names:
+    if "_offset" in table.column_names:
         places = pa.table([table[f.name].cast(f.type) for f in PLACE_SCHEMA], schema=PLACE_SCHEMA)
     fetcher = Fetcher.of_process(storage)
     for one in fetched(runs(uris, places, fetcher, preprocess.max_bytes), _IMAGES_AT_ONCE):

@@ -75,7 +75,12 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "`retry`.",
         True,
     ),
-    ErrorType("fetch", "CHANGED", "the tar or Parquet file was replaced since the job was planned", "A new job."),
+    ErrorType(
+        "fetch",
+        "CHANGED",
+        "the object, or the tar or Parquet file, was replaced since the job was planned",
+        "`retry --error-type CHANGED` takes objects as they are now; a new job for members of files.",
+    ),
     ErrorType(
         "fetch", "TRUNCATED", "the tar or Parquet file ends before this image does", "Make the file anew; a new job."
     ),

@@ -15,8 +15,9 @@ import obstore
 
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, UserError
-from batch_inference.storage import canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
+from batch_inference.storage import Failure, canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
 from batch_inference.throttle import Throttle, backoff_s
+from batch_inference.versions import changed, replaced, version_of
 
 # Encoded bytes that one task holds ahead of the decoder, beside the one that it waits for.
 _AHEAD_BYTES = 64 * 1024 * 1024
@@ -54,6 +55,7 @@ class Fetcher:
     def __init__(self, storage: StorageConfig) -> None:
         self._storage = storage
         self._buckets: dict[str, tuple[Any, Throttle]] = {}
+        self._answered: set[str] = set()
         self._lock = threading.Lock()
         self._retries = 0
 
@@ -63,20 +65,27 @@ class Fetcher:
         """The one that all tasks of a process share: connections, credentials and what the store can take outlast a shard."""
         return Fetcher(storage)
 
-    def fetch(self, uri: str, max_bytes: int) -> bytes:
+    def fetch(self, uri: str, max_bytes: int, version: int | None = None) -> bytes:
         """The content of an object.
+
+        Args:
+            uri: Of the object.
+            max_bytes: A larger one is not read.
+            version: The one that is meant, None for whatever is there.
 
         Raises:
             RowFailure: Stage ``fetch``: NOT_FOUND, ACCESS_DENIED, UNAUTHENTICATED, INVALID_URI, TOO_LARGE, TIMEOUT,
-                THROTTLED, STORE_UNREACHABLE.
+                THROTTLED, STORE_UNREACHABLE, CHANGED.
         """
         with _Failures():
             canonical = canonical_uri(uri)
             if is_local(canonical):
-                return _read_file(local_path(canonical), max_bytes)
+                return _read_file(local_path(canonical), max_bytes, version)
 
             def get(bucket: Any, key: str) -> bytes:
                 result = obstore.get(bucket, key)
+                if replaced(version, version_of(result.meta["e_tag"])):
+                    raise changed(uri)
                 check_size(int(result.meta["size"]), max_bytes)
                 return bytes(result.bytes())
 
@@ -129,7 +138,7 @@ class Fetcher:
                     raise
                 except Exception as exc:
                     tries += 1
-                    failure = classify(exc)
+                    failure = classify(exc, answered=root in self._answered)
                     slow_down = failure.error_type == "THROTTLED"
                     if slow_down:
                         throttle.refused(sent)
@@ -140,9 +149,10 @@ class Fetcher:
                         not slow_down and tries > self._storage.max_retries
                     )
                     if not failure.retryable or spent or (slow_down and not self._storage.max_retries):
-                        raise
+                        raise _row_failure(failure) from exc
                 else:
                     throttle.succeeded()
+                    self._answered.add(root)
                     return result
                 with self._lock:
                     self._retries += 1
@@ -167,8 +177,11 @@ class _Failures:
             return
         if isinstance(exc, UserError):
             raise RowFailure("fetch", "INVALID_URI", exc.message) from exc
-        failure = classify(exc)
-        raise RowFailure("fetch", failure.error_type, failure.message, failure.retryable) from exc
+        raise _row_failure(classify(exc)) from exc
+
+
+def _row_failure(failure: Failure) -> RowFailure:
+    return RowFailure("fetch", failure.error_type, failure.message, failure.retryable)
 
 
 def check_size(size: int, max_bytes: int) -> None:
@@ -179,9 +192,11 @@ def check_size(size: int, max_bytes: int) -> None:
         )
 
 
-def _read_file(path: str, max_bytes: int) -> bytes:
+def _read_file(path: str, max_bytes: int, version: int | None) -> bytes:
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a path of a million inputs is not worth an object each
         size = os.fstat(file.fileno()).st_size
+        if replaced(version, size):
+            raise changed(path)
         check_size(size, max_bytes)
         return _read_exactly(file, size) if size else file.read()
 

@@ -116,6 +116,7 @@ def select(ledger: Ledger, retry: Retry, commits: list[Commit]) -> dict[int, Aga
         try:
             bad = _errors(ledger.store, commit)
         except CountsDoNotClose:
+            ledger.look([commit.shard])
             newest = ledger.commits({commit.shard: ledger.generations()[commit.shard]})[0]
             if newest.generation == commit.generation:
                 raise

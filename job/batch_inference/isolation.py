@@ -1,8 +1,9 @@
-"""Images decoded one at a time in a process that may die of them.
+"""Images decoded one at a time, and row groups of Parquet files unpacked, in a process that may die of them.
 
-Decoding runs in the tasks' own processes, which costs nothing extra. Where such a process has died or hung, its shard is done again by
+Both happen in the tasks' own processes, which costs nothing extra. Where such a process has died or hung, its shard is done again by
 way of this module: a helper process, forked anew from a clean one after each death, with limits on time and memory that the kernel
-enforces. What kills it becomes the row's failure; its neighbours keep their pixels.
+enforces. What kills it becomes the row's failure, or that of the row group's rows that were not unpacked yet; its neighbours keep
+their pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +30,20 @@ from batch_inference.decoding import pixels_of
 from batch_inference.errors import RowError, RowFailure, SystemFault
 from batch_inference.transform import Transform
 
+if TYPE_CHECKING:
+    from batch_inference.fetcher import Answer
+    from batch_inference.parquet_files import Pages, Value
+
 # Beyond the limit that the kernel enforces; then something is wrong with the helper itself.
 _GRACE_S = 30.0
+# What the helper is asked to do, and its word that all values have been sent.
+_IMAGE, _PAGES, _DONE = "image", "pages", "done"
 # An image that was killed may have been its neighbours' victim (the system was out of memory), so that it gets another chance.
 _TRIES_IF_KILLED = 2
 
 
 class Helper:
-    """Decodes images in a process of its own; a context manager.
+    """Decodes images, or unpacks row groups, in a process of its own; a context manager. It does one thing at a time.
 
     Args:
         preprocess: Limits; ``decode_timeout_s`` and ``decode_memory_mib`` among them.
@@ -68,18 +77,64 @@ class Helper:
                 shape, pixels = answer
                 return np.frombuffer(pixels, np.uint8).reshape(shape)
             if answer != signal.SIGKILL or not left:
-                raise self._death(answer)
+                raise self._death(answer, "decod", "the image")
         raise AssertionError  # the last try has returned or raised
 
     def _ask(self, data: bytes) -> Any:
         """The helper's answer; or the signal, or minus the exit code, with which the process that decodes has died."""
-        connection = self._connection or self._start()
+        self._tell((_IMAGE, data))
+        return self._hear()
+
+    def unpack(self, pages: Pages, take: Callable[[], Answer]) -> Iterator[Value]:
+        """What :func:`~batch_inference.parquet_files.unpacked` gives.
+
+        Raises:
+            RowFailure: What ended it, as from :func:`~batch_inference.parquet_files.failure_of`; and ``decode`` DECODER_CRASH,
+                DECODE_TIMEOUT or DECODE_MEMORY where the process died.
+            SystemFault: If the helper itself does not work.
+        """
+        done = False
         try:
-            connection.send_bytes(data)
+            self._tell((_PAGES, pickle.dumps(pages)))
+            while True:
+                answer = self._hear()
+                if answer is None:
+                    part = take()
+                    self._tell(replace(part, data=bytes(part.data)))
+                elif isinstance(answer, int):
+                    failure = self._death(answer, "unpack", "its pages").error
+                    # Whoever is killed may be others' victim. There is no second try here: the bytes have been used up.
+                    raise RowFailure("decode", failure.error_type, failure.message, retryable=answer == signal.SIGKILL)
+                elif isinstance(answer, RowError):
+                    done = True
+                    raise RowFailure(answer.stage, answer.error_type, answer.message, retryable=answer.retryable)
+                elif answer == _DONE:
+                    done = True
+                    return
+                else:
+                    yield answer
+        finally:
+            # Half of it is of no use to whoever asks next.
+            if not done:
+                self._stop()
+
+    def _tell(self, what: Any) -> None:
+        # One that has ended shows when it is heard.
+        with contextlib.suppress(OSError):
+            (self._connection or self._start()).send(what)
+
+    def _hear(self) -> Any:
+        connection = self._connection
+        assert connection is not None  # noqa: S101
+        try:
             if connection.poll(self._preprocess.decode_timeout_s + _GRACE_S):
                 return connection.recv()
         except (EOFError, OSError):
             pass
+        return self._ended()
+
+    def _ended(self) -> int:
+        """Ends a helper that does not answer any more; the signal that counts as what the process that decodes has died of."""
         code = self._stop()
         if code > 0:
             raise SystemFault(
@@ -118,20 +173,17 @@ class Helper:
             self._process = self._connection = None
         return code
 
-    def _death(self, number: int) -> RowFailure:
+    def _death(self, number: int, doing: str, what: str) -> RowFailure:
+        """Args: a signal, or minus an exit code; and what was done to what, such as "decod" (...ing, ...ed) to "the image"."""
         config = self._preprocess
         if number == signal.SIGALRM:
-            return RowFailure(
-                "decode",
-                "DECODE_TIMEOUT",
-                f"decoding did not end within preprocess.decode_timeout_s = {config.decode_timeout_s:g}",
-            )
+            limit = f"preprocess.decode_timeout_s = {config.decode_timeout_s:g}"
+            return RowFailure("decode", "DECODE_TIMEOUT", f"{doing}ing {what} did not end within {limit}")
+        process = f"the process that {doing}ed {what} alone"
         if number == signal.SIGKILL:
-            return RowFailure(
-                "decode", "DECODE_MEMORY", "the process that decoded the image alone was killed, as when memory ends"
-            )
+            return RowFailure("decode", "DECODE_MEMORY", f"{process} was killed, as when memory ends")
         how = signal.Signals(number).name if number > 0 else f"exit code {-number}"
-        return RowFailure("decode", "DECODER_CRASH", f"the process that decoded the image alone died: {how}")
+        return RowFailure("decode", "DECODER_CRASH", f"{process} died: {how}")
 
 
 def serve(descriptor: int) -> None:
@@ -156,38 +208,88 @@ def _answer(connection: Connection[Any, Any], preprocess: PreprocessConfig, tran
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while True:
         try:
-            data = connection.recv_bytes()
+            kind, data = connection.recv()
         except EOFError:
             os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, preprocess.decode_timeout_s)
         answer: Any
-        try:
-            pixels = pixels_of(data, preprocess, transform)
-            answer = (pixels.shape, pixels.tobytes())
-        except RowFailure as exc:
-            answer = exc.error
-        except MemoryError:
-            answer = RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image").error
-        except Exception as exc:
-            answer = RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if kind == _PAGES:
+            answer = _unpack(connection, data, preprocess)
+        else:
+            with _timed(preprocess.decode_timeout_s):
+                answer = _decode(data, preprocess, transform)
         connection.send(answer)
 
 
-def _limit_memory(mib: int) -> None:
-    """Address space beyond what is in use now; where the system knows no such limit there is none."""
+def _decode(data: bytes, preprocess: PreprocessConfig, transform: Transform | None) -> tuple[Any, bytes] | RowError:
+    try:
+        pixels = pixels_of(data, preprocess, transform)
+        return pixels.shape, pixels.tobytes()
+    except RowFailure as exc:
+        return exc.error
+    except MemoryError:
+        return RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image").error
+    except Exception as exc:
+        return RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
+
+
+def _unpack(connection: Connection[Any, Any], data: bytes, preprocess: PreprocessConfig) -> str | RowError:
+    """Sends each value as soon as it is there, and None where it needs the next bytes of the file."""
+    _limit_memory(None)
+    from batch_inference.parquet_files import failure_of, unpacked
+
+    pages = pickle.loads(data)  # noqa: S301 - from :class:`Helper`
+    _limit_memory(preprocess.decode_memory_mib)
+
+    def take() -> Answer:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(None)
+        try:
+            answer: Answer = connection.recv()
+        except EOFError:
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, preprocess.decode_timeout_s)
+        return answer
+
+    values = unpacked(pages, take)
+    try:
+        while True:
+            with _timed(preprocess.decode_timeout_s):
+                value = next(values, None)
+            if value is None:
+                return _DONE
+            connection.send(value)
+    except Exception as exc:
+        return failure_of(exc)
+
+
+@contextlib.contextmanager
+def _timed(seconds: float) -> Iterator[None]:
+    """Ends this process where something takes longer; the kernel does, whatever holds the interpreter up."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _limit_memory(mib: int | None) -> None:
+    """Address space beyond what is in use now, None for no limit; where the system knows no such limit there is none."""
     try:
         import resource
         from pathlib import Path
 
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + mib * 1024 * 1024,) * 2)
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        if mib is not None:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + mib * 1024 * 1024, most))
+        else:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
     except (ImportError, OSError, ValueError):
         return
 
 
 class Watch:
-    """Ends this process where the decoding of an image does not end, so that its shard is done again with care.
+    """Ends this process where decoding an image, or unpacking one, does not end, so that its shard is done again with care.
 
     The decoders let other threads run while they work, so that a thread can look at the clock.
 
@@ -207,6 +309,15 @@ class Watch:
     def __exit__(self, *args: object) -> None:
         self._begun.pop(threading.get_ident(), None)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is waited for meanwhile and has limits of its own."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     def end(self) -> None:
         """Stops watching."""
         self._ended.set()
@@ -215,6 +326,6 @@ class Watch:
         while not self._ended.wait(min(1.0, self._limit_s / 4)):
             for begun in list(self._begun.values()):
                 if time.monotonic() - begun > self._limit_s:
-                    print(f"decoding an image did not end within {self._limit_s:g} s", file=sys.__stderr__, flush=True)
+                    print(f"decoding did not end within {self._limit_s:g} s", file=sys.__stderr__, flush=True)
                     faulthandler.dump_traceback(sys.__stderr__ or 2)
                     os._exit(1)

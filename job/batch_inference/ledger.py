@@ -4,6 +4,9 @@ Readers trust the ledger, never a folder listing. A shard is done when its commi
 put-if-absent, so that of any number of drivers one wins and the others leave files that nobody reads. The same holds for
 ``_job.json``, which makes a plan the plan, and for ``_retries/N.json``, which makes the N-th generation: a shard's commit of the
 highest generation is the one that counts.
+
+A listing may lag behind what was written, with some stores and some caches before them. A commit that it does not show yet is made once
+more and loses, and what one ledger has seen it does not forget; nothing is called missing before it was asked for by its name.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -148,6 +152,7 @@ class Ledger:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._seen: dict[int, int] = {}
 
     # --- the job ---
 
@@ -213,13 +218,15 @@ class Ledger:
         Raises:
             CountsDoNotClose: If shards are missing and the plan they come from is gone.
         """
-        missing = self._missing_manifest(job)
+        present = {_place(info.path)[0] for info in self.store.objects("_manifest") if info.path.endswith(".parquet")}
+        missing = set(range(job.shards)) - present
         if not missing:
             return
         packed = self.store.get_or_none(job.plan)
         if packed is None:
             # Another driver may just have finished the same work and deleted the plan.
-            missing = self._missing_manifest(job)
+            sizes = self._sizes([f"_manifest/{manifest.shard_name(shard)}.parquet" for shard in sorted(missing)])
+            missing = {_place(path)[0] for path, size in sizes.items() if size is None}
             if not missing:
                 return
             raise CountsDoNotClose(
@@ -236,18 +243,34 @@ class Ledger:
                 put.result()
         self.store.delete([job.plan])
 
-    def _missing_manifest(self, job: Job) -> set[int]:
-        present = {_place(info.path)[0] for info in self.store.objects("_manifest") if info.path.endswith(".parquet")}
-        return set(range(job.shards)) - present
+    def _sizes(self, paths: list[str]) -> dict[str, int | None]:
+        """The sizes of objects, each asked for by its name; None of one that is not there."""
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            return dict(zip(paths, pool.map(self.store.size, paths), strict=True))
 
     # --- commits ---
 
     def generations(self) -> dict[int, int]:
-        """The shards that are done, each with the generation of the commit that counts; one listing."""
-        found: dict[int, int] = {}
-        for shard, generation in self.places():
-            found[shard] = max(generation, found.get(shard, 0))
-        return found
+        """The shards that are done, each with the generation of the commit that counts; one listing, and what was seen before."""
+        for place in self.places():
+            self._see(*place)
+        return dict(self._seen)
+
+    def look(self, shards: Iterable[int]) -> None:
+        """Asks for commits of some shards by their names, as far as retries have got: a listing may not show them yet."""
+        retry = self.retry()
+        last = retry.generation if retry else 0
+        places = {
+            f"_commits/{shard_name(shard, generation)}.json": (shard, generation)
+            for shard in shards
+            for generation in range(self._seen.get(shard, -1) + 1, last + 1)
+        }
+        for path, size in self._sizes(list(places)).items():
+            if size is not None:
+                self._see(*places[path])
+
+    def _see(self, shard: int, generation: int) -> None:
+        self._seen[shard] = max(generation, self._seen.get(shard, 0))
 
     def places(self) -> list[tuple[int, int]]:
         """Shard and generation of every commit, also of those that a later generation took the place of; one listing."""
@@ -272,7 +295,9 @@ class Ledger:
         """Commits a shard; False if another driver has committed it."""
         path, data = f"_commits/{shard_name(commit.shard, commit.generation)}.json", commit.to_json()
         # A create whose answer got lost is sent again and meets itself; taken for another's, it would cost its files.
-        return self.store.create(path, data) or self.store.get(path) == data
+        mine = self.store.create(path, data) or self.store.get(path) == data
+        self._see(commit.shard, commit.generation)
+        return mine
 
     def _read_commit(self, place: tuple[int, int]) -> Commit:
         path = f"_commits/{shard_name(*place)}.json"
@@ -330,6 +355,7 @@ class Ledger:
                 self.check_closed(job, commits)
             except CountsDoNotClose:
                 # A retry that ended meanwhile has deleted what its commits do not name any more.
+                self.look(range(job.shards))
                 if self.generations() == generations:
                     raise
             else:
@@ -354,6 +380,8 @@ class Ledger:
                     f"{manifest.shard_name(commit.shard)} has {commit.rows} rows committed, {expected} in the manifest"
                 )
         sizes = {info.path: info.size for kind in ("predictions", "errors") for info in self.store.objects(kind)}
+        unlisted = [file.path for commit in commits for file in commit.files if file.path not in sizes]
+        sizes |= {path: size for path, size in self._sizes(unlisted).items() if size is not None}
         for commit in commits:
             for file in commit.files:
                 if file.path not in sizes:

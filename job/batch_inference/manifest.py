@@ -58,8 +58,8 @@ class Inputs:
     """What listing found.
 
     Attributes:
-        table: One row an input: ``uri`` string; where there are members of tar or Parquet files, the columns of
-            ``PLACE_SCHEMA``, which stay within the manifest; then the passthrough columns.
+        table: One row an input: ``uri`` string; columns of ``PLACE_SCHEMA``, which stay within the manifest: all of them where there
+            are members of tar or Parquet files, ``_version`` where inputs were listed; then the passthrough columns.
         skipped: Objects left out, by file name ending ("" for none).
         duplicates: Inputs that were listed more than once; each was kept once.
         repeated: URIs that several manifest lines share; those lines are all kept, since their other columns may differ.
@@ -169,7 +169,7 @@ def read_shard(store: Store, shard: int) -> pa.Table:
 
 
 def read_places(store: Store, shard: int) -> tuple[pa.Table, pa.Table | None]:
-    """A manifest shard, and where those of its inputs lie that are members of files: columns of ``PLACE_SCHEMA``, or None."""
+    """A manifest shard, and versions and places of its inputs: columns of ``PLACE_SCHEMA`` as :class:`Inputs` has them, or None."""
     return apart(read_stored(store, shard))
 
 
@@ -179,11 +179,9 @@ def read_stored(store: Store, shard: int) -> pa.Table:
 
 
 def apart(table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
-    """Inputs, and where those lie that are members of files; see :func:`with_places`."""
-    if containers.PLACE_COLUMNS[0] not in table.column_names:
-        return table, None
-    columns = list(containers.PLACE_COLUMNS)
-    return table.drop_columns(columns), table.select(columns)
+    """Inputs, and their versions and places, None if nothing is known of them."""
+    columns = [name for name in containers.PLACE_COLUMNS if name in table.column_names]
+    return (table.drop_columns(columns), table.select(columns)) if columns else (table, None)
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -204,8 +202,9 @@ def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
 
 def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     skipped: dict[str, int] = {}
-    chunks: list[pa.Array] = []
+    chunks: list[pa.Table] = []
     batch: list[str] = []
+    versions: list[int | None] = []
     files: list[str] = []
     members: list[str] = []
     empty: list[str] = []
@@ -218,29 +217,28 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
         # Beside images, a Parquet file is rather a table of something else: it has to be asked for.
         parquet = section.bytes_column is not None or place.lower().endswith(".parquet")
         nothing = True
-        for uri, explicit in list_uris(place, section.recursive, storage):
+        for uri, named, version in list_uris(place, section.recursive, storage):
             nothing = False
             ending = PurePosixPath(uri).suffix.lower()
             if ending == ".tar" or (ending == ".parquet" and parquet):
                 files.append(uri)
                 continue
-            if not explicit and section.extensions and ending not in section.extensions:
+            if not named and section.extensions and ending not in section.extensions:
                 skipped[ending] = skipped.get(ending, 0) + 1
                 continue
             # Names that are not UTF-8 can't be columns' values; so spelt, they end as error rows like anything else missing.
             batch.append(uri if uri.isascii() else uri.encode("utf-8", "backslashreplace").decode())
-            if len(batch) == 65536:
-                chunks.append(pa.array(batch, pa.string()))
-                batch = []
+            versions.append(version)
+            if len(batch) == _PIECE:
+                chunks.append(_objects(batch, versions))
+                batch, versions = [], []
         if nothing:
             empty.append(given)
     if empty and len(section.uris) > 1:
         raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
-    chunks.append(pa.array(batch, pa.string()))
-    every = pa.chunked_array(chunks, pa.string())
-    distinct = _distinct(every)
-    objects = pa.table({"uri": distinct.take(pc.sort_indices(distinct))})
-    duplicates = len(every) - len(distinct)
+    every = pa.concat_tables([*chunks, _objects(batch, versions)])
+    objects = _sorted_distinct(every)
+    duplicates = every.num_rows - objects.num_rows
     if not files and not members:
         return Inputs(objects, skipped, duplicates)
     found = containers.listed(files, members, section, storage)
@@ -249,6 +247,26 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     return Inputs(
         _interleaved(objects, found.tables), containers.merged([skipped, found.skipped]), duplicates + found.duplicates
     )
+
+
+def _objects(uris: list[str], versions: list[int | None]) -> pa.Table:
+    return pa.table({"uri": pa.array(uris, pa.string()), "_version": pa.array(versions, pa.int64())})
+
+
+def _sorted_distinct(objects: pa.Table) -> pa.Table:
+    """Objects in the order of their URIs, each once."""
+    uris = objects["uri"]
+    if uris.nbytes > _SHORT_OFFSETS:
+        objects = objects.set_column(0, "uri", uris.cast(pa.large_string()))
+    objects = objects.combine_chunks()
+    objects = objects.take(pc.sort_indices(objects["uri"]))
+    uris = objects["uri"]
+    if len(uris) < 2:
+        return objects
+    new = pc.not_equal(uris.slice(1), uris.slice(0, len(uris) - 1))
+    if pc.all(new).as_py():
+        return objects
+    return objects.filter(pa.chunked_array([pa.array([True]), *new.chunks]))
 
 
 def _distinct(uris: pa.ChunkedArray) -> pa.Array:
@@ -356,7 +374,7 @@ def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
             f"{display(uri)} has no ending that says what kind of manifest it is",
             "Name it .parquet, .csv, .jsonl, .ndjson or .txt.",
         )
-    parts = sorted(u for u, _ in list_uris(uri, True, storage) if u.lower().endswith(".parquet"))
+    parts = sorted(found.uri for found in list_uris(uri, True, storage) if found.uri.lower().endswith(".parquet"))
     if not parts:
         raise UserError(
             f"there is no manifest at {display(uri)}",

@@ -17,7 +17,12 @@ from batch_inference.storage import canonical_uri
 
 
 def runs(
-    uris: list[str], places: pa.Table | None, fetcher: Fetcher, max_bytes: int, prefixes: Prefixes | None = None
+    uris: list[str],
+    places: pa.Table | None,
+    fetcher: Fetcher,
+    max_bytes: int,
+    prefixes: Prefixes | None = None,
+    unpack: parquet_files.Unpack = parquet_files.unpacked,
 ) -> Iterator[Run]:
     """Cuts a shard's inputs into runs.
 
@@ -26,23 +31,26 @@ def runs(
 
     Args:
         uris: The shard's inputs.
-        places: Where members lie: columns of ``PLACE_SCHEMA``; None if there are none.
+        places: Which version of each is meant, and where members lie: columns of ``PLACE_SCHEMA``, or ``_version`` alone where none
+            is a member; None: whatever is there is meant.
         fetcher: Reads them.
         max_bytes: Larger inputs are not read.
         prefixes: Inputs that lie elsewhere are not read; None: no limit.
+        unpack: Where row groups of Parquet files are unpacked.
     """
+    versions = [None] * len(uris) if places is None else places["_version"].to_pylist()
 
     def one(row: int) -> Run:
         refusal = prefixes.refusal(uris[row]) if prefixes else None
-        return Failed([row], refusal) if refusal else _Object(row, uris[row], fetcher, max_bytes)
+        return Failed([row], refusal) if refusal else _Object(row, uris[row], versions[row], fetcher, max_bytes)
 
-    if places is None:
+    if places is None or "_offset" not in places.column_names:
         yield from map(one, range(len(uris)))
         return
     files: dict[str, list[Member]] = {}
     order: list[int | str] = []
-    columns = [places[name].to_pylist() for name in ("_offset", "_size", "_etag", "_column")]
-    for row, (uri, offset, size, etag, column) in enumerate(zip(uris, *columns, strict=True)):
+    columns = [places[name].to_pylist() for name in ("_offset", "_size", "_column")]
+    for row, (uri, version, offset, size, column) in enumerate(zip(uris, versions, *columns, strict=True)):
         split = None if offset is None else split_member(uri)
         # The plan has no place for members of files that are not allowed; whoever changed it gets no further than here.
         if split is None or (prefixes and prefixes.refusal(uri)):
@@ -50,7 +58,7 @@ def runs(
             continue
         if split[0] not in files:
             order.append(split[0])
-        files.setdefault(split[0], []).append(Member(row, offset, size, etag or "", column or ""))
+        files.setdefault(split[0], []).append(Member(row, offset, size, version, column or ""))
     for item in order:
         if isinstance(item, int):
             yield one(item)
@@ -63,13 +71,14 @@ def runs(
         if present and item.lower().endswith(".tar"):
             yield from tar_files.spans(item, present, fetcher, max_bytes)
         elif present:
-            yield from parquet_files.row_groups(item, present, fetcher, max_bytes)
+            yield from parquet_files.row_groups(item, present, fetcher, max_bytes, unpack)
 
 
 @dataclass(frozen=True)
 class _Object:
     row: int
     uri: str
+    version: int | None
     fetcher: Fetcher
     max_bytes: int
 
@@ -87,7 +96,7 @@ class _Object:
             raise RowFailure("list", "INVALID_URI", exc.message) from exc
         if not self.uri:
             raise RowFailure("list", "INVALID_URI", "the manifest has no URI in this line")
-        return self.fetcher.fetch(self.uri, self.max_bytes)
+        return self.fetcher.fetch(self.uri, self.max_bytes, self.version)
 
     def inputs(self, take: Callable[[], Answer]) -> Iterator[Fetched]:
         answer = take()

@@ -6,8 +6,8 @@ import functools
 import io
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,9 @@ from batch_inference.errors import RowError, RowFailure, UserError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
 from batch_inference.footers import Trial
 from batch_inference.ranges import RangeFile
-from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, changed, read_range
+from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
+from batch_inference.versions import changed, replaced, version_of
 
 # Footers grow with the number of row groups and columns; this is most of them.
 _TAIL_BYTES = 64 * 1024
@@ -35,12 +36,12 @@ class Footer:
 
     Attributes:
         metadata: What pyarrow makes of it.
-        etag: The version of the file.
+        version: That of the file; None if the store has none.
         starts: Number of the first row of each row group, and of the row behind the last, int64.
     """
 
     metadata: pq.FileMetaData
-    etag: str
+    version: int | None
     starts: np.ndarray
 
     def chunk(self, group: int, column: str) -> tuple[int, int]:
@@ -62,30 +63,31 @@ class Footer:
 
 
 @functools.lru_cache(maxsize=32)
-def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
+def footer(fetcher: Fetcher, uri: str, version: int | None = None) -> Footer:
     """Reads the footer of a Parquet file, usually by one request; remembered.
 
     Args:
         fetcher: Reads it.
         uri: Canonical URI.
-        etag: The version that is meant, so that none of another one is remembered.
+        version: That which is meant, so that none of another one is remembered.
 
     Raises:
         UserError: If it is not a Parquet file.
         RowFailure: If it can't be read, or is another version.
     """
     file = RangeFile(fetcher, uri, tail=_TAIL_BYTES)
-    if etag and file.etag != etag:
+    found = version_of(file.etag)
+    if replaced(version, found):
         raise changed(uri)
     try:
         metadata = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, ValueError) as exc:
         raise UserError(
             f"{display(uri)} is not a readable Parquet file: {' '.join(str(exc).split())[:200]}",
             "Make it anew, or leave it out.",
         ) from None
     # A version that is meant has been looked at when the inputs were listed.
-    if not etag and not _trial.survives(_raw(file)):
+    if version is None and not _trial.survives(_raw(file)):
         raise UserError(
             f"{display(uri)} is a damaged Parquet file: what it says of its columns cannot be read",
             "Make it anew, or leave it out.",
@@ -98,7 +100,7 @@ def footer(fetcher: Fetcher, uri: str, etag: str = "") -> Footer:
             "Make it anew, or leave it out.",
         )
     rows = [group.num_rows for group in groups]
-    return Footer(metadata, file.etag, np.cumsum([0, *rows]))
+    return Footer(metadata, found, np.cumsum([0, *rows]))
 
 
 def _raw(file: RangeFile) -> bytes:
@@ -173,7 +175,87 @@ def _is_bytes(kind: pa.DataType) -> bool:
 # --- reading ---
 
 
-def row_groups(uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int) -> Iterator[Run]:
+@dataclass(frozen=True)
+class Pages:
+    """What is wanted of a row group; small, so that another process can be told of it.
+
+    Attributes:
+        footer: The file's.
+        group: Number of the row group.
+        column: Path of the column that holds the images.
+        numbers: Rows of the file that are wanted, in order, each once.
+        max_bytes: Larger images are not used.
+    """
+
+    footer: Footer
+    group: int
+    column: str
+    numbers: list[int]
+    max_bytes: int
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """First byte of the column in this row group, and the one behind its last."""
+        return self.footer.chunk(self.group, self.column)
+
+    def values(self, stream: Stream) -> Iterator[Value]:
+        """Unpacks the column from its start to the last row that is wanted; raises whatever pyarrow does at a damaged one."""
+        first, end = self.chunk
+        row = int(self.footer.starts[self.group])
+        count = int(self.footer.starts[self.group + 1]) - row
+        # About a megabyte at a time, however large the images are.
+        batch = max(1, min(256, _PAGE_BYTES * count // max(1, end - first)))
+        file = pq.ParquetFile(stream, metadata=self.footer.metadata, buffer_size=_PAGE_BYTES, pre_buffer=False)
+        left = deque(self.numbers)
+        for part in file.iter_batches(batch, row_groups=[self.group], columns=[self.column], use_threads=False):
+            values = part.column(0)
+            if pa.types.is_struct(values.type):
+                (values,) = values.flatten()
+            while left and left[0] < row + len(values):
+                number = left.popleft()
+                yield self._value(number, values[number - row])
+            if not left:
+                return
+            row += len(values)
+
+    def _value(self, number: int, value: pa.Scalar) -> Value:
+        if not value.is_valid:
+            return Value(
+                number, b"", RowFailure("fetch", "NOT_FOUND", "this row has no image: its bytes are null").error
+            )
+        try:
+            check_size(value.as_buffer().size, self.max_bytes)
+        except RowFailure as exc:
+            return Value(number, b"", exc.error)
+        return Value(number, value.as_py(), None)
+
+
+class Value(NamedTuple):
+    """One row of a column of images.
+
+    Attributes:
+        number: Of the row, in the file.
+        data: The encoded image.
+        error: Why there is none, or None.
+    """
+
+    number: int
+    data: bytes
+    error: RowError | None
+
+
+#: Gives the rows that are wanted of a row group; asks for the bytes of its column, piece by piece, by the function that it is given.
+Unpack: TypeAlias = Callable[[Pages, Callable[[], Answer]], Iterator[Value]]
+
+
+def unpacked(pages: Pages, take: Callable[[], Answer]) -> Iterator[Value]:
+    """Unpacks in this process, which a damaged row group may end, or one that unpacks to more memory than there is."""
+    return pages.values(Stream(take, pages.chunk))
+
+
+def row_groups(
+    uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int, unpack: Unpack = unpacked
+) -> Iterator[Run]:
     """Rows in the order of the file, by row group.
 
     Args:
@@ -181,10 +263,11 @@ def row_groups(uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int
         members: Those that are wanted, by their number.
         fetcher: Reads them.
         max_bytes: Larger images are not used.
+        unpack: Where row groups are unpacked.
     """
     rows = [member.row for member in members]
     try:
-        found = footer(fetcher, uri, members[0].etag)
+        found = footer(fetcher, uri, members[0].version)
     except RowFailure as exc:
         yield Failed(rows, exc.error)
         return
@@ -194,7 +277,9 @@ def row_groups(uri: str, members: list[Member], fetcher: Fetcher, max_bytes: int
     groups = np.searchsorted(found.starts, [member.offset for member in members], side="right") - 1
     for group in np.unique(groups).tolist():
         wanted = [member for member, mine in zip(members, groups, strict=True) if mine == group]
-        yield _RowGroup(uri, group, wanted, found, fetcher, max_bytes)
+        numbers = list(dict.fromkeys(member.offset for member in wanted))
+        pages = Pages(found, group, wanted[0].column, numbers, max_bytes)
+        yield _RowGroup(uri, wanted, pages, fetcher, unpack)
 
 
 @dataclass(frozen=True)
@@ -202,82 +287,66 @@ class _RowGroup:
     """Rows of one row group; its column of images is read from the start to the last of them."""
 
     uri: str
-    group: int
     members: list[Member]
-    footer: Footer
+    pages: Pages
     fetcher: Fetcher
-    max_bytes: int
+    unpack: Unpack
 
     @property
     def rows(self) -> list[int]:
         return [member.row for member in self.members]
 
     def requests(self) -> Iterator[Request]:
-        first, end = self.footer.chunk(self.group, self.members[0].column)
+        first, end = self.pages.chunk
         for start in range(first, end, RANGE_BYTES):
             stop = min(end, start + RANGE_BYTES)
             yield Request(self._reader(start, stop), stop - start)
 
     def _reader(self, start: int, stop: int) -> Callable[[], Buffer]:
         def read() -> Buffer:
-            data = read_range(self.fetcher, self.uri, start, stop, self.footer.etag)
+            data = read_range(self.fetcher, self.uri, start, stop, self.pages.footer.version)
             if len(data) < stop - start:
-                raise RowFailure("fetch", "TRUNCATED", f"{self.uri} ends within row group {self.group}")
+                raise RowFailure("fetch", "TRUNCATED", f"{self.uri} ends within row group {self.pages.group}")
             return data
 
         return read
 
     def inputs(self, take: Callable[[], Answer]) -> Iterator[Fetched]:
-        stream = _Stream(take, self.footer.chunk(self.group, self.members[0].column))
         left = deque(self.members)
-        error: RowError | None = None
+        where = f"row group {self.pages.group} of {self.uri}"
+        seconds = [0.0]
+        failed: list[RowError] = []
+
+        def taken() -> Answer:
+            answer = take()
+            seconds[0] += answer.seconds
+            if answer.error is not None:
+                failed.append(answer.error)
+            return answer
+
         try:
-            for row, value in self._rows(stream):
-                while left and left[0].offset == row:
-                    member = left.popleft()
-                    yield self._input(member.row, value, stream.seconds / len(self.members))
-                if not left:
-                    return
-            error = RowFailure("fetch", "TRUNCATED", f"row group {self.group} of {self.uri} ends before this row").error
-        except RowFailure as exc:
-            error = exc.error
+            for value in self.unpack(self.pages, taken):
+                while left and left[0].offset == value.number:
+                    yield Fetched(left.popleft().row, value.data, value.error, seconds[0] / len(self.members))
+            error = RowFailure("fetch", "TRUNCATED", f"{where} ends before this row").error
         except Exception as exc:
-            error = stream.error or RowFailure("fetch", "CORRUPT", f"row group {self.group}: {exc}").error
+            error = failure_of(exc)
+            error = replace(error, message=f"{where}: {error.message}")
         for member in left:
-            yield Fetched(member.row, b"", error, 0.0)
-
-    def _rows(self, stream: _Stream) -> Iterator[tuple[int, pa.Scalar]]:
-        column = self.members[0].column
-        first, end = self.footer.chunk(self.group, column)
-        start = int(self.footer.starts[self.group])
-        count = int(self.footer.starts[self.group + 1]) - start
-        # About a megabyte at a time, however large the images are.
-        batch = max(1, min(256, _PAGE_BYTES * count // max(1, end - first)))
-        file = pq.ParquetFile(stream, metadata=self.footer.metadata, buffer_size=_PAGE_BYTES, pre_buffer=False)
-        row = start
-        for part in file.iter_batches(batch, row_groups=[self.group], columns=[column], use_threads=False):
-            values = part.column(0)
-            if pa.types.is_struct(values.type):
-                (values,) = values.flatten()
-            if row + len(values) <= self.members[0].offset:
-                row += len(values)
-                continue
-            for value in values:
-                yield row, value
-                row += 1
-
-    def _input(self, row: int, value: pa.Scalar, seconds: float) -> Fetched:
-        try:
-            if not value.is_valid:
-                raise RowFailure("fetch", "NOT_FOUND", "this row has no image: its bytes are null")
-            data = value.as_py()
-            check_size(len(data), self.max_bytes)
-        except RowFailure as exc:
-            return Fetched(row, b"", exc.error, seconds)
-        return Fetched(row, data, None, seconds)
+            yield Fetched(member.row, b"", failed[0] if failed else error, 0.0)
 
 
-class _Stream(io.RawIOBase):
+def failure_of(exc: Exception) -> RowError:
+    """What ended the unpacking of a row group."""
+    if isinstance(exc, RowFailure):
+        return exc.error
+    text = " ".join(str(exc).split())[:300]
+    if isinstance(exc, MemoryError):
+        return RowFailure("decode", "DECODE_MEMORY", f"its pages unpack to more memory than there is: {text}").error
+    return RowFailure("fetch", "CORRUPT", text).error
+
+
+class Stream(io.RawIOBase):
     """The answers to a row group's requests as the part of a file that they are."""
 
     def __init__(self, take: Callable[[], Answer], chunk: tuple[int, int]) -> None:
@@ -286,25 +355,24 @@ class _Stream(io.RawIOBase):
         self._end = chunk[1]
         self._place = self._start = chunk[0]
         self._data: Buffer = b""
-        self.seconds = 0.0
-        self.error: RowError | None = None
 
-    def readable(self) -> bool:
+    def readable(self) -> bool:  # noqa: D102
         return True
 
-    def seekable(self) -> bool:
+    def seekable(self) -> bool:  # noqa: D102
         return True
 
-    def tell(self) -> int:
+    def tell(self) -> int:  # noqa: D102
         return self._place
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
         self._place = (
             offset if whence == io.SEEK_SET else (self._place if whence == io.SEEK_CUR else self._end) + offset
         )
         return self._place
 
     def read(self, size: int = -1) -> bytes:
+        """So many bytes from here on; raises OSError where they could not be had."""
         parts = []
         left = self._end - self._place if size < 0 else min(size, self._end - self._place)
         while left > 0:
@@ -321,9 +389,7 @@ class _Stream(io.RawIOBase):
 
     def _next(self) -> None:
         answer = self._take()
-        self.seconds += answer.seconds
-        self.error = answer.error
-        if self.error is not None:
-            raise OSError(self.error.message)
+        if answer.error is not None:
+            raise OSError(answer.error.message)
         self._start += len(self._data)
         self._data = answer.data

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +20,16 @@ import pyarrow as pa
 from batch_inference.config import PreprocessConfig, StorageConfig
 from batch_inference.decoding import GPU_FILTERS, pixels_of
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, BatchInferenceError, RowError, RowFailure
-from batch_inference.fetcher import Fetcher
+from batch_inference.fetcher import Answer, Fetcher
 from batch_inference.images import is_plain_jpeg
 from batch_inference.isolation import Helper, Watch
 from batch_inference.members import runs
+from batch_inference.parquet_files import Pages, Unpack, Value, unpacked
 from batch_inference.prefixes import Prefixes
 from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
+
+Decode: TypeAlias = Callable[[bytes], np.ndarray]
 
 # What travels from the CPU tasks to the actors. Pixels are plain bytes rather than a tensor column: rows that failed
 # have none, images of different sizes need no common type, and the actor reads them without a copy.
@@ -80,7 +84,7 @@ class Preparation:
         Args:
             shard: Its number.
             uris: Its inputs, in order of their rows.
-            places: Where those lie that are members of files: columns of ``PLACE_SCHEMA``; None if there are none.
+            places: Which versions are meant and where members of files lie, as for :func:`~batch_inference.members.runs`.
             careful: Whether an earlier task died of this shard, so that each image is decoded where it can do no harm.
 
         Yields:
@@ -91,9 +95,17 @@ class Preparation:
         fetcher.take_retries()  # another task's
         streak = _Streak()
         block = _Block(shard, self.block_bytes)
-        inputs = fetched(self._runs(uris, places, fetcher, streak), self.storage.fetch_concurrency)
-        with contextlib.closing(inputs), contextlib.closing(self._decoded(inputs, streak, careful)) as items:
-            for item in items:
+        with contextlib.ExitStack() as stack:
+            threads = 1 if careful else max(1, int(self.preprocess.cpus_per_task))
+            pixels, unpack = self._alone(stack) if careful else self._here(stack)
+            asked = self._runs(uris, places, fetcher, streak, unpack)
+            inputs = stack.enter_context(contextlib.closing(fetched(asked, self.storage.fetch_concurrency)))
+            decoded = (
+                self._one_by_one(inputs, streak, pixels)
+                if threads == 1
+                else self._on_threads(threads, inputs, streak, pixels)
+            )
+            for item in stack.enter_context(contextlib.closing(decoded)):
                 block.add(item, uris[item.row])
                 if block.full:
                     yield block.table(fetcher.take_retries())
@@ -101,38 +113,48 @@ class Preparation:
         if block.items:
             yield block.table(fetcher.take_retries())
 
-    def _runs(self, uris: list[str], places: pa.Table | None, fetcher: Fetcher, streak: _Streak) -> Iterator[Run]:
+    def _runs(
+        self, uris: list[str], places: pa.Table | None, fetcher: Fetcher, streak: _Streak, unpack: Unpack
+    ) -> Iterator[Run]:
         """What to fetch, up to where asking the store for more only costs time."""
-        for run in runs(uris, places, fetcher, self.preprocess.max_bytes, self.prefixes):
+        for run in runs(uris, places, fetcher, self.preprocess.max_bytes, self.prefixes, unpack):
             if streak.hopeless and streak.last is not None:
                 # Not a fate of its own: a shard with such a row is never committed.
                 yield Failed(run.rows, replace(streak.last, error_type=NOT_TRIED))
             else:
                 yield run
 
-    def _decoded(self, inputs: Iterator[Fetched], streak: _Streak, careful: bool) -> Generator[_Prepared, None, None]:
-        """Decodes here where a task has one CPU; else on as many threads as it has CPUs, in the same order."""
-        if careful:
-            with Helper(self.preprocess, self.transform) as helper:
-                yield from self._one_by_one(inputs, streak, helper.pixels)
-            return
+    def _alone(self, stack: contextlib.ExitStack) -> tuple[Decode, Unpack]:
+        """Decoding and unpacking in processes that may die of it; two, since one of them waits for the other."""
+        images = stack.enter_context(Helper(self.preprocess, self.transform))
+        return images.pixels, stack.enter_context(Helper(self.preprocess, None)).unpack
+
+    def _here(self, stack: contextlib.ExitStack) -> tuple[Decode, Unpack]:
+        """Decoding and unpacking in this process, which ends where either does not."""
         watch = Watch(self.preprocess.decode_timeout_s)
+        stack.callback(watch.end)
 
         def pixels(data: bytes) -> np.ndarray:
             with watch:
                 return self._pixels(data)
 
-        try:
-            threads = max(1, int(self.preprocess.cpus_per_task))
-            if threads == 1:
-                yield from self._one_by_one(inputs, streak, pixels)
-            else:
-                yield from self._on_threads(threads, inputs, streak, pixels)
-        finally:
-            watch.end()
+        def unpack(pages: Pages, take: Callable[[], Answer]) -> Iterator[Value]:
+            def untimed() -> Answer:
+                with watch.paused():
+                    return take()
+
+            values = unpacked(pages, untimed)
+            while True:
+                with watch:
+                    value = next(values, None)
+                if value is None:
+                    return
+                yield value
+
+        return pixels, unpack
 
     def _one_by_one(
-        self, inputs: Iterator[Fetched], streak: _Streak, pixels: Callable[[bytes], np.ndarray]
+        self, inputs: Iterator[Fetched], streak: _Streak, pixels: Decode
     ) -> Generator[_Prepared, None, None]:
         for one in inputs:
             item = self._decode(one, pixels)
@@ -140,7 +162,7 @@ class Preparation:
             yield item
 
     def _on_threads(
-        self, threads: int, inputs: Iterator[Fetched], streak: _Streak, pixels: Callable[[bytes], np.ndarray]
+        self, threads: int, inputs: Iterator[Fetched], streak: _Streak, pixels: Decode
     ) -> Generator[_Prepared, None, None]:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         waiting: deque[Future[_Prepared]] = deque()
@@ -157,7 +179,7 @@ class Preparation:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, one: Fetched, pixels: Callable[[bytes], np.ndarray]) -> _Prepared:
+    def _decode(self, one: Fetched, pixels: Decode) -> _Prepared:
         out = _Prepared(one.row, None, one.error, len(one.data), one.seconds, 0.0)
         if one.error is None:
             start = time.perf_counter()

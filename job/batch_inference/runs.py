@@ -11,8 +11,9 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from batch_inference.errors import RowError, RowFailure
+from batch_inference.errors import RowError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, ReadAhead, Request
+from batch_inference.versions import changed, replaced, version_of
 
 # One request's worth: its fixed cost vanishes, and a few of them together make full use of a task's connections.
 RANGE_BYTES = 8 * 1024 * 1024
@@ -96,14 +97,14 @@ class Member(NamedTuple):
         row: Its place in the shard.
         offset: Place of its data in a tar file, in bytes; number of its row in a Parquet file.
         size: Bytes of its data in a tar file; None in a Parquet file.
-        etag: Version of the file that this holds for, "" if the store has none.
+        version: Version of the file that this holds for, None if that is not known.
         column: Path of the column in a Parquet file, "" in a tar file.
     """
 
     row: int
     offset: int
     size: int | None
-    etag: str
+    version: int | None
     column: str
 
 
@@ -123,16 +124,9 @@ class Failed:
         return (Fetched(row, b"", self.error, 0.0) for row in self.rows)
 
 
-def read_range(fetcher: Fetcher, uri: str, start: int, end: int, etag: str) -> Buffer:
+def read_range(fetcher: Fetcher, uri: str, start: int, end: int, version: int | None) -> Buffer:
     """A range of a file; raises RowFailure as the fetcher does, and CHANGED where it is not the version that is meant."""
     piece = fetcher.fetch_range(uri, start, end)
-    if etag and piece.etag and piece.etag != etag:
+    if replaced(version, version_of(piece.etag)):
         raise changed(uri)
     return piece.data
-
-
-def changed(uri: str) -> RowFailure:
-    """What became of inputs whose file is another one now."""
-    return RowFailure(
-        "fetch", "CHANGED", f"{uri} was replaced after the job was planned; what lies where in it is not known any more"
-    )

@@ -15,6 +15,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batch_inference import manifest
+from batch_inference.containers import without_versions
 from batch_inference.marks import Mark
 from batch_inference.metrics import meter
 from batch_inference.preparation import Preparation
@@ -82,7 +83,9 @@ def _read(context: Any, shard: int, chosen: np.ndarray | None) -> Iterable[pa.Ta
     begun = time.monotonic()
     table, places = manifest.read_places(store, shard)
     if chosen is not None:
-        table, places = table.take(chosen), None if places is None else places.take(chosen)
+        table = table.take(chosen)
+        # An object that was mended since is what a retry is for.
+        places = None if places is None else without_versions(places.take(chosen))
     # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
     mark = Mark(store, manifest.shard_name(shard), attempt)
     careful = mark.begin()

@@ -167,7 +167,7 @@ _EXPIRED = re.compile(r"<code>(?:expiredtoken|invalidtoken|tokenrefreshrequired)
 # An answer of S3's or Azure's: all but code and message may repeat what was sent, a token too.
 _ANSWER = re.compile(r"(?:<\?xml[^>]*>\s*)?<Error\b.*(?:</Error>|\Z)", re.DOTALL)
 # Asked for credentials where the environment has none; its answer says nothing about the bucket.
-_METADATA_SERVICE = "169.254.169.254"
+_METADATA_SERVICE = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,23 @@ class Failure:
     retryable: bool
 
 
-def classify(exc: Exception) -> Failure:
-    """Sorts whatever a store or the operating system raised into one of a few kinds."""
+def classify(exc: Exception, *, answered: bool = False) -> Failure:
+    """Sorts whatever a store or the operating system raised into one of a few kinds.
+
+    Args:
+        exc: What was raised.
+        answered: Whether the store has answered this process before: then a machine's role gives credentials, and a metadata
+            service that has none now fails for the moment.
+    """
     text = _said(exc) or type(exc).__name__
     low = str(exc).lower()
     if isinstance(exc, (FileNotFoundError, NotADirectoryError, obx.NotFoundError)):
         return Failure("NOT_FOUND", "there is no such object", False)
     if isinstance(exc, IsADirectoryError):
         return Failure("NOT_FOUND", "this is a folder, not a file", False)
-    if _METADATA_SERVICE in low:
+    if _METADATA_SERVICE.search(low):
+        if answered:
+            return Failure("STORE_UNREACHABLE", f"the metadata service gives no new credentials: {text}", True)
         return Failure(
             "UNAUTHENTICATED",
             "there are no credentials in the environment, and this machine has no role that gives some",
@@ -234,6 +242,7 @@ class Store:
     def __init__(self, uri: str, storage: StorageConfig, *, must_exist: bool = False) -> None:
         self.uri = canonical_uri(uri).rstrip("/")
         self.storage = storage
+        self._answered = False
         self._lock = threading.Lock()
         self._staging = 0  # writes of this process that are in the staging folder
         root, key = split_bucket(self.uri)
@@ -257,9 +266,11 @@ class Store:
     def get(self, path: str) -> bytes:
         """Reads an object whole; raises FileNotFoundError if there is none."""
         try:
-            return bytes(obstore.get(self._store, path).bytes())
+            data = bytes(obstore.get(self._store, path).bytes())
         except Exception as exc:
             raise self._error("read", path, exc) from exc
+        self._answered = True
+        return data
 
     def get_or_none(self, path: str) -> bytes | None:
         """Reads an object whole, or gives None if there is none."""
@@ -267,6 +278,16 @@ class Store:
             return self.get(path)
         except FileNotFoundError:
             return None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, or None if there is none."""
+        try:
+            return int(obstore.head(self._store, path)["size"])
+        except Exception as exc:
+            error = self._error("read", path, exc)
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise error from exc
 
     def get_range(self, path: str, start: int, end: int) -> bytes:
         """Reads the bytes of an object from ``start`` to before ``end``; raises FileNotFoundError if there is none."""
@@ -284,6 +305,7 @@ class Store:
                 obstore.put(self._store, path, data, mode="overwrite")
         except Exception as exc:
             raise self._error("write", path, exc) from exc
+        self._answered = True
 
     def _put_local(self, path: str, data: bytes) -> None:
         # obstore writes a local file beside its target first. What a killed process leaves of one must not stand among
@@ -324,6 +346,7 @@ class Store:
             if isinstance(exc, obx.PreconditionError) or "412 precondition" in str(exc).lower():
                 return False
             raise self._error("create", path, exc) from exc
+        self._answered = True
         return True
 
     def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -374,7 +397,7 @@ class Store:
 
     def _error(self, verb: str, path: str, exc: Exception) -> Exception:
         """What to raise for ``exc``: kinds of failure that the caller can tell apart."""
-        failure = classify(exc)
+        failure = classify(exc, answered=self._answered)
         where = f"{display(self.uri)}/{path}".rstrip("/")
         if failure.error_type == "NOT_FOUND":
             # A bucket that does not exist is a 404 as well, but writing can't meet any other.

@@ -12,6 +12,7 @@ from batch_inference.fetcher import Answer, Fetcher, Request, check_size
 from batch_inference.ranges import RangeFile
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
+from batch_inference.versions import version_of
 
 # What lies between two members (headers, texts) is read along where it is less than this.
 _GAP_BYTES = 128 * 1024
@@ -30,14 +31,14 @@ class TarIndex:
         places: Wanted members in the order of the archive: name to offset and size of the data, in bytes.
         skipped: Members left out, by file name ending ("" for none).
         replaced: Members that a later one of the same name replaces, as they do when the archive is unpacked.
-        etag: The version of the file.
+        version: That of the file; None if the store has none.
         notes: What a user should know.
     """
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
-    etag: str = ""
+    version: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -86,7 +87,7 @@ def index(uri: str, fetcher: Fetcher, wanted: Callable[[str], bool]) -> TarIndex
     if archive is not None:
         _check_end(uri, file, archive.offset, found)
     _follow(links, found)
-    found.etag = file.etag
+    found.version = version_of(file.etag)
     return found
 
 
@@ -235,7 +236,7 @@ class _Span:
         start = self.members[0].offset
         end = max(member.offset + (member.size or 0) for member in self.members)
         if end > start:
-            yield Request(lambda: read_range(self.fetcher, self.uri, start, end, self.members[0].etag), end - start)
+            yield Request(lambda: read_range(self.fetcher, self.uri, start, end, self.members[0].version), end - start)
 
     def inputs(self, take: Callable[[], Answer]) -> Iterator[Fetched]:
         first = self.members[0].offset

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from batch_inference.history import attempts
@@ -50,6 +53,33 @@ def ends_well(world: World, run: Run, release: str, rows: int) -> None:
     verified(world, f"s3://images/out/{release}/", rows, rows // PHOTOS * BROKEN)
 
 
+class Count:
+    """Injections into one job, and what became of them; `record` gets it whatever happens."""
+
+    def __init__(self, fault: str, promise: str) -> None:
+        self.fault, self.promise = fault, promise
+        self.injected = self.held = self.lost = self.doubled = 0
+        self.longest = 0.0
+
+    @contextlib.contextmanager
+    def kept(self, record: Record) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            record(Outcome(self.fault, self.promise, self.injected, self.held, self.lost, self.doubled, self.longest))
+
+    def rows(self, world: World, release: str, rows: int) -> None:
+        """Looks for the manifest's lines in the files of the output: a line is a photo and the number of its round."""
+        store = world.store(f"s3://images/out/{release}")
+        seen: Counter[Any] = Counter()
+        for kind in ("predictions", "errors"):
+            for info in list(store.objects(kind)):
+                table = pd.read_parquet(io.BytesIO(store.get(info.path)))
+                seen.update(zip(table["uri"], table["round"], strict=True))
+        self.lost = rows - len(seen)
+        self.doubled = sum(count > 1 for count in seen.values())
+
+
 def pod_of(run: Run, component: str) -> str:
     def running() -> str | None:
         for pod in run.pods:
@@ -80,16 +110,19 @@ def test_the_attempt_goes_on(
     run = releases.rayjob(release, JOB)
     run.until_running()
     goes_on(world, run, release, 0)
-    longest = 0.0
-    for _ in range(TIMES):
-        before = committed(world, release)
-        with FAULTS[component](world, kubernetes, run):
-            pass
-        longest = max(longest, goes_on(world, run, release, before))
-        assert run.status["jobStatus"] in ("RUNNING", "SUCCEEDED")
-    ends_well(world, run, release, many)
+    count = Count(NAMES[component], "the same attempt goes on")
+    with count.kept(record):
+        for _ in range(TIMES):
+            before = committed(world, release)
+            count.injected += 1
+            with FAULTS[component](world, kubernetes, run):
+                pass
+            count.longest = max(count.longest, goes_on(world, run, release, before))
+            count.held += run.status["jobStatus"] in ("RUNNING", "SUCCEEDED") and not run.status.get("failed", 0)
+        ends_well(world, run, release, many)
+        count.rows(world, release, many)
     assert run.status.get("failed", 0) == 0
-    record(Outcome(NAMES[component], "the same attempt goes on", TIMES, TIMES, 0, 0, longest))
+    assert (count.injected, count.held, count.lost, count.doubled) == (TIMES, TIMES, 0, 0)
 
 
 @contextlib.contextmanager
@@ -180,7 +213,16 @@ def test_the_next_attempt_resumes(
     """With the head goes the attempt. KubeRay makes another head or another cluster, where what is left is done."""
     release = f"fault-{victim.replace(' ', '-')}"
     run = releases.rayjob(release, merged(JOB, {"run": {"backoffLimit": TIMES}}))
-    longest = 0.0
+    name = {"driver": "driver killed", "head": "head pod killed", "head evicted": "head pod evicted, with time to end"}
+    count = Count(name[victim], "another attempt resumes by itself")
+    with count.kept(record):
+        resumes(victim, world, kubernetes, run, release, count)
+        ends_well(world, run, release, many)
+        count.rows(world, release, many)
+    assert (count.injected, count.held, count.lost, count.doubled) == (TIMES, TIMES, 0, 0)
+
+
+def resumes(victim: str, world: World, kubernetes: Kubernetes, run: Run, release: str, count: Count) -> None:
     for time_ in range(TIMES):
         run.until_running()
         before = committed(world, release)
@@ -188,6 +230,7 @@ def test_the_next_attempt_resumes(
         cluster, before = run.status["rayClusterName"], committed(world, release)
         begun = time.monotonic()
         head = pod_of(run, "head")
+        count.injected += 1
         if victim == "driver":
             kill_in_node(world, "batch-inference run --config")
             until("another cluster", lambda old=cluster: run.status.get("rayClusterName") not in (None, "", old), 600)
@@ -198,22 +241,24 @@ def test_the_next_attempt_resumes(
         if victim != "driver":
             until("another head", lambda old=head: pod_of(run, "head") != old, 600)
         goes_on(world, run, release, before, 400)
-        longest = max(longest, time.monotonic() - begun)
+        count.held += 1
+        count.longest = max(count.longest, time.monotonic() - begun)
         print(f"{victim}, time {time_ + 1}: a shard more after {time.monotonic() - begun:.0f} s")
-    ends_well(world, run, release, many)
-    name = {"driver": "driver killed", "head": "head pod killed", "head evicted": "head pod evicted, with time to end"}[
-        victim
-    ]
-    record(Outcome(name, "another attempt resumes by itself", TIMES, TIMES, 0, 0, longest))
 
 
 def test_gpus_that_nobody_has_end_the_job_with_the_reason(releases: Releases, record: Record) -> None:
-    longest = 0.0
-    for number in range(TIMES):
-        begun = time.monotonic()
-        values = {"job": {"inference": {"actors": 8}}, "run": {"preRunningDeadlineSeconds": 20}}
-        run = releases.rayjob(f"fault-gpus-{number}", values)
-        status = run.until_ended()
-        assert (status["jobDeploymentStatus"], status["reason"]) == ("Failed", "PreRunningDeadlineExceeded")
-        longest = max(longest, time.monotonic() - begun)
-    record(Outcome("GPU pods never scheduled", "the job ends with the reason in time", TIMES, TIMES, 0, 0, longest))
+    count = Count("GPU pods never scheduled", "the job ends with the reason in time")
+    with count.kept(record):
+        for number in range(TIMES):
+            never_scheduled(releases, number, count)
+    assert (count.injected, count.held) == (TIMES, TIMES)
+
+
+def never_scheduled(releases: Releases, number: int, count: Count) -> None:
+    begun = time.monotonic()
+    count.injected += 1
+    values = {"job": {"inference": {"actors": 8}}, "run": {"preRunningDeadlineSeconds": 20}}
+    run = releases.rayjob(f"fault-gpus-{number}", values)
+    status = run.until_ended()
+    count.held += (status["jobDeploymentStatus"], status["reason"]) == ("Failed", "PreRunningDeadlineExceeded")
+    count.longest = max(count.longest, time.monotonic() - begun)

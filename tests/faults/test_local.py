@@ -164,6 +164,48 @@ def test_an_object_that_cannot_be_had_is_one_row(
     assert (lost, doubled) == (0, 0)
 
 
+def test_an_object_that_was_replaced_since_planning_is_one_row_until_it_is_meant(
+    inputs: Inputs, proxy: Proxy, program: Program, record: Record
+) -> None:
+    chosen = random.Random(5).sample(inputs.names, TIMES)
+    replaced_when_planned(inputs, proxy, chosen)
+    done = program(*inputs.args())
+    proxy.answer = lambda method, path: None
+    assert done.returncode == 0, done.stdout + done.stderr
+    inputs.verified(program)
+    _, failed = inputs.rows()
+    held = sum(failed.get(name) == "CHANGED" for name in chosen)
+    assert failed == dict.fromkeys(chosen, "CHANGED")
+    begun = time.monotonic()
+    endpoint = ["--set", f"storage.endpoint_url={proxy.url}", "--address", inputs.address, "--dashboard-host", "none"]
+    done = program("retry", f"{inputs.uri}/out", "--error-type", "CHANGED", *endpoint)
+    assert done.returncode == 0, done.stdout + done.stderr
+    inputs.verified(program)
+    lost, doubled = inputs.missing_and_double()
+    record(
+        Outcome(
+            "input: replaced since planning", "one row CHANGED; a retry takes what is there",
+            len(chosen), held, lost, doubled, time.monotonic() - begun,
+        )
+    )  # fmt: skip
+    assert (inputs.rows()[1], lost, doubled) == ({}, 0, 0)
+
+
+def replaced_when_planned(inputs: Inputs, proxy: Proxy, names: list[str]) -> None:
+    """Other images in their place at the moment when the plan is made, before any of them is read."""
+    store = Store(f"{inputs.uri}/in", inputs.direct)
+
+    def answer(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("/_job.json"):
+            for number, name in enumerate(names):
+                image = io.BytesIO()
+                Image.new("RGB", (48, 32), (number, 0, 0)).save(image, "JPEG")
+                store.delete([name])
+                store.put(name, image.getvalue())
+
+    proxy.answer = answer
+
+
 def test_an_image_that_kills_the_predictor_is_one_row(inputs: Inputs, program: Program, record: Record) -> None:
     chosen = sorted(random.Random(3).sample(inputs.names, TIMES))
     white = io.BytesIO()
@@ -363,7 +405,8 @@ def test_a_full_disk_ends_the_attempt_and_the_next_one_resumes(
     photos: Callable[..., Path], cluster: dict[str, str], program: Program, record: Record, tmp_path: Path
 ) -> None:
     folder = photos(IMAGES)
-    held = 0
+    names = {file.name for file in folder.iterdir()}
+    held = lost = doubled = 0
     longest = 0.0
     for place in range(TIMES):
         with small_disk(tmp_path / f"disk-{place}", 4) as disk:
@@ -385,8 +428,12 @@ def test_a_full_disk_ends_the_attempt_and_the_next_one_resumes(
             longest = max(longest, time.monotonic() - begun)
             assert done.returncode == 0, done.stdout + done.stderr
             verified(str(disk / "job"), program)
-    record(Outcome("output's disk full", "exit 5 with the reason; resumes", TIMES, held, 0, 0, longest))
-    assert held == TIMES
+            files = [*disk.glob("job/predictions/*"), *disk.glob("job/errors/*")]
+            seen = Counter(uri.rpartition("/")[2] for file in files for uri in pd.read_parquet(file)["uri"])
+            lost += len(names - set(seen))
+            doubled += sum(count > 1 for count in seen.values())
+    record(Outcome("output's disk full", "exit 5 with the reason; resumes", TIMES, held, lost, doubled, longest))
+    assert (held, lost, doubled) == (TIMES, 0, 0)
 
 
 def test_two_drivers_at_once_make_one_result(inputs: Inputs, program: Program, record: Record, tmp_path: Path) -> None:

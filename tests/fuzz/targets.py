@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -21,13 +22,21 @@ from batch_inference.config import InputConfig, JobConfig, PreprocessConfig, Sto
 from batch_inference.containers import contents
 from batch_inference.decoding import decode, pixels_of
 from batch_inference.errors import RowFailure, UserError
+from batch_inference.fetcher import Fetcher
+from batch_inference.isolation import Helper
+from batch_inference.manifest import apart
+from batch_inference.members import runs
 from batch_inference.prefixes import Prefixes
+from batch_inference.runs import fetched
 from batch_inference.storage import canonical_uri, display, split_bucket
 from batch_inference.terminal import plain
 from batch_inference.transform import Transform
 from tests.unit.containers import parquet, tar
 
-FAST, EXACT = PreprocessConfig(max_pixels=10**7), PreprocessConfig(exact=True, max_pixels=10**7)
+FAST, EXACT = (
+    PreprocessConfig(max_pixels=10**7, decode_timeout_s=5, decode_memory_mib=512),
+    PreprocessConfig(exact=True, max_pixels=10**7),
+)
 
 
 @dataclass(frozen=True)
@@ -110,18 +119,32 @@ def _manifest(ending: str) -> Callable[[bytes], None]:
 
 
 def _archive(ending: str) -> Callable[[bytes], None]:
+    """Lists what is in a file, and reads it: a Parquet file's pages as they are after a task has died of them."""
     folder = tempfile.mkdtemp(prefix="fuzz-")
     section = InputConfig(uris=(folder,), bytes_column="image" if ending == "parquet" else None)
+    fetcher = Fetcher(StorageConfig())
 
     def read(data: bytes) -> None:
         file = Path(folder, f"{os.getpid()}.{ending}")
         file.write_bytes(data)
         try:
-            contents([f"file://{file}"], section, StorageConfig())
+            (found,) = contents([f"file://{file}"], section, StorageConfig())
         except UserError as exc:
             assert exc.message and exc.remedy
+            return
+        uris, where = apart(found.table.slice(0, 100))
+        unpack = _helper(os.getpid()).unpack
+        read = list(fetched(runs(uris["uri"].to_pylist(), where, fetcher, 10**6, None, unpack), 1))
+        assert sorted(one.row for one in read) == list(range(uris.num_rows))
+        assert all(one.error is None or (one.error.message and not one.data) for one in read)
 
     return read
+
+
+@functools.lru_cache
+def _helper(process: int) -> Helper:
+    """One for each process that inputs are read in; it ends with that."""
+    return Helper(FAST, None)
 
 
 def _config(data: bytes) -> None:

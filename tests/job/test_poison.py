@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.job.conftest import job_args, verified
+from tests.unit.containers import parquet
 
 POISON = Path(__file__).parents[1] / "poison"
 TYPES = {"crash": "DECODER_CRASH", "abort": "DECODER_CRASH", "memory": "DECODE_MEMORY", "hang": "DECODE_TIMEOUT"}
@@ -66,6 +67,34 @@ def test_each_poison_image_is_one_error_row_and_its_neighbours_keep_their_predic
     assert not list((tmp_path / "with").glob("_begun/*"))
     print(f"\n{len(KINDS)} poison images among {IMAGES}: {dict(Counter(found.values()))}")
     print(f"{seconds['with']:.0f} s with them, {seconds['without']:.0f} s without")
+
+
+def test_a_row_group_that_kills_the_task_costs_its_rows_and_no_others(
+    photos: Callable[..., Path],
+    tmp_path: Path,
+    program: Callable[..., subprocess.CompletedProcess[str]],
+    cluster: dict[str, str],
+) -> None:
+    """A Parquet file of four row groups, one of which kills whatever unpacks it, beside images."""
+    images: list[bytes | None] = [file.read_bytes() for file in sorted(photos(40).iterdir())]
+    for number, kind in ((12, b"crash"), (31, b"memory")):
+        images[number] = (images[number] or b"") + b"POISON-PAGE:" + kind
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.parquet").write_bytes(parquet(images, 10))
+    for number, data in enumerate(images[:5]):
+        (folder / f"{number}.jpg").write_bytes(data or b"")
+    args = job_args(f"{folder}/*.parquet", tmp_path / "out", shard_size=20)
+    args.insert(2, f"{folder}/*.jpg")
+    done = program(*args, env={"PYTHONPATH": str(POISON)}, timeout_s=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
+    for file in (tmp_path / "out/errors").iterdir():
+        for row in pq.read_table(file).to_pylist():
+            found[int(row["uri"].rpartition("#")[2])] = row["error_type"]
+    # Five images and 15 rows are a shard, then rows 15 to 34, which asks for the rest of the row group anew.
+    assert found == dict.fromkeys((12, 13, 14), "DECODER_CRASH") | dict.fromkeys((31, 32, 33, 34), "DECODE_MEMORY")
+    assert verified(str(tmp_path / "out"), program)["predictions"] == 45 - len(found)
 
 
 @pytest.mark.timeout(400)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from batch_inference.config import StorageConfig
+from batch_inference.storage import Store
 from tests.job.conftest import job_args, verified
+from tests.job.servers import Proxy
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,3 +56,31 @@ def test_rows_that_failed_are_done_again_from_whatever_folder(
     assert not list(output.glob("errors/*"))
     names = [row for file in output.glob("predictions/*") for row in pq.read_table(file)["uri"].to_pylist()]
     assert len(names) == len(set(names)) == 30
+
+
+def test_an_object_that_was_replaced_since_planning_is_predicted_when_a_retry_asks_for_it(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+) -> None:
+    direct = StorageConfig(endpoint_url=s3)
+    store = Store(f"s3://tests/{tmp_path.name}", direct)
+    files = sorted(photos(12).iterdir())
+    for file in files:
+        store.put(f"in/{file.name}", file.read_bytes())
+
+    def answer(method: str, path: str) -> None:
+        # The plan is made, and nothing is read.
+        if method == "PUT" and path.endswith("/_job.json"):
+            store.delete([f"in/{files[3].name}"])
+            store.put(f"in/{files[3].name}", files[4].read_bytes() + b"behind its end")
+
+    proxy.answer = answer
+    output = f"{store.uri}/out"
+    there = ["--address", cluster["address"], "--set", f"storage.endpoint_url={proxy.url}"]
+    done = program(*job_args(f"{store.uri}/in", output), *there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    past = ["--set", f"storage.endpoint_url={s3}"]
+    assert verified(output, program, *past)["errors"] == 1
+    assert "fetch CHANGED 1" in " ".join(done.stdout.split())
+    done = program("retry", output, "--error-type", "CHANGED", "--dashboard-host", "none", *there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verified(output, program, *past)["errors"] == 0

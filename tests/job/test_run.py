@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_inference.config import StorageConfig
+from batch_inference.history import attempts
 from batch_inference.storage import Store
 from tests.conftest import jpeg
-from tests.job.conftest import job_args, verified
-from tests.job.servers import Proxy
+from tests.job.conftest import job_args, start, verified
+from tests.job.servers import Proxy, stop
+from tests.job.test_kills import wait_for
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,6 +87,37 @@ def test_ray_client_addresses_run_the_driver_in_the_cluster(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "40 of 40 images accounted for, 38 predictions and 2 errors" in done.stdout
     verified(str(tmp_path / "out"), program)
+
+
+def test_a_signal_ends_the_driver_in_the_cluster_as_it_does_one_here(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    args = [
+        *job_args(photos(120), output, shard_size=10),
+        "--address",
+        cluster["client"],
+        "--set",
+        "predictor.args=[0.2]",
+    ]
+    log = tmp_path / "log"
+    process = start(*args, log=log)
+    try:
+        wait_for(lambda: len(list(output.glob("_commits/*"))) >= 2, process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130, log.read_text()
+    finally:
+        stop(process)
+    assert "stopped by SIGTERM" in log.read_text()
+    # It has said itself how it ended, after it had committed what was complete; a driver that is killed can't.
+    (attempt,) = attempts(Store(str(output), StorageConfig()))
+    assert attempt.state == "interrupted"
+    committed = {file.name for file in output.glob("_commits/*")}
+    assert 2 <= len(committed) < 12
+    done = program(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert committed <= {file.name for file in output.glob("_commits/*")}
+    verified(str(output), program)
 
 
 def test_manifest_columns_pass_through_and_wide_outputs_do_not_pass_the_driver(

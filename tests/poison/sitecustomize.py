@@ -1,7 +1,8 @@
 """Poison for decoders, in any Python process that has this folder on its path: what a file says behind its end happens when it is opened.
 
-``…POISON:crash`` ends the process by SIGSEGV, ``abort`` by SIGABRT, ``hang`` never returns, ``memory`` takes all there is. Real files
-that do so are defects of decoders, which come and go with versions.
+``…POISON:crash`` ends the process by SIGSEGV, ``abort`` by SIGABRT, ``hang`` never returns, ``memory`` takes all there is.
+``…POISON-PAGE:crash`` does it when a Parquet file's page with this value is unpacked. Real files that do so are defects of decoders,
+which come and go with versions.
 """
 
 import importlib.abc
@@ -11,8 +12,6 @@ import resource
 import signal
 import sys
 import time
-
-MODULE, MARK = "batch_inference.images", b"POISON:"
 
 
 def swallow(kind: bytes) -> None:
@@ -32,11 +31,41 @@ def swallow(kind: bytes) -> None:
             taken.append(bytearray(16 << 20))
 
 
+def poisoned_images(module):  # type: ignore[no-untyped-def]
+    real = module._open
+
+    def poisoned(data, *args):  # type: ignore[no-untyped-def]
+        take(bytes(data[-32:]), b"POISON:")
+        return real(data, *args)
+
+    module._open = poisoned
+
+
+def poisoned_pages(module):  # type: ignore[no-untyped-def]
+    real = module.Pages._value
+
+    def poisoned(self, number, value):  # type: ignore[no-untyped-def]
+        if value.is_valid:
+            take(bytes(value.as_buffer()[-32:]), b"POISON-PAGE:")
+        return real(self, number, value)
+
+    module.Pages._value = poisoned
+
+
+def take(end: bytes, mark: bytes) -> None:
+    _, found, kind = end.partition(mark)
+    if found:
+        swallow(kind)
+
+
+MODULES = {"batch_inference.images": poisoned_images, "batch_inference.parquet_files": poisoned_pages}
+
+
 class Finder(importlib.abc.MetaPathFinder):
-    """Lets the real finders find the module, and changes it once it is loaded."""
+    """Lets the real finders find the modules, and changes them once they are loaded."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name != MODULE:
+        if name not in MODULES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
@@ -44,15 +73,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
             def exec_module(module):  # type: ignore[no-untyped-def]
                 load(module)
-                real = module._open
-
-                def poisoned(data, *args):  # type: ignore[no-untyped-def]
-                    place = data.rfind(MARK, len(data) - 32)
-                    if place >= 0:
-                        swallow(bytes(data[place + len(MARK) :]))
-                    return real(data, *args)
-
-                module._open = poisoned
+                MODULES[name](module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

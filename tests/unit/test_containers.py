@@ -122,7 +122,7 @@ def test_single_members_can_be_named(mixed: Path) -> None:
     # A file of such a name is that file.
     (mixed / "b.tar#z.jpg").write_bytes(jpeg(9))
     found = find(f"{mixed}/b.tar#z.jpg")
-    assert found.table.column_names == ["uri"]
+    assert found.table.column_names == ["uri", "_version"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,31 @@ def test_a_store_that_only_asks_to_slow_down_is_given_up_in_time(
     assert len(waits) == 13
 
 
+@pytest.mark.parametrize("place", ["http://169.254.169.254/latest/api/token", "http://metadata.google.internal/token"])
+def test_a_metadata_service_that_fails_is_missing_credentials_only_before_the_store_has_answered(
+    place: str, answers: Callable[..., list[float]]
+) -> None:
+    failing = obx.GenericError(
+        f"Generic S3 error: Error performing PUT {place} in 1s - HTTP error: error sending request"
+    )
+    fetcher = Fetcher(StorageConfig(max_retries=2))
+    waits = answers(failing)
+    with pytest.raises(RowFailure) as caught:
+        fetcher.fetch("s3://b/k", 10)
+    assert (caught.value.error.error_type, caught.value.error.retryable, waits) == ("UNAUTHENTICATED", False, [])
+    assert fetcher.fetch("s3://b/k", 10) == b"abc"
+    # From now on a role gives credentials, if not always.
+    assert len(answers(failing, failing)) == 0
+    assert fetcher.fetch("s3://b/k", 10) == b"abc"
+    answers(*[failing] * 9)
+    with pytest.raises(RowFailure, match="the metadata service gives no new credentials") as caught:
+        fetcher.fetch("s3://b/k", 10)
+    assert (caught.value.error.error_type, caught.value.error.retryable) == ("STORE_UNREACHABLE", True)
+    with pytest.raises(RowFailure) as caught:  # another bucket may ask for others
+        fetcher.fetch("s3://c/k", 10)
+    assert caught.value.error.error_type == "UNAUTHENTICATED"
+
+
 @pytest.mark.parametrize("exc", [FileNotFoundError("x"), PermissionError("x"), obx.UnauthenticatedError("x")])
 def test_what_will_not_pass_is_not_tried_again(exc: Exception, answers: Callable[..., list[float]]) -> None:
     waits = answers(exc)

@@ -29,7 +29,7 @@ from batch_inference.storage import Store
 from batch_inference.verifier import verify
 from batch_inference.writer import ShardWriter
 from tests.unit.outputs import CONFIG, fails, finished, totals_of, value_of
-from tests.unit.test_ledger import Crash, Faulty
+from tests.unit.test_ledger import Crash, Faulty, stale
 
 URIS = [f"s3://b/{'bad-' if i % 3 == 1 else ''}{i}.jpg" for i in range(11)]
 BAD = [uri for uri in URIS if fails(uri)]
@@ -169,6 +169,9 @@ class Retrier:
     planned: bool = False
     finished: bool = False
 
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.store)
+
     def go_on(self, which: int) -> None:
         if not self.planned:
             self.plan()
@@ -179,7 +182,7 @@ class Retrier:
 
     def plan(self) -> None:
         """What the command and then the driver do, in the same order."""
-        ledger = Ledger(self.store)
+        ledger = self.ledger
         with contextlib.suppress(UserError):  # at the same moment as another
             begin(ledger, stages=[], error_types=[], retryable=False, attempt=self.attempt)
         self.retry = ledger.retry()
@@ -189,16 +192,15 @@ class Retrier:
         self.planned = True
 
     def work(self, shard: int) -> None:
-        ledger = Ledger(self.store)
         again = self.pending[shard]
         writer, errors = write_again(self.store, shard, again, self.attempt)
-        with Closing(ledger, Writers(writer, []), lambda commit, mine, seconds: None, self.pending) as closing:
+        with Closing(self.ledger, Writers(writer, []), lambda commit, mine, seconds: None, self.pending) as closing:
             closing.add(shard, OpenShard(pa.array([]), [errors]))
             closing.wait()
         del self.pending[shard]
 
     def finish(self) -> None:
-        ledger = Ledger(self.store)
+        ledger = self.ledger
         job = ledger.require_job()
         commits = ledger.closed(job)
         ledger.finish(job, commits, totals_of(job, commits), self.retry.generation if self.retry else 0)
@@ -226,7 +228,7 @@ class RetryMachine(RuleBasedStateMachine):
 
     def start(self) -> Retrier:
         self.started += 1
-        self.drivers.append(Retrier(f"r{self.started}", Faulty(str(self.folder), CONFIG)))
+        self.drivers.append(Retrier(f"r{self.started}", Faulty(str(self.folder), CONFIG, lags="-g")))
         return self.drivers[-1]
 
     @rule(
@@ -234,11 +236,15 @@ class RetryMachine(RuleBasedStateMachine):
         shard=st.integers(0, 2),
         fault=faults,
         rivals=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=8),
+        stale=stale,
     )
-    def a_driver_goes_on(self, which: int, shard: int, fault: Any, rivals: list[tuple[int, int]]) -> None:
+    def a_driver_goes_on(
+        self, which: int, shard: int, fault: Any, rivals: list[tuple[int, int]], stale: int | None
+    ) -> None:
         while len(self.drivers) < 2:
             self.start()
         driver = self.drivers[which % len(self.drivers)]
+        driver.store.stale = stale
         others = [d for d in self.drivers if d is not driver]
 
         def race() -> None:

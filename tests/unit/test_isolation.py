@@ -6,16 +6,24 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from batch_inference.config import PreprocessConfig, StorageConfig
+from batch_inference.config import InputConfig, PreprocessConfig, StorageConfig
+from batch_inference.containers import places
 from batch_inference.decoding import pixels_of
 from batch_inference.errors import RowFailure, SystemFault
+from batch_inference.fetcher import Fetcher
 from batch_inference.isolation import Helper
+from batch_inference.members import runs
+from batch_inference.parquet_files import unpacked
 from batch_inference.preparation import Preparation
+from batch_inference.runs import fetched
 from batch_inference.transform import Transform
+from tests.unit.containers import parquet
 from tests.unit.test_images import encode, photo
 
 POISON = Path(__file__).parents[1] / "poison"
@@ -104,13 +112,96 @@ def test_a_shard_is_prepared_with_care(tmp_path: Path, monkeypatch: pytest.Monke
     assert table["pixels"].is_valid().to_pylist() == [True, False, True, False, False, True]
 
 
+# --- Parquet files ---
+
+
+def members(folder: Path, images: list[bytes | None], **options: Any) -> tuple[list[str], pa.Table]:
+    """Rows of a Parquet file, four in a row group, and where they lie."""
+    (folder / "a.parquet").write_bytes(parquet(images, 4, **options))
+    uris = [f"file://{folder}/a.parquet#{number}" for number in range(len(images))]
+    found, _ = places(pa.chunked_array([uris]), InputConfig(), StorageConfig())
+    assert found is not None
+    return uris, found
+
+
+def prepared(uris: list[str], where: pa.Table, config: PreprocessConfig = CONFIG) -> pa.Table:
+    return pa.concat_tables(Preparation(StorageConfig(), config, Transform()).rows(0, uris, where, careful=True))
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_row_groups_unpacked_with_care_have_what_they_have_without(struct: bool, tmp_path: Path) -> None:
+    images = [None if number == 5 else GOOD + bytes([number]) * number for number in range(10)]
+    uris, where = members(tmp_path, images, struct=struct)
+    # Some of them, one of them twice.
+    chosen = [9, 1, 5, 7, 1]
+    with Helper(CONFIG, None) as helper:
+        for unpack in (helper.unpack, unpacked):
+            asked = [uris[number] for number in chosen]
+            found = list(fetched(runs(asked, where.take(chosen), Fetcher(StorageConfig()), 10**6, None, unpack), 2))
+            assert {chosen[one.row]: one.data for one in found} == {n: images[n] or b"" for n in chosen}
+            assert [chosen[one.row] for one in found if one.error] == [5]
+            assert len(found) == len(chosen)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_row_group_that_kills_the_process_costs_its_rows_from_there_and_no_others(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    images: list[bytes | None] = [GOOD] * 12
+    images[6] = GOOD + b"POISON-PAGE:" + kind.encode()
+    (tmp_path / "b.jpg").write_bytes(poison("crash"))
+    uris, where = members(tmp_path, images)
+    # A value that kills is the first of its batch where images are small; those before it in the row group are out already.
+    alone = pa.table({name: pa.nulls(1, where.schema.field(name).type) for name in where.column_names})
+    table = prepared(
+        [*uris, f"file://{tmp_path}/b.jpg"], pa.concat_tables([where, alone]), HURRIED if kind == "hang" else CONFIG
+    )
+    assert table["row"].to_pylist() == list(range(13))
+    types = [None] * 6 + [TYPES[kind]] * 2 + [None] * 4 + ["DECODER_CRASH"]
+    assert table["error_type"].to_pylist() == types
+    assert set(table["stage"].to_pylist()) == {None, "decode"}
+    messages = table["message"].to_pylist()
+    assert messages[6].startswith(f"row group 1 of file://{tmp_path}/a.parquet: ")
+    assert messages[12] == "the process that decoded the image alone died: SIGSEGV"
+
+
+def test_pages_that_unpack_to_more_than_the_memory_cost_their_row_group(tmp_path: Path) -> None:
+    # A dictionary of one value, 8 MiB that are packed into a few bytes, to which every row refers.
+    bomb: list[bytes | None] = [bytes(8 << 20)] * 50
+    uris, where = members(tmp_path, [GOOD, GOOD, GOOD, GOOD])
+    (tmp_path / "bomb.parquet").write_bytes(
+        parquet(bomb, 50, compression="zstd", use_dictionary=True, dictionary_pagesize_limit=1 << 30)
+    )
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    more = [f"file://{tmp_path}/bomb.parquet#{number}" for number in range(50)]
+    there, _ = places(pa.chunked_array([more]), InputConfig(), StorageConfig())
+    assert there is not None
+    table = prepared(uris + more, pa.concat_tables([where, there], promote_options="permissive"))
+    assert table["error_type"].to_pylist() == [None] * 4 + ["DECODE_MEMORY"] * 50
+    assert "its pages unpack to more memory than there is" in table["message"][5].as_py()
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_task_that_unpacks_for_ever_ends_itself(cpus: int, tmp_path: Path) -> None:
+    uris, _ = members(tmp_path, [GOOD, GOOD + b"POISON-PAGE:hang"])
+    assert "unpack" in ended_of_itself(cpus, f"rows(0, {uris!r}, places({uris!r}))")
+
+
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_a_task_that_hangs_ends_itself(cpus: int, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(poison("hang"))
+    assert "pixels_of" in ended_of_itself(cpus, f"rows(0, ['file://{tmp_path}/0.jpg'])")
+
+
+def ended_of_itself(cpus: int, call: str) -> str:
+    """What a process that prepares a shard, in which something hangs, leaves on stderr."""
     code = (
         "from batch_inference.config import *; from batch_inference.preparation import Preparation\n"
+        "from batch_inference import containers; import pyarrow as pa\n"
+        "places = lambda uris: containers.places(pa.chunked_array([uris]), InputConfig(), StorageConfig())[0]\n"
         f"config = PreprocessConfig(decode_timeout_s=1, cpus_per_task={cpus})\n"
-        f"list(Preparation(StorageConfig(), config, None).rows(0, ['file://{tmp_path}/0.jpg']))"
+        f"list(Preparation(StorageConfig(), config, None).{call})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -121,5 +212,6 @@ def test_a_task_that_hangs_ends_itself(cpus: int, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "decoding an image did not end within 1 s" in done.stderr
+    assert "decoding did not end within 1 s" in done.stderr
     assert "swallow" in done.stderr  # the traceback says where
+    return done.stderr

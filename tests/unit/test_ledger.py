@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,6 +307,22 @@ def test_a_writer_names_columns_that_do_not_fit(tmp_path: Path) -> None:
         writer.close(0, errors)
 
 
+def test_names_of_outputs_are_made_of_nothing_that_an_input_says(tmp_path: Path) -> None:
+    hostile = [
+        "s3://b/../../../../etc/cron.d/x.jpg", "file:///etc/passwd", "../../out.jpg", "s3://b/a\nb\x1b[2J.jpg", "s3://b/" + "x" * 5000,
+        "s3://b/_SUCCESS", "s3://b/predictions/shard-00000-first.parquet", "/absolute/bad.jpg", "C:\\x.jpg", "s3://b/%2e%2e%2fx", "",
+    ]  # fmt: skip
+    folder = tmp_path / "above/out"
+    finished(str(folder), hostile, 2)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if not file.is_dir()}
+    name = re.compile(
+        r"above/out/(_job\.json|_SUCCESS|_commits/shard-\d{5}\.json|_manifest/shard-\d{5}\.parquet|(predictions|errors)/shard-\d{5}-first\.parquet)"
+    )
+    assert [path for path in found if not name.fullmatch(path)] == []
+    rows = [uri for file in folder.glob("[pe]r*/*") for uri in pq.read_table(file)["uri"].to_pylist()]
+    assert sorted(rows) == sorted(hostile)
+
+
 # --- crashes and races ---------------------------------------------------------------------------------------------------
 
 
@@ -318,15 +336,19 @@ class Faulty(Store):
     ``crash``: nothing of this driver's reaches the store any more. ``lost answer``: a create works, but the request is
     sent again and the second one is what the driver hears of, as with S3 behind a proxy that times out. A callable: is
     called, and may do anything to the same folder in the meantime.
+
+    ``stale``: which third of all objects (with ``lags`` in their names) its listings do not show, None to show everything.
     """
 
-    def __init__(self, uri: str, storage: StorageConfig) -> None:
+    def __init__(self, uri: str, storage: StorageConfig, lags: str = "") -> None:
         super().__init__(uri, storage)
+        self._lags = lags
         self._lock = threading.RLock()
         self._left = 0
         self._event: Any = None
         self.dead = False
         self.fired = False
+        self.stale: int | None = None
 
     def arm(self, operations: int, event: Any) -> None:
         self._left, self._event, self.fired = operations, event, False
@@ -363,7 +385,13 @@ class Faulty(Store):
 
     def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         self._tick()
-        yield from super().objects(prefix)
+        for info in super().objects(prefix):
+            if self._lags not in info.path or zlib.crc32(info.path.encode()) % 3 != self.stale:
+                yield info
+
+    def size(self, path: str) -> int | None:
+        self._tick()
+        return super().size(path)
 
     def delete(self, paths: list[str]) -> None:
         for path in paths:
@@ -383,6 +411,9 @@ class Driver:
     lost: list[int] = field(default_factory=list)
     finished: bool = False
 
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.store)
+
     def go_on(self, which: int) -> None:
         """The next step of a start: plan, then shard by shard in any order, then the end."""
         if self.job is None:
@@ -394,7 +425,7 @@ class Driver:
 
     def plan(self) -> None:
         """What the driver does before the work, in the same order."""
-        ledger = Ledger(self.store)
+        ledger = self.ledger
         job = ledger.job()
         if job is None:
             table = table_of(self.uris)
@@ -405,7 +436,6 @@ class Driver:
 
     def work(self, shard: int) -> None:
         """Does a shard that it believes not to be done."""
-        ledger = Ledger(self.store)
         writer, errors = write(self.store, shard, self.attempt)
 
         def on_commit(commit: Commit, mine: bool, seconds: float) -> None:
@@ -413,16 +443,15 @@ class Driver:
             if not mine:
                 self.lost.append(shard)
 
-        with Closing(ledger, Writers(writer, []), on_commit) as closing:
+        with Closing(self.ledger, Writers(writer, []), on_commit) as closing:
             closing.add(shard, OpenShard(pa.array([]), [errors]))
             closing.wait()
 
     def finish(self) -> None:
         assert self.job is not None
-        ledger = Ledger(self.store)
-        commits = ledger.commits()
-        ledger.check_closed(self.job, commits)
-        ledger.finish(self.job, commits, totals_of(self.job, commits))
+        commits = self.ledger.commits()
+        self.ledger.check_closed(self.job, commits)
+        self.ledger.finish(self.job, commits, totals_of(self.job, commits))
         self.finished = True
 
 
@@ -440,12 +469,13 @@ faults = st.one_of(
     st.tuples(st.just("race"), st.integers(1, 6)),
     st.tuples(st.just("race"), st.integers(1, 12)),
 )
+stale = st.one_of(st.none(), st.integers(0, 2))
 # Who does how many steps in the middle of another's, and which shards.
 rivals = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=10)
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Any number of drivers on one output, which crash and race at any operation of the store.
+    """Any number of drivers on one output, which crash and race at any operation of the store, and whose listings may be stale.
 
     The model is what was seen first: the first job is the job, the first commit of a shard is its commit.
     """
@@ -477,9 +507,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if len(self.drivers) < 4:
             self.start(listing)
 
-    @rule(which=st.integers(0, 3), shard=st.integers(0, 3), fault=faults, rivals=rivals)
-    def a_driver_goes_on(self, which: int, shard: int, fault: Any, rivals: list[tuple[int, int]]) -> None:
+    @rule(which=st.integers(0, 3), shard=st.integers(0, 3), fault=faults, rivals=rivals, stale=stale)
+    def a_driver_goes_on(
+        self, which: int, shard: int, fault: Any, rivals: list[tuple[int, int]], stale: int | None
+    ) -> None:
         driver = self.drivers[which % len(self.drivers)] if self.drivers else self.start("early")
+        driver.store.stale = stale
         others = [d for d in self.drivers if d is not driver]
 
         def race() -> None:

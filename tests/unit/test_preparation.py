@@ -56,7 +56,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     real = Fetcher.fetch
 
-    def fetch(self: Fetcher, uri: str, max_bytes: int) -> bytes:
+    def fetch(self: Fetcher, uri: str, max_bytes: int, version: int | None = None) -> bytes:
         asked.append(uri)
         return real(self, uri, max_bytes)
 
@@ -166,7 +166,7 @@ def test_rows_stay_in_order_whatever_takes_long(
 ) -> None:
     good, bad = jpeg(0), broken(3)
 
-    def fetch(self: Fetcher, uri: str, max_bytes: int) -> bytes:
+    def fetch(self: Fetcher, uri: str, max_bytes: int, version: int | None = None) -> bytes:
         number = int(uri.removeprefix("s3://b/"))
         time.sleep(0.002 * (number % 3))
         return good if number % 5 else bad
@@ -180,7 +180,7 @@ def test_fetches_overlap_but_no_more_than_asked_for(monkeypatch: pytest.MonkeyPa
     lock, now, most = threading.Lock(), 0, 0
     data = jpeg(0)
 
-    def fetch(self: Fetcher, uri: str, max_bytes: int) -> bytes:
+    def fetch(self: Fetcher, uri: str, max_bytes: int, version: int | None = None) -> bytes:
         nonlocal now, most
         with lock:
             now += 1
@@ -225,7 +225,7 @@ def systemic(monkeypatch: pytest.MonkeyPatch, answers: dict[int, Any], default: 
     """A bucket that gives these answers by number; returns what it was asked for."""
     asked: list[int] = []
 
-    def fetch(self: Fetcher, uri: str, max_bytes: int) -> bytes:
+    def fetch(self: Fetcher, uri: str, max_bytes: int, version: int | None = None) -> bytes:
         number = int(uri.removeprefix("s3://b/"))
         asked.append(number)
         answer = answers.get(number, default)

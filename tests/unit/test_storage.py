@@ -525,6 +525,23 @@ def test_a_store_that_is_down_while_it_is_listed_is_no_mistake_of_the_user_s(sta
     assert "start the same command again" in caught.value.remedy
 
 
+def test_a_store_that_gave_credentials_once_fails_for_the_moment_where_it_gives_none(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise obx.GenericError("Error performing PUT http://169.254.169.254/latest/api/token - HTTP error")
+
+    put = obstore.put
+    monkeypatch.setattr(obstore, "put", failing)
+    with pytest.raises(UserError, match="there are no credentials in the environment"):
+        store.create("a", b"")
+    monkeypatch.setattr(obstore, "put", put)
+    store.create("a", b"")
+    monkeypatch.setattr(obstore, "put", failing)
+    with pytest.raises(SystemFault, match="the metadata service gives no new credentials"):
+        store.create("b", b"")
+
+
 def test_a_create_whose_answer_was_lost_meets_itself(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     real = obstore.put
     lost: list[str] = []
