@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 
 from batch_inference.collection import OpenShard, by_shard
 from batch_inference.config import JobConfig
-from batch_inference.errors import CountsDoNotClose
+from batch_inference.errors import CountsDoNotClose, SystemFault
 from batch_inference.generations import Again
 from batch_inference.inference import RESULT_SCHEMA
-from batch_inference.ledger import Commit, Ledger
+from batch_inference.ledger import Commit, Ledger, shard_name
 from batch_inference.storage import Store
 from batch_inference.writer import ShardWriter
 
@@ -145,8 +145,14 @@ class Closing:
             commit = self._writers.close(shard, errors, again)
         except CountsDoNotClose:
             self.ledger.look([shard])
-            if again is None or self.ledger.generations()[shard] < again.generation:
+            newest = self.ledger.generations().get(shard, 0)
+            if again is None or newest <= again.commit.generation:
                 raise
+            if newest < again.generation:
+                raise SystemFault(
+                    f"{shard_name(shard, newest)} was committed before this attempt began, and the store's listing did not show it",
+                    "Start the same command again; it resumes.",
+                ) from None
             # Another driver has finished this retry, and swept the errors that it took the place of.
             self.lost_race = True
             return self.ledger.commits({shard: again.generation})[0], False

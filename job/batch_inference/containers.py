@@ -32,7 +32,7 @@ PLACE_SCHEMA = pa.schema(
     [
         ("_offset", pa.int64()),
         ("_size", pa.int64()),
-        ("_version", pa.int64()),
+        ("_version", pa.int32()),
         ("_column", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
@@ -255,7 +255,7 @@ def _parquet(uri: str, section: InputConfig, fetcher: Fetcher) -> Contents:
 
 def _table(uri: str, names: pa.Array, offsets: pa.Array, sizes: pa.Array, version: int | None, column: str) -> pa.Table:
     columns = pa.DictionaryArray.from_arrays(pa.array([0] * len(names), pa.int32()), pa.array([column], pa.string()))
-    versions = pa.repeat(pa.scalar(version, pa.int64()), len(names))
+    versions = pa.repeat(pa.scalar(version, pa.int32()), len(names))
     full = pc.binary_join_element_wise(uri + "#", names, "")
     return pa.table([full, offsets, sizes, versions, columns], schema=pa.schema([("uri", pa.string()), *PLACE_SCHEMA]))
 
@@ -268,7 +268,7 @@ def without_versions(table: pa.Table) -> pa.Table:
     if "_version" not in table.column_names:
         return table
     place = table.column_names.index("_version")
-    none = pa.nulls(table.num_rows, pa.int64())
+    none = pa.nulls(table.num_rows, pa.int32())
     kept = (
         pc.if_else(pc.is_valid(table["_offset"]), table["_version"], none) if "_offset" in table.column_names else none
     )

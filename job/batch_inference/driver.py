@@ -217,6 +217,10 @@ class Attempt:
                 job = self._plan(ledger, engine, found or find_inputs(self.config))
             ledger.complete_manifest(job)
             commits = ledger.commits()
+            if self._retry and len(commits) < job.shards:
+                # All were committed before a retry could begin.
+                ledger.look(set(range(job.shards)) - {commit.shard for commit in commits})
+                commits = ledger.commits()
             again = select(ledger, self._retry, commits) if self._retry else {}
             if again:
                 # Whoever reads the folder waits for it to come back.

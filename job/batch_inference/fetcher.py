@@ -15,7 +15,16 @@ import obstore
 
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, UserError
-from batch_inference.storage import Failure, canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
+from batch_inference.storage import (
+    Failure,
+    answered,
+    canonical_uri,
+    classify,
+    is_local,
+    local_path,
+    open_bucket,
+    split_bucket,
+)
 from batch_inference.throttle import Throttle, backoff_s
 from batch_inference.versions import changed, replaced, version_of
 
@@ -55,7 +64,6 @@ class Fetcher:
     def __init__(self, storage: StorageConfig) -> None:
         self._storage = storage
         self._buckets: dict[str, tuple[Any, Throttle]] = {}
-        self._answered: set[str] = set()
         self._lock = threading.Lock()
         self._retries = 0
 
@@ -71,7 +79,7 @@ class Fetcher:
         Args:
             uri: Of the object.
             max_bytes: A larger one is not read.
-            version: The one that is meant, None for whatever is there.
+            version: The one of an object that is meant, None for whatever is there.
 
         Raises:
             RowFailure: Stage ``fetch``: NOT_FOUND, ACCESS_DENIED, UNAUTHENTICATED, INVALID_URI, TOO_LARGE, TIMEOUT,
@@ -80,13 +88,14 @@ class Fetcher:
         with _Failures():
             canonical = canonical_uri(uri)
             if is_local(canonical):
-                return _read_file(local_path(canonical), max_bytes, version)
+                return _read_file(local_path(canonical), max_bytes)
 
             def get(bucket: Any, key: str) -> bytes:
                 result = obstore.get(bucket, key)
-                if replaced(version, version_of(result.meta["e_tag"])):
+                meta = result.meta  # made anew each time
+                if version is not None and replaced(version, version_of(meta["e_tag"])):
                     raise changed(uri)
-                check_size(int(result.meta["size"]), max_bytes)
+                check_size(int(meta["size"]), max_bytes)
                 return bytes(result.bytes())
 
             return self._request(canonical, get)
@@ -138,7 +147,7 @@ class Fetcher:
                     raise
                 except Exception as exc:
                     tries += 1
-                    failure = classify(exc, answered=root in self._answered)
+                    failure = classify(exc, root)
                     slow_down = failure.error_type == "THROTTLED"
                     if slow_down:
                         throttle.refused(sent)
@@ -152,7 +161,7 @@ class Fetcher:
                         raise _row_failure(failure) from exc
                 else:
                     throttle.succeeded()
-                    self._answered.add(root)
+                    answered(root)
                     return result
                 with self._lock:
                     self._retries += 1
@@ -192,11 +201,9 @@ def check_size(size: int, max_bytes: int) -> None:
         )
 
 
-def _read_file(path: str, max_bytes: int, version: int | None) -> bytes:
+def _read_file(path: str, max_bytes: int) -> bytes:
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a path of a million inputs is not worth an object each
         size = os.fstat(file.fileno()).st_size
-        if replaced(version, size):
-            raise changed(path)
         check_size(size, max_bytes)
         return _read_exactly(file, size) if size else file.read()
 

@@ -93,35 +93,42 @@ class Helper:
                 DECODE_TIMEOUT or DECODE_MEMORY where the process died.
             SystemFault: If the helper itself does not work.
         """
-        done = False
+        clean, taken, left = False, 0, _TRIES_IF_KILLED
+        request = pickle.dumps(pages)
         try:
-            self._tell((_PAGES, pickle.dumps(pages)))
+            self._tell((_PAGES, request))
             while True:
                 answer = self._hear()
                 if answer is None:
                     part = take()
+                    taken += 1
                     self._tell(replace(part, data=bytes(part.data)))
                 elif isinstance(answer, int):
+                    left -= 1
+                    if answer == signal.SIGKILL and not taken and left:
+                        # Before it had done anything: for others' memory, and nothing is used up.
+                        self._stop()
+                        self._tell((_PAGES, request))
+                        continue
                     failure = self._death(answer, "unpack", "its pages").error
-                    # Whoever is killed may be others' victim. There is no second try here: the bytes have been used up.
                     raise RowFailure("decode", failure.error_type, failure.message, retryable=answer == signal.SIGKILL)
                 elif isinstance(answer, RowError):
-                    done = True
                     raise RowFailure(answer.stage, answer.error_type, answer.message, retryable=answer.retryable)
                 elif answer == _DONE:
-                    done = True
+                    clean = True
                     return
                 else:
                     yield answer
         finally:
-            # Half of it is of no use to whoever asks next.
-            if not done:
+            # What it was sent may still lie there, and the next request would begin in the middle of it.
+            if not clean:
                 self._stop()
 
     def _tell(self, what: Any) -> None:
+        connection = self._connection or self._start()
         # One that has ended shows when it is heard.
         with contextlib.suppress(OSError):
-            (self._connection or self._start()).send(what)
+            connection.send(what)
 
     def _hear(self) -> Any:
         connection = self._connection
@@ -149,10 +156,18 @@ class Helper:
         command = [sys.executable, "-c", f"from batch_inference import isolation; isolation.serve({there.fileno()})"]
         # One thread: forking is safe, and others would count against the limits.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(  # noqa: S603 - this program itself
-            command, pass_fds=[there.fileno()], env=environment, stdin=subprocess.DEVNULL
-        )
-        there.close()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - this program itself
+                command, pass_fds=[there.fileno()], env=environment, stdin=subprocess.DEVNULL
+            )
+        except OSError as exc:
+            here.close()
+            raise SystemFault(
+                f"the process that decodes images alone cannot be started: {exc}",
+                "Look for too little memory or too many processes on that node; then start the same command again, it resumes.",
+            ) from None
+        finally:
+            there.close()
         # One that has ended already shows when it is asked.
         with contextlib.suppress(OSError):
             here.send_bytes(pickle.dumps((sys.path, self._preprocess, self._transform)))

@@ -16,6 +16,7 @@ import io
 import json
 import re
 import tarfile
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_inference import manifest
-from batch_inference.errors import CountsDoNotClose, UserError
+from batch_inference.errors import CountsDoNotClose, SystemFault, UserError
 from batch_inference.storage import Store, display
 
 # Requests that are independent of one another go out together; a store answers each in some ten milliseconds.
@@ -153,6 +154,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._seen: dict[int, int] = {}
+        self._lock = threading.Lock()
 
     # --- the job ---
 
@@ -270,7 +272,8 @@ class Ledger:
                 self._see(*places[path])
 
     def _see(self, shard: int, generation: int) -> None:
-        self._seen[shard] = max(generation, self._seen.get(shard, 0))
+        with self._lock:
+            self._seen[shard] = max(generation, self._seen.get(shard, 0))
 
     def places(self) -> list[tuple[int, int]]:
         """Shard and generation of every commit, also of those that a later generation took the place of; one listing."""
@@ -327,9 +330,12 @@ class Ledger:
             for i in self.store.objects("_retries")
             if _RETRY.match(i.path)
         ]
-        if not numbers:
+        last = max(numbers, default=0)
+        while self.store.size(f"_retries/{last + 1}.json") is not None:
+            last += 1
+        if not last:
             return None
-        path = f"_retries/{max(numbers)}.json"
+        path = f"_retries/{last}.json"
         try:
             raw = json.loads(self.store.get(path))
             return Retry(**{**raw, "stages": tuple(raw["stages"]), "error_types": tuple(raw["error_types"])})
@@ -428,14 +434,26 @@ class Ledger:
         """Deletes data files up to a generation that no commit names, and plans that did not win; returns how many.
 
         Only right when every shard is committed: before, a file may be waiting for its commit.
+
+        Raises:
+            SystemFault: If a commit counts that is newer than one of those given.
         """
         named = {file.path for commit in commits for file in commit.files}
+        counting = {commit.shard: commit.generation for commit in commits}
         garbage = [
             i.path
             for kind in ("predictions", "errors")
             for i in self.store.objects(kind)
             if i.path not in named and _place(i.path)[1] <= generation
         ]
+        later = {shard for shard, of in map(_place, garbage) if of > counting.get(shard, of)}
+        self.look(later)
+        newer = sorted(shard for shard in later if self._seen[shard] > counting[shard])
+        if newer:
+            raise SystemFault(
+                f"the store's listing did not show the newest commits of {len(newer)} shards, the first is {manifest.shard_name(newer[0])}",
+                "Start the same command again; it resumes.",
+            )
         garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
         garbage += [i.path for i in self.store.objects(BEGUN)]
         self.store.delete(garbage)

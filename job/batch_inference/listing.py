@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import obstore
+import structlog
 
 from batch_inference.config import StorageConfig
 from batch_inference.errors import SystemFault, UserError
-from batch_inference.storage import classify, is_local, local_path, open_bucket, split_bucket
+from batch_inference.storage import answered, classify, is_local, local_path, open_bucket, split_bucket
 from batch_inference.versions import replaced, version_of
+
+log = structlog.get_logger()
 
 WILDCARDS = re.compile(r"[*?\[]")
 
@@ -25,7 +28,7 @@ class Listed(NamedTuple):
     Attributes:
         uri: Its canonical URI.
         named: Whether it was named itself rather than found below what was named.
-        version: See :mod:`versions`; None where the store has none.
+        version: See :mod:`versions`; None of a local file, and where it is not known.
     """
 
     uri: str
@@ -44,15 +47,15 @@ def list_uris(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[Lis
 def _list_local(uri: str, recursive: bool) -> Iterator[Listed]:
     path = local_path(uri)
     if os.path.isfile(path):
-        yield _file(path, True)
+        yield Listed("file://" + path, True, None)
     elif os.path.isdir(path):
-        yield from (_file(found, False) for found in _walk(path, recursive))
+        yield from (Listed("file://" + found, False, None) for found in _walk(path, recursive))
     elif WILDCARDS.search(path):
         folders = files = 0
         for match in glob.iglob(path, recursive=True):  # noqa: PTH207 - a Path would collapse the `**` that the user wrote
             if os.path.isfile(match):
                 files += 1
-                yield _file(match, False)
+                yield Listed("file://" + match, False, None)
             else:
                 folders += 1
         if folders and not files:
@@ -61,14 +64,6 @@ def _list_local(uri: str, recursive: bool) -> Iterator[Listed]:
         raise UserError(
             f"there is no file or folder {path}", "Check the path; relative ones start at the current directory."
         )
-
-
-def _file(path: str, named: bool) -> Listed:
-    try:
-        size = os.stat(path).st_size  # noqa: PTH116
-    except OSError:
-        size = None  # a link that leads nowhere, a file that is gone: whoever reads it says so
-    return Listed("file://" + path, named, size)
 
 
 def _walk(folder: str, recursive: bool) -> Iterator[str]:
@@ -102,8 +97,13 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
         found = False
         comparable: bool | None = None
         for chunk in obstore.list(bucket, prefix=prefix or None, chunk_size=1000):
+            answered(root)
             if comparable is None:
                 comparable = _comparable(bucket, chunk)
+                if comparable is False:
+                    log.warning(
+                        f"the listings of {root} show other entity tags than its objects have: one that is replaced is not noticed"
+                    )
             for meta in chunk:
                 path = str(meta["path"])
                 if pattern is not None and not pattern.match(path):
@@ -114,13 +114,13 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
                 if any(part.startswith(".") for part in below.split("/")):
                     continue
                 found = True
-                yield Listed(f"{root}/{path}", False, None if comparable is False else version_of(meta["e_tag"]))
+                yield Listed(f"{root}/{path}", False, version_of(meta["e_tag"]) if comparable else None)
         if not found and key and not wildcard:
             yield Listed(uri, True, version_of(obstore.head(bucket, key)["e_tag"]))
     except UserError:
         raise
     except Exception as exc:
-        failure = classify(exc)
+        failure = classify(exc, root)
         if failure.error_type == "NOT_FOUND":
             return
         if failure.retryable:
@@ -135,17 +135,25 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
 
 
 def _comparable(bucket: Any, chunk: Sequence[Any]) -> bool | None:
-    """Whether a store gives an object the same entity tag in a listing and when it is read; None: that is not known.
+    """Whether a store gives objects the same entity tags in a listing and when they are read; None: that is not known.
 
-    Nearly all do. Of one that does not each object would count as replaced.
+    Nearly all do. Of one that does not each object would count as replaced. A few are asked for, the largest and one that was uploaded
+    in parts among them, since tags of such are made in another way.
     """
-    for meta in chunk[:1]:
+    if not chunk:
+        return None
+    parts = next((meta for meta in chunk if "-" in (meta["e_tag"] or "")), chunk[0])
+    asked = {meta["path"]: meta for meta in (*chunk[:2], max(chunk, key=lambda meta: meta["size"]), parts)}
+    known = None
+    for path, meta in asked.items():
         try:
-            read = obstore.head(bucket, meta["path"])
-        except Exception:  # this object is not ours to read, or gone
-            return None
-        return not replaced(version_of(meta["e_tag"]), version_of(read["e_tag"]))
-    return None
+            read = obstore.head(bucket, path)
+        except Exception:  # noqa: S112 - this object is not ours to read, or gone
+            continue
+        if replaced(version_of(meta["e_tag"]), version_of(read["e_tag"])):
+            return False
+        known = True
+    return known
 
 
 def glob_regex(pattern: str) -> re.Pattern[str]:

@@ -158,7 +158,9 @@ def cut(table: pa.Table, shard_size: int) -> Iterator[tuple[int, pa.Table]]:
 def encode_shard(table: pa.Table) -> bytes:
     """A manifest shard as the bytes of a Parquet file."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    # Versions are all different, so that a dictionary of them is as long as they are.
+    names = [name for name in table.column_names if name != "_version"]
+    pq.write_table(table, sink, compression="zstd", use_dictionary=names)
     return sink.getvalue()
 
 
@@ -239,8 +241,16 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     every = pa.concat_tables([*chunks, _objects(batch, versions)])
     objects = _sorted_distinct(every)
     duplicates = every.num_rows - objects.num_rows
+    if objects["_version"].null_count == objects.num_rows:
+        objects = objects.drop_columns(["_version"])
     if not files and not members:
         return Inputs(objects, skipped, duplicates)
+    reserved = [name for name in section.passthrough_columns if name in (*RESERVED_COLUMNS, "uri")]
+    if reserved:
+        raise UserError(
+            f"input.passthrough_columns names columns that the output has of its own: {', '.join(reserved)}",
+            "Leave them out, or rename them in the files.",
+        )
     found = containers.listed(files, members, section, storage)
     for note in found.notes:
         log.warning(note)
@@ -250,7 +260,7 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
 
 
 def _objects(uris: list[str], versions: list[int | None]) -> pa.Table:
-    return pa.table({"uri": pa.array(uris, pa.string()), "_version": pa.array(versions, pa.int64())})
+    return pa.table({"uri": pa.array(uris, pa.string()), "_version": pa.array(versions, pa.int32())})
 
 
 def _sorted_distinct(objects: pa.Table) -> pa.Table:

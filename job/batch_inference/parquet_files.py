@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_inference.errors import RowError, RowFailure, UserError
+from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
 from batch_inference.footers import Trial
 from batch_inference.ranges import RangeFile
@@ -329,6 +329,8 @@ class _RowGroup:
                 while left and left[0].offset == value.number:
                     yield Fetched(left.popleft().row, value.data, value.error, seconds[0] / len(self.members))
             error = RowFailure("fetch", "TRUNCATED", f"{where} ends before this row").error
+        except (SystemFault, UserError):
+            raise
         except Exception as exc:
             error = failure_of(exc)
             error = replace(error, message=f"{where}: {error.message}")

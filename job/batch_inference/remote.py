@@ -21,8 +21,9 @@ from batch_inference.identity import Engine, resolve_engine
 from batch_inference.pipeline import explain_ray_failure
 from batch_inference.progress import Snapshot
 
-# For the rows that come next and the commits of what is complete, when this process is told to end; Kubernetes leaves 30 s and more.
+# For the rows that come next and the commits of what is complete, when this process is told to end; Kubernetes leaves 30 s.
 _STOP_S = 20.0
+_POLL_S = 120.0
 
 
 class RemoteDriver:
@@ -80,8 +81,9 @@ def run_in_cluster(
         except KeyboardInterrupt:
             # What comes of it is not asked: whatever it is, the reason of the end is the signal.
             with contextlib.suppress(Exception):
+                until = time.monotonic() + _STOP_S
                 ray.get(driver.stop.remote(), timeout=_STOP_S)
-                _followed(driver, on_progress, _STOP_S)
+                _followed(driver, on_progress, until)
             raise
         except (ConnectionError, ray.exceptions.RayError) as exc:
             raise SystemFault(
@@ -93,13 +95,12 @@ def run_in_cluster(
                 ray.kill(driver)
 
 
-def _followed(driver: Any, on_progress: Callable[[Snapshot], None] | None, seconds: float = float("inf")) -> RunResult:
-    """How a run ends, raised if it is an error; raises TimeoutError where it does not within so many seconds."""
+def _followed(driver: Any, on_progress: Callable[[Snapshot], None] | None, until: float = float("inf")) -> RunResult:
+    """How a run ends, raised if it is an error; raises TimeoutError where it has not by a moment of ``time.monotonic``."""
     import ray
 
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        snapshot, outcome = ray.get(driver.poll.remote(), timeout=120)
+    while (left := until - time.monotonic()) > 0:
+        snapshot, outcome = ray.get(driver.poll.remote(), timeout=min(_POLL_S, left))
         if on_progress:
             on_progress(snapshot)
         if isinstance(outcome, RunResult):

@@ -36,7 +36,7 @@ class ShardDatasource(Datasource):
         rows: Number of inputs of each.
         preparation: What to do with each image.
         attempt: Of the job's driver; a task that was begun in it and did not end has died of its shard.
-        chosen: Row numbers to do, in order, of shards of which these are not all.
+        chosen: Row numbers to do, in order, of shards of which these are not all: a retry, for which objects are taken as they are then.
         telemetry: Whose log lines and metrics the tasks' are; None: they are nobody's.
     """
 
@@ -69,23 +69,25 @@ class ShardDatasource(Datasource):
         """One task a shard, whatever parallelism Ray Data has in mind."""
         return [
             ReadTask(
-                functools.partial(_read, self._context, self._shards[place], self._chosen.get(self._shards[place])),
+                functools.partial(_read, self._context, shard, self._chosen.get(shard), bool(self._chosen)),
                 BlockMetadata(num_rows=self._rows[place], size_bytes=None, input_files=None, exec_stats=None),
             )
             for place in spread(range(len(self._shards)))
+            for shard in [self._shards[place]]
         ]
 
 
-def _read(context: Any, shard: int, chosen: np.ndarray | None) -> Iterable[pa.Table]:
+def _read(context: Any, shard: int, chosen: np.ndarray | None, again: bool) -> Iterable[pa.Table]:
     store, preparation, attempt, telemetry = ray.get(context)
     if telemetry is not None:
         telemetry.begin()
     begun = time.monotonic()
     table, places = manifest.read_places(store, shard)
     if chosen is not None:
-        table = table.take(chosen)
-        # An object that was mended since is what a retry is for.
-        places = None if places is None else without_versions(places.take(chosen))
+        table, places = table.take(chosen), None if places is None else places.take(chosen)
+    if again and places is not None:
+        # Objects that were mended since are what a retry is for.
+        places = without_versions(places)
     # Ray begins a task anew, as often as it takes, where the process has died. The mark tells the next one.
     mark = Mark(store, manifest.shard_name(shard), attempt)
     careful = mark.begin()

@@ -179,13 +179,22 @@ class Failure:
     retryable: bool
 
 
-def classify(exc: Exception, *, answered: bool = False) -> Failure:
+# Buckets that have answered this process: for them a machine's role gives credentials, and a metadata service that has none now
+# fails for the moment.
+_answered: set[str] = set()
+
+
+def answered(root: str) -> None:
+    """Notes that a bucket has answered."""
+    _answered.add(root)
+
+
+def classify(exc: Exception, root: str = "") -> Failure:
     """Sorts whatever a store or the operating system raised into one of a few kinds.
 
     Args:
         exc: What was raised.
-        answered: Whether the store has answered this process before: then a machine's role gives credentials, and a metadata
-            service that has none now fails for the moment.
+        root: The bucket that was asked, "" if that is not known.
     """
     text = _said(exc) or type(exc).__name__
     low = str(exc).lower()
@@ -194,7 +203,7 @@ def classify(exc: Exception, *, answered: bool = False) -> Failure:
     if isinstance(exc, IsADirectoryError):
         return Failure("NOT_FOUND", "this is a folder, not a file", False)
     if _METADATA_SERVICE.search(low):
-        if answered:
+        if root in _answered:
             return Failure("STORE_UNREACHABLE", f"the metadata service gives no new credentials: {text}", True)
         return Failure(
             "UNAUTHENTICATED",
@@ -242,10 +251,10 @@ class Store:
     def __init__(self, uri: str, storage: StorageConfig, *, must_exist: bool = False) -> None:
         self.uri = canonical_uri(uri).rstrip("/")
         self.storage = storage
-        self._answered = False
         self._lock = threading.Lock()
         self._staging = 0  # writes of this process that are in the staging folder
         root, key = split_bucket(self.uri)
+        self._root = root
         if root == "file://":
             folder = Path("/" + key)
             if must_exist and not folder.is_dir():
@@ -269,7 +278,7 @@ class Store:
             data = bytes(obstore.get(self._store, path).bytes())
         except Exception as exc:
             raise self._error("read", path, exc) from exc
-        self._answered = True
+        answered(self._root)
         return data
 
     def get_or_none(self, path: str) -> bytes | None:
@@ -305,7 +314,7 @@ class Store:
                 obstore.put(self._store, path, data, mode="overwrite")
         except Exception as exc:
             raise self._error("write", path, exc) from exc
-        self._answered = True
+        answered(self._root)
 
     def _put_local(self, path: str, data: bytes) -> None:
         # obstore writes a local file beside its target first. What a killed process leaves of one must not stand among
@@ -346,7 +355,7 @@ class Store:
             if isinstance(exc, obx.PreconditionError) or "412 precondition" in str(exc).lower():
                 return False
             raise self._error("create", path, exc) from exc
-        self._answered = True
+        answered(self._root)
         return True
 
     def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -397,7 +406,7 @@ class Store:
 
     def _error(self, verb: str, path: str, exc: Exception) -> Exception:
         """What to raise for ``exc``: kinds of failure that the caller can tell apart."""
-        failure = classify(exc, answered=self._answered)
+        failure = classify(exc, self._root)
         where = f"{display(self.uri)}/{path}".rstrip("/")
         if failure.error_type == "NOT_FOUND":
             # A bucket that does not exist is a 404 as well, but writing can't meet any other.

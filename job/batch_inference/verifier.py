@@ -79,7 +79,11 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
     job = ledger.require_job()
     problems: list[str] = []
     commits: dict[int, Commit] = {}
-    for shard, generation in sorted(ledger.generations().items()):
+    generations = ledger.generations()
+    if len(generations) < job.shards and ledger.success() is not None:
+        ledger.look(set(range(job.shards)) - set(generations))
+        generations = ledger.generations()
+    for shard, generation in sorted(generations.items()):
         try:
             commits[shard] = ledger.commits({shard: generation})[0]
         except CountsDoNotClose as exc:

@@ -62,10 +62,12 @@ class Count:
         self.longest = 0.0
 
     @contextlib.contextmanager
-    def kept(self, record: Record) -> Iterator[None]:
+    def kept(self, record: Record, world: World, release: str = "", rows: int = 0) -> Iterator[None]:
         try:
             yield
         finally:
+            if rows:
+                self.rows(world, release, rows)
             record(Outcome(self.fault, self.promise, self.injected, self.held, self.lost, self.doubled, self.longest))
 
     def rows(self, world: World, release: str, rows: int) -> None:
@@ -111,7 +113,7 @@ def test_the_attempt_goes_on(
     run.until_running()
     goes_on(world, run, release, 0)
     count = Count(NAMES[component], "the same attempt goes on")
-    with count.kept(record):
+    with count.kept(record, world, release, many):
         for _ in range(TIMES):
             before = committed(world, release)
             count.injected += 1
@@ -120,7 +122,6 @@ def test_the_attempt_goes_on(
             count.longest = max(count.longest, goes_on(world, run, release, before))
             count.held += run.status["jobStatus"] in ("RUNNING", "SUCCEEDED") and not run.status.get("failed", 0)
         ends_well(world, run, release, many)
-        count.rows(world, release, many)
     assert run.status.get("failed", 0) == 0
     assert (count.injected, count.held, count.lost, count.doubled) == (TIMES, TIMES, 0, 0)
 
@@ -215,10 +216,9 @@ def test_the_next_attempt_resumes(
     run = releases.rayjob(release, merged(JOB, {"run": {"backoffLimit": TIMES}}))
     name = {"driver": "driver killed", "head": "head pod killed", "head evicted": "head pod evicted, with time to end"}
     count = Count(name[victim], "another attempt resumes by itself")
-    with count.kept(record):
+    with count.kept(record, world, release, many):
         resumes(victim, world, kubernetes, run, release, count)
         ends_well(world, run, release, many)
-        count.rows(world, release, many)
     assert (count.injected, count.held, count.lost, count.doubled) == (TIMES, TIMES, 0, 0)
 
 
@@ -246,9 +246,9 @@ def resumes(victim: str, world: World, kubernetes: Kubernetes, run: Run, release
         print(f"{victim}, time {time_ + 1}: a shard more after {time.monotonic() - begun:.0f} s")
 
 
-def test_gpus_that_nobody_has_end_the_job_with_the_reason(releases: Releases, record: Record) -> None:
+def test_gpus_that_nobody_has_end_the_job_with_the_reason(world: World, releases: Releases, record: Record) -> None:
     count = Count("GPU pods never scheduled", "the job ends with the reason in time")
-    with count.kept(record):
+    with count.kept(record, world):
         for number in range(TIMES):
             never_scheduled(releases, number, count)
     assert (count.injected, count.held) == (TIMES, TIMES)

@@ -115,6 +115,12 @@ def test_what_is_listed_twice_is_done_once(mixed: Path) -> None:
     assert found.duplicates == 1
 
 
+@pytest.mark.parametrize("name", ["_version", "uri", "shard"])
+def test_columns_that_the_output_has_of_its_own_do_not_pass_through(name: str, mixed: Path) -> None:
+    error = refused(mixed / "f.parquet", passthrough_columns=[name])
+    assert f"names columns that the output has of its own: {name}" in error.message
+
+
 def test_single_members_can_be_named(mixed: Path) -> None:
     found = find(f"{mixed}/b.tar#a.PNG", f"{mixed}/f.parquet#1", mixed / "c.jpg")
     assert names(found, mixed) == ["b.tar#a.PNG", "c.jpg", "f.parquet#1"]
@@ -122,7 +128,7 @@ def test_single_members_can_be_named(mixed: Path) -> None:
     # A file of such a name is that file.
     (mixed / "b.tar#z.jpg").write_bytes(jpeg(9))
     found = find(f"{mixed}/b.tar#z.jpg")
-    assert found.table.column_names == ["uri", "_version"]
+    assert found.table.column_names == ["uri"]
 
 
 @pytest.mark.parametrize(

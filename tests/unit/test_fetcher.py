@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from obstore import exceptions as obx
 
 from batch_inference import fetcher as module
+from batch_inference import storage
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Fetcher, ReadAhead, Request
@@ -88,8 +89,9 @@ def test_a_store_that_only_asks_to_slow_down_is_given_up_in_time(
 
 @pytest.mark.parametrize("place", ["http://169.254.169.254/latest/api/token", "http://metadata.google.internal/token"])
 def test_a_metadata_service_that_fails_is_missing_credentials_only_before_the_store_has_answered(
-    place: str, answers: Callable[..., list[float]]
+    place: str, answers: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(storage, "_answered", set())
     failing = obx.GenericError(
         f"Generic S3 error: Error performing PUT {place} in 1s - HTTP error: error sending request"
     )

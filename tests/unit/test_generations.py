@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from batch_inference.closing import Closing, Writers
 from batch_inference.collection import ERROR_COLUMNS, OpenShard
-from batch_inference.errors import UserError
+from batch_inference.errors import SystemFault, UserError
 from batch_inference.generations import Again, begin, nothing_meant, select
 from batch_inference.ledger import Commit, Ledger, Retry
 from batch_inference.storage import Store
@@ -158,6 +158,39 @@ def test_an_unfinished_retry_is_taken_up_and_no_other_begun(tmp_path: Path) -> N
         begin(ledger, stages=["fetch"], error_types=[], retryable=False, attempt="three")
 
 
+def test_a_retry_that_no_listing_shows_is_found_by_its_name(tmp_path: Path) -> None:
+    ledger, _ = finished(str(tmp_path), URIS, SHARD_SIZE)
+    store = Faulty(str(tmp_path), CONFIG, lags="_retries")
+    store.stale = zlib.crc32(b"_retries/1.json") % 3
+    assert Ledger(store).retry() is None and Ledger(store).success() is not None
+    first = begin(ledger, stages=["decode"], error_types=[], retryable=False, attempt="two")
+    assert not list(store.objects("_retries"))
+    assert Ledger(store).retry() == first
+    assert Ledger(store).success() is None
+
+
+def test_a_sweep_spares_what_a_commit_names_that_no_listing_shows(tmp_path: Path) -> None:
+    ledger, job = finished(str(tmp_path), URIS, SHARD_SIZE)
+    retry = begin(ledger, stages=[], error_types=[], retryable=False, attempt="two")
+    assert retry is not None
+    pending = select(ledger, retry, ledger.commits())
+    for shard, again in pending.items():
+        writer, errors = write_again(ledger.store, shard, again, "two")
+        assert ledger.commit(writer.close(shard, errors, again))
+    before = sorted(str(file) for file in tmp_path.rglob("*-g1-*"))
+    assert before
+    for third in range(3):
+        store = Faulty(str(tmp_path), CONFIG, lags="_commits/")
+        store.stale = third
+        late = Ledger(store)
+        commits = [commit for commit in Ledger(Store(str(tmp_path), CONFIG)).commits() if not commit.generation]
+        old = {shard: 0 for shard in range(job.shards)}
+        commits = late.commits(old)
+        with pytest.raises(SystemFault, match="did not show the newest commits"):
+            late.delete_unnamed(commits, 1)
+        assert sorted(str(file) for file in tmp_path.rglob("*-g1-*")) == before
+
+
 @dataclass
 class Retrier:
     """One start of the program on a job that has finished once: takes up the latest retry, or begins one."""
@@ -168,6 +201,7 @@ class Retrier:
     pending: dict[int, Again] = field(default_factory=dict)
     planned: bool = False
     finished: bool = False
+    misled: bool = False
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.store)
@@ -245,6 +279,7 @@ class RetryMachine(RuleBasedStateMachine):
             self.start()
         driver = self.drivers[which % len(self.drivers)]
         driver.store.stale = stale
+        driver.misled |= stale is not None
         others = [d for d in self.drivers if d is not driver]
 
         def race() -> None:
@@ -256,6 +291,10 @@ class RetryMachine(RuleBasedStateMachine):
         try:
             driver.go_on(shard)
         except Crash:
+            self.drivers.remove(driver)
+        except SystemFault:
+            # It ends with the words that it should be started again; a later one goes on.
+            assert driver.misled
             self.drivers.remove(driver)
         driver.store.arm(0, None)
         self.drivers = [d for d in self.drivers if not d.finished]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from batch_inference import isolation
 from batch_inference.config import InputConfig, PreprocessConfig, StorageConfig
 from batch_inference.containers import places
 from batch_inference.decoding import pixels_of
@@ -177,9 +179,61 @@ def test_pages_that_unpack_to_more_than_the_memory_cost_their_row_group(tmp_path
     more = [f"file://{tmp_path}/bomb.parquet#{number}" for number in range(50)]
     there, _ = places(pa.chunked_array([more]), InputConfig(), StorageConfig())
     assert there is not None
-    table = prepared(uris + more, pa.concat_tables([where, there], promote_options="permissive"))
-    assert table["error_type"].to_pylist() == [None] * 4 + ["DECODE_MEMORY"] * 50
+    table = prepared(more + uris, pa.concat_tables([there, where], promote_options="permissive"))
+    assert table["error_type"].to_pylist() == ["DECODE_MEMORY"] * 50 + [None] * 4
     assert "its pages unpack to more memory than there is" in table["message"][5].as_py()
+
+
+def test_a_page_that_leaves_no_memory_to_take_the_next_bytes_does_not_cost_the_row_group_after_it(
+    tmp_path: Path,
+) -> None:
+    """The file's own bytes are then still on their way to the process when it fails."""
+    noise = [os.urandom(3 << 20) for _ in range(24)]
+    (tmp_path / "large.parquet").write_bytes(parquet(list(noise), 24, use_dictionary=False, data_page_size=1 << 30))
+    uris, where = members(tmp_path, [GOOD] * 4)
+    more = [f"file://{tmp_path}/large.parquet#{number}" for number in range(24)]
+    there, _ = places(pa.chunked_array([more]), InputConfig(), StorageConfig())
+    assert there is not None
+    for mib in (60, 72, 80, 96):
+        config = CONFIG.model_copy(update={"decode_memory_mib": mib})
+        table = prepared(more + uris, pa.concat_tables([there, where], promote_options="permissive"), config)
+        assert set(table["error_type"][:24].to_pylist()) <= {"DECODE_MEMORY", "UNKNOWN_FORMAT"}
+        assert table["error_type"][24:].to_pylist() == [None] * 4
+
+
+def test_a_helper_that_cannot_be_started_is_no_fault_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris, where = members(tmp_path, [GOOD] * 4)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(isolation.subprocess, "Popen", full)
+    with pytest.raises(SystemFault, match=r"cannot be started: .*temporarily unavailable"):
+        prepared(uris, where)
+    with pytest.raises(SystemFault, match="cannot be started"), Helper(CONFIG, None) as helper:
+        helper.pixels(GOOD)
+
+
+def test_a_process_that_is_killed_between_two_row_groups_costs_neither(tmp_path: Path) -> None:
+    uris, where = members(tmp_path, [GOOD] * 8)
+    found = []
+    with Helper(CONFIG, None) as helper:
+        for one in fetched(runs(uris, where, Fetcher(StorageConfig()), 10**6, None, helper.unpack), 1):
+            found.append(one.error)
+            if one.row == 3:
+                assert helper._process is not None
+                parent = helper._process.pid
+                # The first row group is told to be done before the next one begins.
+                killed = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        assert found == [None] * 8
+        helper.pixels(GOOD)
+        (child,) = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        assert child in killed
+        os.kill(child, signal.SIGKILL)
+        again = fetched(runs(uris, where, Fetcher(StorageConfig()), 10**6, None, helper.unpack), 1)
+        assert [one.error for one in again] == [None] * 8
 
 
 @pytest.mark.parametrize("cpus", [1, 2])

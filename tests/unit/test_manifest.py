@@ -83,7 +83,7 @@ def test_a_folder_is_listed_in_order_with_its_subfolders(tmp_path: Path) -> None
     touch(tmp_path, "b.jpg", "a.png", "sub/deep/c.webp", "sub/a.jpeg", "z.tif")
     found = listed(tmp_path)
     assert names(found, tmp_path) == ["a.png", "b.jpg", "sub/a.jpeg", "sub/deep/c.webp", "z.tif"]
-    assert found.table.schema == pa.schema([("uri", pa.string()), ("_version", pa.int64())])
+    assert found.table.schema == pa.schema([("uri", pa.string())])
     assert found.passthrough == ()
     assert (found.skipped, found.duplicates, found.repeated, found.manifest_sha256) == ({}, 0, 0, "")
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from obstore import exceptions as obx
 
+from batch_inference import storage as module
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Fetcher
@@ -532,6 +533,7 @@ def test_a_store_that_gave_credentials_once_fails_for_the_moment_where_it_gives_
         raise obx.GenericError("Error performing PUT http://169.254.169.254/latest/api/token - HTTP error")
 
     put = obstore.put
+    monkeypatch.setattr(module, "_answered", set())
     monkeypatch.setattr(obstore, "put", failing)
     with pytest.raises(UserError, match="there are no credentials in the environment"):
         store.create("a", b"")
@@ -540,6 +542,9 @@ def test_a_store_that_gave_credentials_once_fails_for_the_moment_where_it_gives_
     monkeypatch.setattr(obstore, "put", failing)
     with pytest.raises(SystemFault, match="the metadata service gives no new credentials"):
         store.create("b", b"")
+    # Tasks take the store with them anew for each shard.
+    with pytest.raises(SystemFault, match="the metadata service gives no new credentials"):
+        pickle.loads(pickle.dumps(store)).create("c", b"")  # noqa: S301
 
 
 def test_a_create_whose_answer_was_lost_meets_itself(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
