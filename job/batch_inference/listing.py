@@ -98,11 +98,12 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
         comparable: bool | None = None
         for chunk in obstore.list(bucket, prefix=prefix or None, chunk_size=1000):
             answered(root)
-            if comparable is None:
+            if comparable is None and chunk:
                 comparable = _comparable(bucket, chunk)
-                if comparable is False:
+                if not comparable:
                     log.warning(
-                        f"the listings of {root} show other entity tags than its objects have: one that is replaced is not noticed"
+                        f"the listings of {root} show other entity tags than its objects have, or these are not to be read: an object "
+                        "that is replaced before it is read is not noticed"
                     )
             for meta in chunk:
                 path = str(meta["path"])
@@ -134,17 +135,15 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
         ) from None
 
 
-def _comparable(bucket: Any, chunk: Sequence[Any]) -> bool | None:
-    """Whether a store gives objects the same entity tags in a listing and when they are read; None: that is not known.
+def _comparable(bucket: Any, chunk: Sequence[Any]) -> bool:
+    """Whether a store gives objects the same entity tags in a listing and when they are read.
 
     Nearly all do. Of one that does not each object would count as replaced. A few are asked for, the largest and one that was uploaded
     in parts among them, since tags of such are made in another way.
     """
-    if not chunk:
-        return None
     parts = next((meta for meta in chunk if "-" in (meta["e_tag"] or "")), chunk[0])
     asked = {meta["path"]: meta for meta in (*chunk[:2], max(chunk, key=lambda meta: meta["size"]), parts)}
-    known = None
+    known = False
     for path, meta in asked.items():
         try:
             read = obstore.head(bucket, path)

@@ -129,14 +129,18 @@ def step_list_store(folder: Path, rows: int) -> dict[str, Any]:
     def answer(*args: Any, **kwargs: Any) -> Iterator[list[dict[str, Any]]]:
         for start in range(0, rows, 1000):
             yield [
-                {"path": f"archive/{i // 10000:05d}/image-{i:09d}.jpg", "size": 1}
+                {"path": f"archive/{i // 10000:05d}/image-{i:09d}.jpg", "size": 1, "e_tag": f'"{i:032x}"'}
                 for i in range(start, min(rows, start + 1000))
             ]
 
     config = _config(
         folder, input={"uris": ["s3://bucket-of-photos/archive/"]}, storage={"region": "x", "anonymous": True}
     )
-    with mock.patch.object(obstore, "list", answer):
+
+    def head(bucket: Any, path: str) -> dict[str, str]:
+        return {"e_tag": f'"{int(path[-13:-4]):032x}"'}
+
+    with mock.patch.object(obstore, "list", answer), mock.patch.object(obstore, "head", head):
         begun = time.perf_counter()
         found = find_inputs(config)
     return {"seconds": time.perf_counter() - begun, "rows": found.table.num_rows}
