@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _GRACE_S = 30.0
 # What the helper is asked to do, and its word that all values have been sent.
 _IMAGE, _PAGES, _DONE = "image", "pages", "done"
+_REMEDY = (
+    "Look for too little memory or too many processes on that node; then start the same command again, it resumes."
+)
 # An image that was killed may have been its neighbours' victim (the system was out of memory), so that it gets another chance.
 _TRIES_IF_KILLED = 2
 
@@ -72,7 +75,7 @@ class Helper:
         for left in reversed(range(_TRIES_IF_KILLED)):
             answer = self._ask(data)
             if isinstance(answer, RowError):
-                raise RowFailure(answer.stage, answer.error_type, answer.message, retryable=answer.retryable)
+                raise _failure(answer)
             if isinstance(answer, tuple):
                 shape, pixels = answer
                 return np.frombuffer(pixels, np.uint8).reshape(shape)
@@ -110,10 +113,12 @@ class Helper:
                         self._stop()
                         self._tell((_PAGES, request))
                         continue
-                    failure = self._death(answer, "unpack", "its pages").error
-                    raise RowFailure("decode", failure.error_type, failure.message, retryable=answer == signal.SIGKILL)
+                    # Whoever is killed may be others' victim, and there is no second try any more.
+                    raise _failure(
+                        replace(self._death(answer, "unpack", "its pages").error, retryable=answer == signal.SIGKILL)
+                    )
                 elif isinstance(answer, RowError):
-                    raise RowFailure(answer.stage, answer.error_type, answer.message, retryable=answer.retryable)
+                    raise _failure(answer)
                 elif answer == _DONE:
                     clean = True
                     return
@@ -147,7 +152,7 @@ class Helper:
             raise SystemFault(
                 f"the process that decodes images alone ended by itself, with code {code}: its messages are in the log of the "
                 "worker process",
-                "Look for too little memory or too many processes on that node; then start the same command again, it resumes.",
+                _REMEDY,
             )
         return signal.SIGKILL
 
@@ -164,7 +169,7 @@ class Helper:
             here.close()
             raise SystemFault(
                 f"the process that decodes images alone cannot be started: {exc}",
-                "Look for too little memory or too many processes on that node; then start the same command again, it resumes.",
+                _REMEDY,
             ) from None
         finally:
             there.close()
@@ -199,6 +204,10 @@ class Helper:
             return RowFailure("decode", "DECODE_MEMORY", f"{process} was killed, as when memory ends")
         how = signal.Signals(number).name if number > 0 else f"exit code {-number}"
         return RowFailure("decode", "DECODER_CRASH", f"{process} died: {how}")
+
+
+def _failure(error: RowError) -> RowFailure:
+    return RowFailure(error.stage, error.error_type, error.message, error.retryable)
 
 
 def serve(descriptor: int) -> None:

@@ -17,7 +17,7 @@ import json
 import re
 import tarfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -258,8 +258,10 @@ class Ledger:
             self._see(*place)
         return dict(self._seen)
 
-    def look(self, shards: Iterable[int]) -> None:
+    def look(self, shards: Collection[int]) -> None:
         """Asks for commits of some shards by their names, as far as retries have got: a listing may not show them yet."""
+        if not shards:
+            return
         retry = self.retry()
         last = retry.generation if retry else 0
         places = {

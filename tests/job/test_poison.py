@@ -73,9 +73,8 @@ def test_a_row_group_that_kills_the_task_costs_its_rows_and_no_others(
     photos: Callable[..., Path],
     tmp_path: Path,
     program: Callable[..., subprocess.CompletedProcess[str]],
-    cluster: dict[str, str],
 ) -> None:
-    """A Parquet file of four row groups, one of which kills whatever unpacks it, beside images."""
+    """A Parquet file of four row groups, two of which kill whatever unpacks them, beside images."""
     images: list[bytes | None] = [file.read_bytes() for file in sorted(photos(40).iterdir())]
     for number, kind in ((12, b"crash"), (31, b"memory")):
         images[number] = (images[number] or b"") + b"POISON-PAGE:" + kind
