@@ -89,6 +89,7 @@ class OutputConfig(_Section):
 _CREDENTIALS = "the URL has credentials in it"
 # What the chart can take a port from, too: no query, no escapes.
 _PORT = r"[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_REMOTE = re.compile(r"(?P<scheme>s3|gs|az)://")
 _ENDPOINT = re.compile(rf"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:({_PORT}))?(/[A-Za-z0-9._~/@:+=,-]*)?$")
 
 
@@ -97,7 +98,8 @@ class StorageConfig(_Section):
 
     endpoint_url: Annotated[str, WithJsonSchema({"type": "string", "pattern": _ENDPOINT.pattern})] | None = Field(
         None,
-        description="Endpoint of an S3-compatible store, such as `https://minio.example:9000`; null: the provider's own.",
+        description="URL of the store where it is not the provider's own, such as `https://minio.example:9000`; for all of the job's "
+        "buckets. Null: from the environment (`AWS_ENDPOINT_URL`, `GOOGLE_BASE_URL`, `AZURE_STORAGE_ENDPOINT`), or the provider's.",
     )
 
     @field_validator("endpoint_url")
@@ -353,6 +355,18 @@ class JobConfig(_Section):
         if self.task == "embed" and self.predictor is not None:
             raise ValueError(
                 "task is embed, but a predictor is given; embeddings are made with model: remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_store_for_the_endpoint(self) -> JobConfig:
+        given = (*self.input.uris, self.input.manifest or "", self.output.uri)
+        schemes = sorted({m["scheme"] for uri in given if (m := _REMOTE.match(uri))})
+        if self.storage.endpoint_url and len(schemes) > 1:
+            names = " and ".join(f"{scheme}://" for scheme in schemes)
+            raise ValueError(
+                f"storage.endpoint_url is one store's, but the job names {names}: remove it, and set AWS_ENDPOINT_URL, "
+                "GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT in the environment for the store that is not the provider's own"
             )
         return self
 

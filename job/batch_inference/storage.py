@@ -27,6 +27,8 @@ from batch_inference.errors import SystemFault, UserError
 
 SCHEMES = ("file", "s3", "gs", "az")
 _STAGING_TRIES = 5
+# Where storage.endpoint_url is not set; one for each store, for jobs that use several.
+_ENDPOINT_VARIABLES = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az"}
 
 
@@ -121,12 +123,7 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
     scheme, _, bucket = root.partition("://")
     if scheme == "file":
         return LocalStore(prefix or "/", mkdir=False)
-    endpoint = storage.endpoint_url or (os.environ.get("AWS_ENDPOINT_URL") if scheme == "s3" else None)
-    if endpoint and scheme == "gs":
-        raise UserError(
-            f"storage.endpoint_url is set, but {root} is on Google Cloud Storage, which has no other endpoint",
-            "Remove storage.endpoint_url, or use the store's S3 interface with s3://.",
-        )
+    endpoint = storage.endpoint_url or os.environ.get(_ENDPOINT_VARIABLES[scheme])
     options: dict[str, Any] = {
         "client_options": {
             "timeout": timedelta(seconds=storage.timeout_s),
@@ -142,7 +139,7 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
     if storage.anonymous:
         options["skip_signature"] = True
     if endpoint:
-        options["endpoint"] = endpoint
+        options["base_url" if scheme == "gs" else "endpoint"] = endpoint
     if scheme == "s3":
         in_environment = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         options["region"] = storage.region or in_environment or "us-east-1"

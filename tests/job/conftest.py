@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
+from tests.job import stores
 from tests.job.servers import BIN, Proxy, ray_cluster, s3_server
 
 PROGRAM = str(BIN / "batch-inference")
@@ -19,7 +21,7 @@ HERE = Path(__file__).parent
 RUN_TIMEOUT_S = 240
 S3_ENV = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 # Also for the Ray cluster's processes, which do the reading.
-os.environ.update(S3_ENV)
+os.environ.update(S3_ENV | stores.AZURE_ENV)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,16 @@ def proxy(s3: str) -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def google_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RSAPublicKey]:
+    """Public key of the service account whose key file ``GOOGLE_APPLICATION_CREDENTIALS`` names from now on."""
+    file = tmp_path_factory.mktemp("google") / "key.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+        yield stores.google_key_file(file)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, google_key: RSAPublicKey) -> Iterator[dict[str, str]]:
     """A running Ray cluster, so that a job's start costs less than Ray's."""
     with ray_cluster(4, tmp_path_factory.mktemp("ray")) as addresses:
         yield addresses

@@ -139,12 +139,18 @@ class Proxy:
                     code = "ExpiredToken" if status == 400 else "Injected"
                     self._reply(status, [], f"<Error><Code>{code}</Code></Error>".encode())
                     return
+                if (refused := outer.refusal(self.command, path, self.headers)) is not None:
+                    self._reply(refused[0], [], refused[1])
+                    return
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
                 connection = http.client.HTTPConnection(host, int(port), timeout=60)
                 try:
-                    connection.request(self.command, path, body=body or None, headers=headers)
+                    method, target_path, headers, body = outer.request(self.command, path, headers, body)
+                    connection.request(method, target_path, body=body or None, headers=headers)
                     response = connection.getresponse()
-                    data = response.read()
+                    reached, answered, data = outer.response(
+                        self.command, path, response.status, response.getheaders(), response.read()
+                    )
                 except OSError:
                     self._reply(502, [], b"")
                     return
@@ -154,13 +160,14 @@ class Proxy:
                     self._break_off()
                     return
                 if status == outer.CUT:
-                    self._reply(response.status, response.getheaders(), data, cut=True)
+                    self._reply(reached, answered, data, cut=True)
                     self._break_off()
                     return
-                if outer.ignore_put_if_absent and response.status == 412:
+                # S3's and Google's answer, and Azure's.
+                if outer.ignore_put_if_absent and reached in (409, 412):
                     self._reply(200, [("ETag", '"1"')], b"")
                     return
-                self._reply(response.status, response.getheaders(), data)
+                self._reply(reached, answered, data)
 
             def _break_off(self) -> None:
                 """Ends the connection with a reset, as a machine does that goes away."""
@@ -199,6 +206,22 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
+    def refusal(self, method: str, path: str, headers: http.client.HTTPMessage) -> tuple[int, bytes] | None:
+        """Return an answer to a request that is not let through, or None."""
+        return None
+
+    def request(
+        self, method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[str, str, dict[str, str], bytes]:
+        """Return what the store is asked."""
+        return method, path, headers, body
+
+    def response(
+        self, method: str, path: str, status: int, headers: list[tuple[str, str]], data: bytes
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Return what the client is answered."""
+        return status, headers, data
+
     def close(self) -> None:
         """Stops listening."""
         self._server.shutdown()
@@ -223,7 +246,10 @@ def ray_cluster(
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     # As the image has it: else Ray Client's processes end at once now and then.
     fork = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
-    env = {**os.environ, **auth, **fork, "PYTHONPATH": str(Path(__file__).parent), "PATH": path}
+    # The tests' predictors, and the checkout under test rather than what happens to be installed.
+    here = Path(__file__).resolve().parent
+    modules = os.pathsep.join([str(here), str(here.parents[1] / "job")])
+    env = {**os.environ, **auth, **fork, "PYTHONPATH": modules, "PATH": path}
     with contextlib.ExitStack() as stack:
         # Ray sends a submitted job to the cluster whose address is in its temporary folder; in a shared one that is the
         # cluster of this machine that was started last. Short, since sockets live in it.

@@ -351,3 +351,10 @@ def test_an_endpoint_is_a_url(url: str) -> None:
 )
 def test_endpoints_of_every_kind(url: str) -> None:
     assert parse_config({"storage": {"endpoint_url": url}}).storage.endpoint_url == url
+
+
+def test_endpoint_for_two_kinds_of_store_is_refused_with_the_variables() -> None:
+    data = {"storage": {"endpoint_url": "http://localhost:1"}, "input": {"uris": ["s3://a/b", "c/"]}}
+    with pytest.raises(UserError, match=r"the job names gs:// and s3://: remove it, and set AWS_ENDPOINT_URL"):
+        parse_config(data | {"output": {"uri": "gs://a/out"}})
+    assert parse_config(data | {"output": {"uri": "s3://b/out"}}).storage.endpoint_url

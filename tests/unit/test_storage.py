@@ -561,3 +561,21 @@ def test_a_create_whose_answer_was_lost_meets_itself(store: Store, monkeypatch: 
     monkeypatch.setattr(obstore, "put", losing)
     store.probe()
     assert len(lost) == 1
+
+
+@pytest.mark.parametrize(
+    ("root", "variable"),
+    [("s3://b", "AWS_ENDPOINT_URL"), ("gs://b", "GOOGLE_BASE_URL"), ("az://b", "AZURE_STORAGE_ENDPOINT")],
+)
+def test_endpoint_is_the_configured_one_or_the_environments(
+    root: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv(variable, "http://127.0.0.1:9/variable")
+    for config, expected in (
+        (StorageConfig(anonymous=True, max_retries=0), "variable"),
+        (StorageConfig(anonymous=True, max_retries=0, endpoint_url="http://127.0.0.1:9/key"), "key"),
+    ):
+        # Nobody listens there; the message says which address was asked.
+        with pytest.raises(SystemFault, match=f"http://127.0.0.1:9/{expected}/"):
+            Store(f"{root}/out", config).get("a")

@@ -91,6 +91,10 @@ PROGRAMS = {
         r"v4\.",
         ("helm.sh/helm/v4/internal/version.version={version}",),
     ),
+    # The job tests' Google Cloud Storage.
+    "fake-gcs-server": Program(
+        "fake-gcs-server", "github.com/fsouza/fake-gcs-server", "github.com/fsouza/fake-gcs-server"
+    ),
     "actionlint": Program("actionlint", "github.com/rhysd/actionlint/cmd/actionlint", "github.com/rhysd/actionlint"),
 }
 
