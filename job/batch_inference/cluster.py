@@ -231,7 +231,7 @@ def ray_folder() -> str:
     """Return the folder that a Ray on this machine keeps its sockets and logs in.
 
     Ray's own choice is ``ray`` in RAY_TMPDIR, TMPDIR or /tmp. It does not do where the path of a socket in it would be longer than
-    the operating system takes, or where it is another user's.
+    the operating system takes, or where another user's sessions are.
 
     Raises:
         UserError: If no other does either.
@@ -239,7 +239,7 @@ def ray_folder() -> str:
     from ray._common.utils import get_default_ray_temp_dir
 
     own: str = get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
-    for folder in (own, "/tmp/ray", f"/tmp/ray-{os.getuid()}"):  # noqa: S108
+    for folder in (own, "/tmp/ray", f"/tmp/ray-{os.geteuid()}"):  # noqa: S108
         if not _unusable(folder):
             return folder
     raise UserError(
@@ -253,12 +253,15 @@ def _unusable(folder: str) -> str | None:
     length = len(os.fsencode(folder + _SOCKET))
     if length > _SOCKET_BYTES:
         return f"the paths of its sockets would have {length} bytes, and {_SOCKET_BYTES} is the most"
+    me = os.geteuid()
+    for name in ("session_latest", "ray_current_cluster"):  # replaced at each start
+        with contextlib.suppress(OSError):
+            if me not in (0, Path(folder, name).lstat().st_uid):
+                return "it has sessions of another user"
     there = Path(folder)
-    if there.exists() and os.getuid() and there.stat().st_uid != os.getuid():
-        return "it belongs to another user"
     while not there.exists():
         there = there.parent
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
         return f"{there} may not be written to"
     return None
 
