@@ -29,9 +29,8 @@ NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, er
 RAY_LOGS = "/tmp/ray/session_latest/logs"  # noqa: S108
 
 CREDENTIALS = {
-    "s3": "Check the credentials in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), AWS_PROFILE for a "
-    "profile with keys in ~/.aws, or a role of this machine. For SSO and other profiles: "
-    'eval "$(aws configure export-credentials --format env)".',
+    "s3": "Check the credentials in the environment: AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY, AWS_PROFILE (one with keys in "
+    '~/.aws), or this machine\'s role. For SSO: eval "$(aws configure export-credentials --format env)".',
     "gs": "Check the credentials in the environment: GOOGLE_APPLICATION_CREDENTIALS (a key file), or run where a service account gives "
     "access.",
     "az": "Check the credentials in the environment: AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, "
@@ -39,7 +38,7 @@ CREDENTIALS = {
     "file": "Check owner and permissions with ls -ld, and which user this runs as with id.",
     "": "Check the credentials in the environment (AWS_…, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_…).",
 }
-_RIGHTS = " They must allow to list and read the input, and to list, read, write and delete in the output."
+_RIGHTS = " They must allow list and read on the input, and list, read, write and delete on the output."
 _PAYER = " A requester-pays bucket of S3 needs AWS_REQUEST_PAYER=true."
 _AGAIN = "start the same command again; it resumes."
 
@@ -510,8 +509,11 @@ _STATUS = re.compile(r"(?:status(?: code)?|response): (\d{3})\b", re.IGNORECASE)
 _XML_CODE = re.compile(r"<Code>([^<]*)</Code>", re.IGNORECASE)
 _JSON_CODE = re.compile(r'"(?:error|status)"\s*:\s*"([\w.]+)"')
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\bOs \{\s*code: (\d+)")
-# How long a request took differs from row to row, and says nothing.
-_TOOK = re.compile(r" in [\d.]+(?:ns|µs|ms|s)\b")
+# How long a request took differs from row to row, and the rest of it is said by the fact before.
+_NOISE = re.compile(
+    r" in [\d.]+(?:ns|µs|ms|s)\b|, max_retries: \d+|, retry_timeout: [\d.]+\w*|^Generic \w+ error: |Error performing list request: "
+    r"|Server returned non-2xx status code: "
+)
 _INNER = re.compile(r'\b(?:message|error): "([^"]+)"')
 _INNER_TLS = re.compile(r"\b(InvalidCertificate|InvalidMessage|AlertReceived)\(\s*(\w+)")
 _REGION = re.compile(r"<Region>([\w-]+)</Region>|expecting '([\w-]+)'", re.IGNORECASE)
@@ -531,7 +533,7 @@ def said(exc: BaseException) -> str:
         return f"a web page{f' with the title {title[1].strip()!r}' if title else ''}"
 
     text = _json(_HTML.sub(page, _XML.sub(xml, text)))
-    text = _TOOK.sub("", text).strip()
+    text = _NOISE.sub("", text).replace("  ", " ").strip()
     if text.endswith("error sending request"):
         found = _INNER_TLS.search(dump)
         inner = _INNER.search(dump)

@@ -312,7 +312,7 @@ TOLD = [
     user("access denied", "ACCESS_DENIED", PermissionError("no"), scheme="file", remedy="ls -ld"),
     user("access denied", "ACCESS_DENIED", local(errno.EACCES), scheme="file", remedy="ls -ld"),
     user("access denied", "ACCESS_DENIED", error(403, "AccessDenied"), remedy="AWS_REQUEST_PAYER=true"),
-    user("access denied", "ACCESS_DENIED", error(403, "AccessDenied"), verb="list", remedy="allow to list"),
+    user("access denied", "ACCESS_DENIED", error(403, "AccessDenied"), verb="list", remedy="allow list"),
     user(
         "access denied",
         "ACCESS_DENIED",
