@@ -252,9 +252,10 @@ class Store:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
-                raise UserError(
-                    f"cannot create the folder {folder}: {exc.strerror}", "Choose a place that you may write to."
-                ) from None
+                what = f"cannot create the folder {folder}"
+                if isinstance(exc, (FileExistsError, NotADirectoryError, PermissionError)):
+                    raise UserError(f"{what}: {exc.strerror}", "Choose a place that you may write to.") from None
+                raise classify(exc, root, storage, verb="write", where=str(folder)).ending(what) from None
             self._store = open_bucket(root, storage, str(folder))
         else:
             self._store = open_bucket(root, storage, key)

@@ -414,6 +414,21 @@ def test_a_full_disk_says_where_and_what_is_free(tmp_path: Path, monkeypatch: py
         assert "same command again" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("number", "ends", "says"),
+    [(errno.ENOSPC, SystemFault, "the disk is full"), (errno.EROFS, UserError, "the file system is read-only")],
+)
+def test_a_folder_that_cannot_be_made_says_why(
+    number: int, ends: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(ends, match=f"cannot create the folder .*{says}"):
+        Store(str(tmp_path / "out"), StorageConfig())
+
+
 def test_a_read_only_disk_is_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(*args: Any, **kwargs: Any) -> None:
         raise obx.GenericError(
