@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from batch_inference import causes
 from batch_inference.config import InferenceConfig, JobConfig
 from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
@@ -49,6 +50,10 @@ _SAY_EVERY_S = 60.0
 _CLIENT_TRIES = 4
 # How long workers that have joined may take until all of what was asked for is reserved.
 _RESERVED_S = 10.0
+
+# A socket's path in the folder of a session, whose name has the time and the process, and how long Linux lets it be.
+_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+_SOCKET_BYTES = 107
 
 log = structlog.get_logger()
 
@@ -202,6 +207,7 @@ def _start(config: JobConfig, dashboard_host: str | None) -> Any:
     problems = demand.problems(math.inf, local_gpus())
     if problems:
         raise UserError("the job does not fit into this machine: " + "; ".join(problems), "Change these and run again.")
+    folder = ray_folder()
     # Without spare CPUs the actors would take them all and wait for tasks that never start. More than there are is
     # harmless here: they only share time.
     try:
@@ -214,12 +220,58 @@ def _start(config: JobConfig, dashboard_host: str | None) -> Any:
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 configure_logging=False,
+                _temp_dir=folder,
             )
     except Exception as exc:
-        raise SystemFault(
-            f"Ray did not start on this machine: {' '.join(str(exc).split())[:300]}",
-            "Check --dashboard-host, free space in /tmp and /dev/shm, and start the same command again.",
-        ) from exc
+        words = " ".join(str(exc).split())[:300]
+        raise causes.of_ray(causes.RAY_START, [exc], "Ray did not start on this machine", words, ray_logs()) from exc
+
+
+def ray_folder() -> str:
+    """Return the folder that a Ray on this machine keeps its sockets and logs in.
+
+    Ray's own choice is ``ray`` in RAY_TMPDIR, TMPDIR or /tmp. It does not do where the path of a socket in it would be longer than
+    the operating system takes, or where another user's sessions are.
+
+    Raises:
+        UserError: If no other does either.
+    """
+    from ray._common.utils import get_default_ray_temp_dir
+
+    own: str = get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
+    for folder in (own, "/tmp/ray", f"/tmp/ray-{os.geteuid()}"):  # noqa: S108
+        if not _unusable(folder):
+            return folder
+    raise UserError(
+        f"Ray cannot keep its sockets in {own}: {_unusable(own)}",
+        "Set RAY_TMPDIR to a short folder that you may write to; where it is not set, TMPDIR counts.",
+    )
+
+
+def _unusable(folder: str) -> str | None:
+    """Return why Ray cannot have its sockets in a folder, or None if it can."""
+    length = len(os.fsencode(folder + _SOCKET))
+    if length > _SOCKET_BYTES:
+        return f"the paths of its sockets would have {length} bytes, and {_SOCKET_BYTES} is the most"
+    me = os.geteuid()
+    for name in ("session_latest", "ray_current_cluster"):  # replaced at each start
+        with contextlib.suppress(OSError):
+            if me not in (0, Path(folder, name).lstat().st_uid):
+                return "it has sessions of another user"
+    there = Path(folder)
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{there} may not be written to"
+    return None
+
+
+def ray_logs() -> str:
+    """Return the folder of the logs of a Ray on this machine."""
+    try:
+        return f"{ray_folder()}/session_latest/logs"
+    except UserError:
+        return causes.RAY_LOGS
 
 
 def _join(address: str) -> Any:
@@ -237,20 +289,13 @@ def _join(address: str) -> Any:
                 )
         except (ConnectionError, TimeoutError, ValueError, RuntimeError, AssertionError, OSError) as exc:
             text = " ".join(str(exc).split())[:300] if "Traceback (most" not in str(exc) else last_line(str(exc))
-            if "auth" in text.lower() or "token" in text.lower():
-                raise UserError(
-                    f"the Ray cluster at {address} refused the connection: {text}",
-                    "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) to the cluster's token.",
-                ) from None
             # The proxy's own failure, whose traceback it sends, and nothing that the driver's process has said.
             if left and isinstance(exc, ConnectionAbortedError) and "proxier.py" in str(exc):
                 log.warning("Ray Client made no process for the driver, trying again: %s", text)
                 continue
-            raise SystemFault(
-                f"there is no Ray cluster to be reached at {address}: {text}",
-                "Check the address and the port (10001 for ray://, 6379 otherwise), that versions are equal, and that the cluster's "
-                "token is in RAY_AUTH_TOKEN or ~/.ray/auth_token if it asks for one.",
-            ) from None
+            # By these words, and not by a traceback, in which names of files stand.
+            what = f"cannot join the Ray cluster at {address}"
+            raise causes.of_ray(causes.RAY_JOIN, [ConnectionError(text)], what, text) from None
     raise AssertionError("the last try returns or raises")
 
 

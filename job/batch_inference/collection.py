@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_inference import manifest
+from batch_inference import causes, manifest
 from batch_inference.config import ErrorsConfig
 from batch_inference.errors import (
     NOT_TRIED,
@@ -108,11 +108,9 @@ def describe_errors(by: dict[str, dict[str, int]]) -> list[str]:
 def failure_of_all(where: str, stage: str, kind: str, message: str) -> BatchInferenceError:
     """What ends a job in which everything fails for one reason that is the system's."""
     fact = f"{where} failed at {stage} with {kind}: {message}"
-    if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
-        return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")
     if stage in ("infer", "postprocess"):
         return UserError(fact, "Mend the predictor; try it on one image first.")
-    return SystemFault(fact, "Check the store and the network, then start the same command again; it resumes.")
+    return causes.of_rows(fact, kind, message)
 
 
 def count_errors(bad: pa.Table) -> dict[str, dict[str, int]]:

@@ -58,6 +58,18 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "there are no credentials, or they have expired",
         "Give valid ones, then `retry --error-type UNAUTHENTICATED`.",
     ),
+    ErrorType(
+        "fetch",
+        "ARCHIVED",
+        "the object is in an archive class (Glacier, Deep Archive, Azure's archive tier) and has to be restored first",
+        "Restore it, then `retry --error-type ARCHIVED`.",
+    ),
+    ErrorType(
+        "fetch",
+        "REFUSED",
+        "the store or the system refuses such requests: another region, a certificate, an answer of 4xx that has no type of its own",
+        "Do what the message says, then `retry --error-type REFUSED`.",
+    ),
     ErrorType("fetch", "INVALID_URI", "no store takes such a name", "Correct the name; a new job."),
     ErrorType("fetch", "TOO_LARGE", "more bytes than `preprocess.max_bytes`", "A new job with a higher limit."),
     ErrorType(

@@ -97,7 +97,7 @@ NOT_TRIED = "NOT_TRIED"
 # Error types that say more about the system than about the image. A shard in which nothing but these happened is not
 # committed: the job stops with one sentence instead of writing them once for each image.
 STORE_ERROR_TYPES = frozenset(
-    {NOT_TRIED, "ACCESS_DENIED", "UNAUTHENTICATED", "STORE_UNREACHABLE", "TIMEOUT", "THROTTLED"}
+    {NOT_TRIED, "ACCESS_DENIED", "UNAUTHENTICATED", "REFUSED", "STORE_UNREACHABLE", "TIMEOUT", "THROTTLED"}
 )
 PREDICTOR_ERROR_TYPES = frozenset({"PREDICTOR_ERROR", "PREDICTOR_CRASH", "OUTPUT_MISMATCH"})
 SYSTEMIC_ERROR_TYPES = STORE_ERROR_TYPES | PREDICTOR_ERROR_TYPES

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import obstore
 
+from batch_inference.causes import Failure
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, UserError
 from batch_inference.storage import (
-    Failure,
     answered,
     canonical_uri,
     classify,
@@ -147,7 +147,7 @@ class Fetcher:
                     raise
                 except Exception as exc:
                     tries += 1
-                    failure = classify(exc, root)
+                    failure = classify(exc, root, self._storage)
                     slow_down = failure.error_type == "THROTTLED"
                     if slow_down:
                         throttle.refused(sent)

@@ -13,7 +13,7 @@ import obstore
 import structlog
 
 from batch_inference.config import StorageConfig
-from batch_inference.errors import SystemFault, UserError
+from batch_inference.errors import UserError
 from batch_inference.storage import answered, classify, is_local, local_path, open_bucket, split_bucket
 from batch_inference.versions import replaced, version_of
 
@@ -121,18 +121,10 @@ def _list_bucket(uri: str, recursive: bool, storage: StorageConfig) -> Iterator[
     except UserError:
         raise
     except Exception as exc:
-        failure = classify(exc, root)
-        if failure.error_type == "NOT_FOUND":
-            return
-        if failure.retryable:
-            raise SystemFault(
-                f"cannot list {uri}: {failure.message}",
-                "Check the store, its endpoint and the network, then start the same command again.",
-            ) from None
-        raise UserError(
-            f"cannot list {uri}: {failure.message}",
-            "Check bucket, endpoint and the credentials in the environment (list permission is needed).",
-        ) from None
+        if isinstance(exc, FileNotFoundError):
+            return  # no object of that name either; a bucket that is not there is another exception
+        failure = classify(exc, root, storage, verb="list")
+        raise failure.ending(f"cannot list {uri}") from None
 
 
 def _comparable(bucket: Any, chunk: Sequence[Any]) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from batch_inference import causes
+from batch_inference.cluster import ray_logs
 from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError, SystemFault
 from batch_inference.identity import Engine
@@ -130,13 +132,13 @@ def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
     """Finds what really happened under Ray's layers of exceptions."""
     from ray.exceptions import RayError
 
-    seen: set[int] = set()
+    chain: list[BaseException] = []
     queue: list[Any] = [exc]
     while queue:
         item = queue.pop(0)
-        if item is None or id(item) in seen:
+        if not isinstance(item, BaseException) or any(item is one for one in chain):
             continue
-        seen.add(id(item))
+        chain.append(item)
         # Ray raises a task's exception as a class that is both: only the cause is the exception itself.
         if isinstance(item, BatchInferenceError) and not isinstance(item, RayError):
             return item
@@ -149,7 +151,5 @@ def explain_ray_failure(exc: BaseException) -> BatchInferenceError:
         )
     # A traceback as text names what was raised at the start of a line of its own; the last is the innermost task's.
     raised = [what for what in _RAISED.findall(str(exc)) if not what.startswith(_WRAPPER)] or [text or "no message"]
-    return SystemFault(
-        f"Ray failed: {type(exc).__name__}: {raised[-1].strip()[:400]}",
-        "Start the same command again; it resumes. Ray's logs are in /tmp/ray/session_latest/logs.",
-    )
+    words = f"{type(exc).__name__}: {raised[-1].strip()[:400]}"
+    return causes.of_ray(causes.RAY, chain, "Ray failed", words, ray_logs())

@@ -7,10 +7,13 @@ opened directly, since obstore refuses some file names that Linux allows. How in
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,13 +25,20 @@ import obstore
 from obstore import exceptions as obx
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
+from batch_inference.aws_profiles import Profile, profile
+from batch_inference.causes import CREDENTIALS, NO_LINKS, Facts, Failure, facts_of, of_store, said
 from batch_inference.config import JobConfig, StorageConfig
-from batch_inference.errors import SystemFault, UserError
+from batch_inference.errors import UserError
 
 SCHEMES = ("file", "s3", "gs", "az")
 _STAGING_TRIES = 5
 # Where storage.endpoint_url is not set; one for each store, for jobs that use several.
 _ENDPOINT_VARIABLES = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
+# Writes of one name that meet are answered with 409 until one has won; S3 asks to send such again.
+_CONFLICTS = frozenset({"ConditionalRequestConflict", "OperationAborted"})
+_CONFLICT_TRIES = 6
+# Of Linux, <fcntl.h> and <linux/fs.h>.
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "azure": "az", "abfs": "az"}
 
 
@@ -123,7 +133,8 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
     scheme, _, bucket = root.partition("://")
     if scheme == "file":
         return LocalStore(prefix or "/", mkdir=False)
-    endpoint = storage.endpoint_url or os.environ.get(_ENDPOINT_VARIABLES[scheme])
+    from_profile = profile(storage.anonymous) if scheme == "s3" else Profile({})
+    endpoint = _endpoint(scheme, storage) or from_profile.endpoint_url
     options: dict[str, Any] = {
         "client_options": {
             "timeout": timedelta(seconds=storage.timeout_s),
@@ -136,46 +147,54 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
             "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
         },
     }
+    authorities = _authorities(scheme)
+    if authorities is not None:
+        options["client_options"]["root_certificate"] = authorities
     if storage.anonymous:
         options["skip_signature"] = True
     if endpoint:
         options["base_url" if scheme == "gs" else "endpoint"] = endpoint
     if scheme == "s3":
         in_environment = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        options["region"] = storage.region or in_environment or "us-east-1"
+        options["region"] = storage.region or in_environment or from_profile.region or "us-east-1"
+        options |= from_profile.keys
     kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
     try:
         return kind(bucket, prefix=prefix or None, **options)
     except Exception as exc:
         raise UserError(
             f"cannot open {root}: {exc_line(exc)}",
-            {
-                "s3": "Set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, or run where a role gives them.",
-                "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or run where a service account gives access.",
-                "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or run with a managed identity.",
-            }[scheme],
+            CREDENTIALS[scheme],
         ) from None
+
+
+def _endpoint(scheme: str, storage: StorageConfig) -> str | None:
+    """Return the URL of a store that is not at the scheme's own place."""
+    return storage.endpoint_url or os.environ.get(_ENDPOINT_VARIABLES[scheme])
+
+
+def _authorities(scheme: str) -> bytes | None:
+    """Read the certificates that are trusted beside the system's: obstore itself knows ``SSL_CERT_FILE`` alone.
+
+    Raises:
+        UserError: If the file is not there.
+    """
+    names = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE") if scheme == "s3" else ("REQUESTS_CA_BUNDLE",)
+    for name in names:
+        file = os.environ.get(name)
+        if file and not Path(file).is_dir():
+            try:
+                return Path(file).read_bytes()
+            except OSError as exc:
+                raise UserError(
+                    f"{name} is {file}, which cannot be read: {exc.strerror}",
+                    "Name a PEM file of certificates, or unset it.",
+                ) from None
+    return None
 
 
 # What makes a presigned URL of S3 or GCS, or one with a SAS of Azure's, one that opens the object for whoever has it.
 _SIGNATURE = re.compile(r"[?&](?:x-amz-signature|x-amz-security-token|x-goog-signature|sig)=", re.IGNORECASE)
-# What S3 answers, with 400, where credentials were good once.
-_EXPIRED = re.compile(r"<code>(?:expiredtoken|invalidtoken|tokenrefreshrequired)</code>")
-# An answer of S3's or Azure's: all but code and message may repeat what was sent, a token too.
-_ANSWER = re.compile(r"(?:<\?xml[^>]*>\s*)?<Error\b.*(?:</Error>|\Z)", re.DOTALL)
-# Asked for credentials where the environment has none; its answer says nothing about the bucket.
-_METADATA_SERVICE = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A store's exception, classified."""
-
-    error_type: str
-    message: str
-    retryable: bool
-
-
 # Buckets that have answered this process: for them a machine's role gives credentials, and a metadata service that has none now
 # fails for the moment.
 _answered: set[str] = set()
@@ -186,50 +205,20 @@ def answered(root: str) -> None:
     _answered.add(root)
 
 
-def classify(exc: Exception, root: str = "") -> Failure:
-    """Sorts whatever a store or the operating system raised into one of a few kinds.
+def classify(
+    exc: Exception, root: str = "", storage: StorageConfig | None = None, *, verb: str = "read", where: str = ""
+) -> Failure:
+    """Sort whatever a store or the operating system raised by the table in :mod:`causes`.
 
     Args:
         exc: What was raised.
-        root: The bucket that was asked, "" if that is not known.
+        root: The bucket that was asked, ``file://`` for disks, "" if that is not known.
+        storage: How it was asked.
+        verb: What was tried: read, write, create, list or delete.
+        where: The local folder, for what is free there.
     """
-    text = _said(exc) or type(exc).__name__
-    low = str(exc).lower()
-    if isinstance(exc, (FileNotFoundError, NotADirectoryError, obx.NotFoundError)):
-        return Failure("NOT_FOUND", "there is no such object", False)
-    if isinstance(exc, IsADirectoryError):
-        return Failure("NOT_FOUND", "this is a folder, not a file", False)
-    if _METADATA_SERVICE.search(low):
-        if root in _answered:
-            return Failure("STORE_UNREACHABLE", f"the metadata service gives no new credentials: {text}", True)
-        return Failure(
-            "UNAUTHENTICATED",
-            "there are no credentials in the environment, and this machine has no role that gives some",
-            False,
-        )
-    if isinstance(exc, (PermissionError, obx.PermissionDeniedError)) or "403 forbidden" in low:
-        return Failure("ACCESS_DENIED", f"access denied: {text}", False)
-    if isinstance(exc, obx.UnauthenticatedError) or "401 unauthorized" in low or _EXPIRED.search(low):
-        return Failure("UNAUTHENTICATED", f"not authenticated: {text}", False)
-    if "429 too many requests" in low or "503 service unavailable" in low:
-        return Failure("THROTTLED", f"the store asked to slow down: {text}", True)
-    too_long = isinstance(exc, OSError) and exc.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-    if too_long or isinstance(exc, (obx.InvalidPathError, ValueError)):
-        return Failure("INVALID_URI", text, False)
-    # The dump that follows an error of obstore's always speaks of a timeout, the one that it allows for retries.
-    if isinstance(exc, TimeoutError) or any(sign in low for sign in ("timed out", "timedout", "408 request timeout")):
-        return Failure("TIMEOUT", text, True)
-    return Failure("STORE_UNREACHABLE", text, True)
-
-
-def _said(exc: BaseException) -> str:
-    """An exception's message without a library's debug dump, and of a store's answer only the code and the message."""
-
-    def short(answer: re.Match[str]) -> str:
-        found = [re.search(rf"<{tag}>([^<]*)</{tag}>", answer[0]) for tag in ("Code", "Message")]
-        return ": ".join(part[1].strip() for part in found if part) or "an error without a code"
-
-    return _ANSWER.sub(short, str(exc).partition("\n\nDebug source")[0]).strip()
+    endpoint = _endpoint(root.partition("://")[0], storage) if storage else None
+    return of_store(exc, root, verb=verb, answered=root in _answered, endpoint=endpoint, where=where)
 
 
 class Store:
@@ -250,6 +239,7 @@ class Store:
         self.storage = storage
         self._lock = threading.Lock()
         self._staging = 0  # writes of this process that are in the staging folder
+        self._no_links = False  # whether the disk was found to have no hard links
         root, key = split_bucket(self.uri)
         self._root = root
         if root == "file://":
@@ -259,9 +249,10 @@ class Store:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
-                raise UserError(
-                    f"cannot create the folder {folder}: {exc.strerror}", "Choose a place that you may write to."
-                ) from None
+                what = f"cannot create the folder {folder}"
+                if isinstance(exc, (FileExistsError, NotADirectoryError, PermissionError)):
+                    raise UserError(f"{what}: {exc.strerror}", "Choose a place that you may write to.") from None
+                raise classify(exc, root, storage, verb="write", where=str(folder)).ending(what) from None
             self._store = open_bucket(root, storage, str(folder))
         else:
             self._store = open_bucket(root, storage, key)
@@ -313,9 +304,12 @@ class Store:
             raise self._error("write", path, exc) from exc
         answered(self._root)
 
-    def _put_local(self, path: str, data: bytes) -> None:
-        # obstore writes a local file beside its target first. What a killed process leaves of one must not stand among
-        # the predictions, where no listing of obstore's shows it but pandas and Spark would read it.
+    def _put_local(self, path: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        """Write a file by way of the staging folder; return whether this did it.
+
+        obstore writes a local file beside its target first. What a killed process leaves of one must not stand among the
+        predictions, where no listing of obstore's shows it but pandas and Spark would read it.
+        """
         staged = f"_staging/{uuid4().hex}"
         with self._lock:
             self._staging += 1
@@ -323,6 +317,8 @@ class Store:
             for left in reversed(range(_STAGING_TRIES)):
                 try:
                     obstore.put(self._store, staged, data, mode="overwrite")
+                    if only_if_absent:
+                        return self._rename_if_absent(staged, path)
                     obstore.rename(self._store, staged, path)
                     break
                 except Exception:
@@ -335,25 +331,55 @@ class Store:
                 if not self._staging:
                     with contextlib.suppress(OSError):  # other processes may be writing
                         Path(local_path(self.uri), "_staging").rmdir()
+        return True
+
+    def _rename_if_absent(self, staged: str, path: str) -> bool:
+        folder = Path(local_path(self.uri))
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _rename_no_replace(folder / staged, folder / path)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / staged).unlink()
+        return True
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes an object if there is none of that name: put-if-absent.
+        """Write an object if there is none of that name: put-if-absent.
 
-        S3 and Azure: ``If-None-Match: *``; GCS: ``ifGenerationMatch=0``; disks: a hard link from a temporary file.
+        S3 and Azure: ``If-None-Match: *``; GCS: ``ifGenerationMatch=0``; disks: a hard link from a temporary file, or where there
+        are no hard links (FAT, some network file systems) a rename that replaces nothing.
 
         Returns:
             True if this call made the object, False if it was there already.
         """
-        try:
-            obstore.put(self._store, path, data, mode="create")
-        except obx.AlreadyExistsError:
-            return False
-        except Exception as exc:
-            if isinstance(exc, obx.PreconditionError) or "412 precondition" in str(exc).lower():
-                return False
-            raise self._error("create", path, exc) from exc
-        answered(self._root)
-        return True
+        for tries in range(1, _CONFLICT_TRIES + 1):
+            try:
+                if self._no_links:
+                    return self._put_local(path, data, only_if_absent=True)
+                obstore.put(self._store, path, data, mode="create")
+            except Exception as exc:
+                facts = facts_of(exc)
+                if is_local(self.uri) and not self._no_links and facts.errno in NO_LINKS:
+                    self._no_links = True
+                    continue
+                if facts.code in _CONFLICTS and tries < _CONFLICT_TRIES:
+                    # Another write of the same name was under way, and neither has won.
+                    time.sleep(0.1 * 2**tries * random.random())  # noqa: S311
+                    continue
+                if self._was_there(path, exc, facts):
+                    return False
+                raise self._error("create", path, exc) from exc
+            answered(self._root)
+            return True
+        raise AssertionError("the last try returns or raises")
+
+    def _was_there(self, path: str, exc: Exception, facts: Facts) -> bool:
+        """Whether a create failed since there was such an object. obstore says so of every 409, and of a disabled account too."""
+        if facts.status == 409 and "alreadyexists" not in facts.code.lower():
+            return facts.code not in _CONFLICTS and self.size(path) is not None
+        return isinstance(exc, (obx.AlreadyExistsError, obx.PreconditionError)) or facts.status == 412
 
     def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """All objects below ``prefix`` (a folder), in no particular order."""
@@ -377,7 +403,7 @@ class Store:
                 raise self._error("delete", path, exc) from exc
 
     def probe(self) -> None:
-        """Checks that the store honours put-if-absent, on which every promise of the ledger rests.
+        """Checks that the store honors put-if-absent, on which every promise of the ledger rests.
 
         Raises:
             UserError: Where a second create of the same name does not fail, or the first does not work.
@@ -395,37 +421,40 @@ class Store:
                     Path(local_path(self.uri), "_probe").rmdir()
         if not first or second or content != b"1":
             raise UserError(
-                f"{display(self.uri)} does not honour put-if-absent: a second create of the same object "
+                f"{display(self.uri)} does not honor put-if-absent: a second create of the same object "
                 f"{'succeeded' if second else 'failed at the first try' if not first else 'changed its content'}",
                 "Use a store that supports If-None-Match on PUT (S3, GCS, Azure, a recent MinIO or SeaweedFS, a local disk); "
                 "without it two drivers could both commit a shard.",
             )
 
     def _error(self, verb: str, path: str, exc: Exception) -> Exception:
-        """What to raise for ``exc``: kinds of failure that the caller can tell apart."""
-        failure = classify(exc, self._root)
+        """Return what to raise for ``exc``: kinds of failure that the caller can tell apart."""
+        folder = local_path(self.uri) if is_local(self.uri) else ""
+        failure = classify(exc, self._root, self.storage, verb=verb, where=folder)
         where = f"{display(self.uri)}/{path}".rstrip("/")
-        if failure.error_type == "NOT_FOUND":
-            # A bucket that does not exist is a 404 as well, but writing can't meet any other.
-            if verb in ("write", "create"):
-                return UserError(f"cannot {verb} {where}: {exc_line(exc)}", "Check that the bucket or folder exists.")
+        if failure.error_type == "NOT_FOUND" and verb in ("read", "delete"):
             return FileNotFoundError(where)
-        if failure.error_type in ("ACCESS_DENIED", "UNAUTHENTICATED"):
-            return UserError(
-                f"cannot {verb} {where}: {failure.message}",
-                "Check the credentials in the environment and that they allow to list, read, write and delete there.",
-            )
-        if failure.error_type == "INVALID_URI":
-            return UserError(f"cannot {verb} {where}: {failure.message}", "Check the location.")
-        return SystemFault(
-            f"cannot {verb} {where}: {failure.message}",
-            "Check the store and the network, then start the same command again.",
-        )
+        return failure.ending(f"cannot {verb} {where}")
+
+
+def _rename_no_replace(source: Path, target: Path) -> None:
+    """Rename a file in one step, and only if there is none of the new name.
+
+    Raises:
+        FileExistsError: If there is one.
+        OSError: EINVAL or ENOSYS where the file system or the operating system cannot.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # macOS, a libc older than 2018
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
+    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def exc_line(exc: BaseException) -> str:
     """An exception's message on one line, without a library's debug dump."""
-    return " ".join(_said(exc).split())[:500] or type(exc).__name__
+    return " ".join(said(exc).split())[:500] or type(exc).__name__
 
 
 def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:
@@ -449,11 +478,8 @@ def read_object(uri: str, storage: StorageConfig, what: str) -> bytes:
     except UserError:
         raise
     except Exception as exc:
-        failure = classify(exc)
-        message = f"cannot read {what} {uri}: {failure.message}"
-        if failure.retryable:
-            raise SystemFault(message, "Check the store and the network, then start the same command again.") from None
-        raise UserError(message, "Check the location and the credentials.") from None
+        root = "file://" if is_local(canonical) else split_bucket(canonical)[0]
+        raise classify(exc, root, storage).ending(f"cannot read {what} {uri}") from None
 
 
 def open_output(config: JobConfig) -> Store:

@@ -16,7 +16,7 @@ from uuid import uuid4
 import obstore
 
 from batch_inference.config import StorageConfig
-from batch_inference.errors import SystemFault, UserError
+from batch_inference.errors import BatchInferenceError, SystemFault, UserError
 from batch_inference.storage import canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
 
 _CHUNK = 8 << 20
@@ -129,7 +129,7 @@ def _version(uri: str, storage: StorageConfig) -> str:
     try:
         meta: Any = obstore.head(open_bucket(root, storage), key)
     except Exception as exc:
-        raise _error(uri, exc) from exc
+        raise _error(uri, storage, exc) from exc
     return f"{meta.get('e_tag')} {meta.get('size')} {meta.get('last_modified')}"
 
 
@@ -148,17 +148,17 @@ def _download(uri: str, storage: StorageConfig, target: Path) -> None:
             raise SystemFault(
                 f"cannot write {target}: {exc.strerror}", "Make room in the node's cache folder."
             ) from exc
-        raise _error(uri, exc) from exc
+        raise _error(uri, storage, exc) from exc
     except Exception as exc:
-        raise _error(uri, exc) from exc
+        raise _error(uri, storage, exc) from exc
 
 
-def _error(uri: str, exc: Exception) -> Exception:
-    failure = classify(exc)
-    message = f"cannot read the weights {uri}: {failure.message}"
-    if failure.retryable:
-        return SystemFault(message, "Check the store and the network, then start the same command again.")
-    return UserError(message, "Check model.weights and the credentials in the environment.")
+def _error(uri: str, storage: StorageConfig, exc: Exception) -> Exception:
+    if isinstance(exc, BatchInferenceError):
+        return exc
+    canonical = canonical_uri(uri)
+    root = "file://" if is_local(canonical) else split_bucket(canonical)[0]
+    return classify(exc, root, storage).ending(f"cannot read the weights {uri}")
 
 
 def _check(found: str, expected: str, location: str) -> None:

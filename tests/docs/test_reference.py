@@ -6,17 +6,18 @@ import ast
 import subprocess
 import sys
 
+from batch_inference.causes import STORES
 from batch_inference.error_types import ERROR_TYPES, EXCEPTION
 from batch_inference.errors import STAGES
 
 from .documents import REPOSITORY
 
 PACKAGE = REPOSITORY / "job" / "batch_inference"
-_MAKERS = ("RowFailure", "RowError", "Failure")
+_MAKERS = ("RowFailure", "RowError")
 
 
 def _calls() -> list[tuple[str, ast.Call]]:
-    """Calls of what makes a failed row, and of what sorts a store's exceptions, by name."""
+    """Calls of what makes a failed row, by name."""
     found = []
     for file in sorted(PACKAGE.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -27,15 +28,14 @@ def _calls() -> list[tuple[str, ast.Call]]:
 
 def _raised() -> set[tuple[str, str]]:
     found = set()
-    for name, call in _calls():
+    for _, call in _calls():
         first = [arg.value for arg in call.args[:2] if isinstance(arg, ast.Constant)]
-        if name == "Failure" and first:
-            found.add(("fetch", first[0]))
-        elif len(first) == 2:
+        if len(first) == 2:
             found.add((first[0], first[1]))
         elif len(first) == 1 and first[0] == "preprocess":
             found.add(("preprocess", EXCEPTION))
     # In a variable, at the one place that raises them.
+    found |= {("fetch", cause.error_type) for cause in STORES}
     return found | {("infer", "PREDICTOR_ERROR"), ("infer", "OUT_OF_MEMORY")}
 
 
@@ -48,12 +48,10 @@ def test_error_types_are_those_of_the_program() -> None:
 
 
 def test_retryable_is_what_the_program_says() -> None:
-    said = {}
+    said = {("fetch", cause.error_type): cause.retryable for cause in STORES}
     for name, call in _calls():
         given = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
-        if name == "Failure" and len(call.args) == 3 and given:
-            said["fetch", given[0]] = bool(given[-1] is True)
-        elif name == "RowFailure" and len(given) >= 2:
+        if name == "RowFailure" and len(given) >= 2:
             keyword = next((k.value for k in call.keywords if k.arg == "retryable"), None)
             said[given[0], given[1]] = isinstance(keyword, ast.Constant) and keyword.value is True
     said["infer", "OUT_OF_MEMORY"] = True

@@ -174,7 +174,7 @@ def test_a_store_that_ignores_put_if_absent_is_refused(
     proxy.ignore_put_if_absent = True
     done = program(*job_args(photos(5), f"s3://tests/{tmp_path.name}"), "--set", f"storage.endpoint_url={proxy.url}")
     assert done.returncode == 2
-    assert "does not honour put-if-absent" in done.stdout
+    assert "does not honor put-if-absent" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from batch_inference.cluster import Demand
 from batch_inference.config import parse_config
 from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
+from tests.conftest import unprivileged
 
 GPU_JOB = Demand.of(parse_config({"inference": {"actors": 2, "gpus_per_actor": 0.5, "cpus_per_actor": 1.5}}))
 
@@ -169,3 +173,70 @@ def test_nobody_there_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SystemFault, match="ray client connection timeout"):
         cluster._join("ray://head:10001")
     assert len(asked) == 1
+
+
+# --- Ray's folder --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_ray_s_own_folder_is_taken_where_it_does(
+    no_folder: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        for name in ("TMPDIR", "RAY_TMPDIR"):
+            monkeypatch.setenv(name, short)
+            assert cluster.ray_folder() == f"{short}/ray"
+            assert cluster.ray_logs() == f"{short}/ray/session_latest/logs"
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("name", ["a" * 90, "é" * 40])
+def test_a_folder_with_a_long_name_is_not_taken(
+    variable: str, name: str, no_folder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, f"/tmp/{name}")  # noqa: S108
+    folder = cluster.ray_folder()
+    assert folder in ("/tmp/ray", f"/tmp/ray-{os.getuid()}")  # noqa: S108
+    assert len(os.fsencode(f"{folder}/session_2026-11-29_14-47-48_918990_4194304/sockets/plasma_store")) <= 107
+
+
+def test_the_longest_folder_that_does_has_sockets_of_107_bytes(
+    no_folder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private.utils import validate_socket_filepath
+
+    own = 107 - len(cluster._SOCKET) - len("/ray")
+    for length, does in ((own, True), (own + 1, False)):
+        monkeypatch.setenv("RAY_TMPDIR", "/tmp/".ljust(length, "a"))  # noqa: S108
+        assert (cluster.ray_folder() == f"{os.environ['RAY_TMPDIR']}/ray") is does
+    validate_socket_filepath("/tmp/".ljust(own, "a") + "/ray" + cluster._SOCKET)  # noqa: S108
+
+
+def test_a_folder_of_another_user_is_not_taken(
+    no_folder: None, monkeypatch: pytest.MonkeyPatch, public_path: Path
+) -> None:
+    (public_path / "ray").mkdir()
+    (public_path / "ray").chmod(0o777)
+    (public_path / "ray/session_latest").symlink_to("session_1")
+    (public_path / "closed").mkdir(mode=0o755)
+    with unprivileged():
+        monkeypatch.setenv("RAY_TMPDIR", str(public_path))
+        found = cluster._unusable(str(public_path / "ray"))
+        closed = cluster._unusable(str(public_path / "closed/new/ray"))
+        folder = cluster.ray_folder()
+    assert found == "it has sessions of another user"
+    assert closed == f"{public_path}/closed may not be written to"
+    assert folder != f"{public_path}/ray"
+
+
+def test_where_no_folder_does_the_variable_is_named(no_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_unusable", lambda folder: f"{folder} is no good")
+    with pytest.raises(UserError, match="Ray cannot keep its sockets in /tmp/ray: /tmp/ray is no good") as caught:
+        cluster.ray_folder()
+    assert "RAY_TMPDIR" in caught.value.remedy
+    assert cluster.ray_logs()

@@ -248,7 +248,7 @@ def test_probe_refuses_a_store_that_overwrites(store: Store, monkeypatch: pytest
     monkeypatch.setattr(obstore, "put", ignoring)
     with pytest.raises(UserError) as caught:
         store.probe()
-    assert "does not honour put-if-absent: a second create of the same object succeeded" in caught.value.message
+    assert "does not honor put-if-absent: a second create of the same object succeeded" in caught.value.message
     assert "If-None-Match" in caught.value.remedy
     assert list(store.objects()) == []
 
@@ -286,9 +286,9 @@ def test_probe_names_the_reason_where_nothing_can_be_written(store: Store, monke
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(obstore, "put", denied)
-    with pytest.raises(UserError, match=r"cannot create .*Permission denied") as caught:
+    with pytest.raises(UserError, match=r"cannot create .*access denied: .*Permission denied") as caught:
         store.probe()
-    assert "credentials" in caught.value.remedy
+    assert "ls -ld" in caught.value.remedy
 
 
 # --- failures ------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ FAILURES = [
     (OSError(errno.ELOOP, "Too many levels of symbolic links"), "INVALID_URI", False),
     (TimeoutError("x"), "TIMEOUT", True),
     (obx.GenericError("error sending request: operation timed out"), "TIMEOUT", True),
-    (obx.GenericError("Server returned non-2xx status code: 503"), "STORE_UNREACHABLE", True),
+    (obx.GenericError("Server returned non-2xx status code: 503"), "THROTTLED", True),
     (obx.GenericError("status code: 503 Service Unavailable: SlowDown"), "THROTTLED", True),
     (obx.GenericError("status code: 429 Too Many Requests"), "THROTTLED", True),
     (obx.GenericError("status code: 500\n\nDebug source:\n retry_timeout: 120s"), "STORE_UNREACHABLE", True),
@@ -329,7 +329,7 @@ def test_exceptions_are_of_few_kinds(exc: Exception, kind: str, retryable: bool)
 
 
 def test_messages_lose_the_librarys_debug_dump() -> None:
-    assert classify(obx.GenericError("no route\n\nDebug source:\nGeneric { 10 lines }")).message == "no route"
+    assert classify(obx.GenericError("no route\n\nDebug source:\nGeneric { 10 lines }")).message.endswith(": no route")
 
 
 @pytest.mark.parametrize("verb", ["get", "put", "create", "objects", "delete"])
