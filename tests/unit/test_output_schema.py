@@ -25,9 +25,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from batch_inference import manifest
 from batch_inference.closing import Closing, Writers
 from batch_inference.collection import OpenShard, Tally
 from batch_inference.column_types import closed, fit, is_open, plain_type
+from batch_inference.config import JobConfig
 from batch_inference.errors import CountsDoNotClose, UserError
 from batch_inference.generations import begin, select
 from batch_inference.ledger import Commit, Ledger
@@ -43,7 +45,7 @@ from batch_inference.storage import Store
 from batch_inference.unify import unify
 from batch_inference.verifier import verify
 from batch_inference.writer import ShardWriter
-from tests.unit.outputs import CONFIG, ERRORS, planned, totals_of
+from tests.unit.outputs import CONFIG, ERRORS, job_of, planned, totals_of
 from tests.unit.test_ledger import Crash, Faulty
 
 SIZE = 3
@@ -643,3 +645,97 @@ def test_a_cast_gives_the_value_or_says_that_it_does_not(
             assert plain(after) == plain(before)
         else:
             assert plain(before) is not None
+
+
+# --- columns of manifests ------------------------------------------------------------------------------------------------
+
+PASSED_ON = [
+    (pa.array(["a", None, "c"], pa.string_view()), pa.string()),
+    (pa.array([b"a", None, b"c"], pa.binary_view()), pa.binary()),
+    (pa.array([[1], None, []], pa.list_view(pa.int32())), pa.list_(pa.int32())),
+    (pa.array([["a"], None, []], pa.large_list_view(pa.string_view())), pa.list_(pa.string())),
+    (pa.array([["a"], None, []], pa.list_(pa.string_view())), pa.list_(pa.string())),
+    (pa.array([{"a": "x"}, None, {"a": None}], pa.struct([("a", pa.string_view())])), pa.struct([("a", pa.string())])),
+    (pa.nulls(3), pa.string()),
+    (pa.array([[], None, []]), pa.list_(pa.string())),
+    # As they are: Arrow can take them, and the others can read them.
+    (pa.array(["a", None, "c"], pa.large_string()), pa.large_string()),
+    (pa.array(["a", None, "c"]).dictionary_encode(), pa.dictionary(pa.int32(), pa.string())),
+]
+
+
+@pytest.mark.parametrize(("column", "expected"), PASSED_ON, ids=[str(column.type) for column, _ in PASSED_ON])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_manifests_column_of_any_type_is_written_and_read(
+    column: pa.Array, expected: pa.DataType, older: bool, tmp_path: Path
+) -> None:
+    """Views have no kernels to be taken from, so that all the work was done before the first file could not be written."""
+    table = pa.table({"uri": [f"s3://b/{place}.jpg" for place in range(3)], "v": column})
+    pq.write_table(table, tmp_path / "m.parquet")
+    config = JobConfig.model_validate(
+        {"input": {"manifest": str(tmp_path / "m.parquet"), "sample": 3}, "shard_size": 3}
+    )
+    found = manifest.find_inputs(config).table
+    assert found.schema.field("v").type == expected
+    assert found["v"].to_pylist() == column.to_pylist()
+    ledger = Ledger(Store(str(tmp_path / "out"), CONFIG))
+    ledger.complete_manifest(ledger.create_job(found, job_of(found, 3), "one"))
+    if older:
+        stored = manifest.read_stored(ledger.store, 0)
+        stored = stored.set_column(stored.column_names.index("v"), "v", column)
+        pq.write_table(stored, tmp_path / "out/_manifest/shard-00000.parquet")
+    assert manifest.read_shard(ledger.store, 0)["v"].to_pylist() == column.to_pylist()
+    writer = ShardWriter(ledger.store, "one", "zstd")
+    add_column(writer, 0, "x", pa.array([1, 2]))
+    bad = [{"row": 2, "stage": "decode", "error_type": "TRUNCATED", "message": "", "retryable": False}]
+    assert ledger.commit(writer.close(0, pa.Table.from_pylist(bad, ERRORS)))
+    end(ledger)
+    assert values(tmp_path / "out") == column.to_pylist()[:2]
+    assert ds.dataset(tmp_path / "out/errors").to_table()["v"].to_pylist() == column.to_pylist()[2:]
+    assert older or verify(str(tmp_path / "out")).problems == ()
+
+
+def test_parts_of_a_manifest_may_have_other_views_and_a_part_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for number, column in enumerate((pa.array(["a"], pa.string_view()), pa.nulls(1), pa.array(["b"]))):
+        pq.write_table(pa.table({"uri": [f"s3://b/{number}.jpg"], "v": column}), folder / f"{number}.parquet")
+    config = JobConfig.model_validate({"input": {"manifest": str(folder)}})
+    assert manifest.find_inputs(config).table["v"].to_pylist() == ["a", None, "b"]
+
+
+def test_columns_of_files_of_images_pass_through_whatever_their_type(tmp_path: Path) -> None:
+    for number, column in enumerate((pa.array(["a", "b"], pa.string_view()), pa.nulls(2))):
+        pq.write_table(pa.table({"image": [b"1", b"2"], "v": column}), tmp_path / f"{number}.parquet")
+    config = {"input": {"uris": [str(tmp_path / "*.parquet")], "passthrough_columns": ["v"], "sample": 4}}
+    found = manifest.find_inputs(JobConfig.model_validate(config)).table
+    assert found["v"].to_pylist() == ["a", "b", None, None]
+    assert found.schema.field("v").type == pa.string()
+
+
+# --- what verify says ----------------------------------------------------------------------------------------------------
+
+
+def test_files_with_other_columns_are_named_with_both_types(tmp_path: Path) -> None:
+    ledger = run(tmp_path, [1, 2, 3], [4, 5, 6])
+    second = ledger.commits()[1].files[0]
+    table = pq.read_table(tmp_path / second.path)
+    for change, said in (
+        (
+            lambda t: t.set_column(3, "v", t["v"].cast(pa.float64())),
+            "the column 'v' is double, in _schema.json it is int64",
+        ),
+        (lambda t: t.drop_columns(["v"]), "has no column 'v', which is int64 in _schema.json"),
+        (lambda t: t.append_column("w", t["uri"]), "has a column 'w' (string), which is not in _schema.json"),
+    ):
+        pq.write_table(change(table), tmp_path / second.path)
+        found = [problem for problem in verify(str(tmp_path)).problems if "SHA-256" not in problem]
+        assert len(found) == 1 and found[0].startswith(second.path) and found[0].endswith(said)
+    ledger.store.delete([SCHEMA])
+    assert any("which is not in the first file of predictions" in problem for problem in verify(str(tmp_path)).problems)
+
+
+def test_an_unfinished_output_may_have_columns_without_a_type(tmp_path: Path) -> None:
+    undecided(str(tmp_path))
+    found = verify(str(tmp_path))
+    assert (found.problems, found.finished) == ((), False)
