@@ -26,7 +26,7 @@ from batch_inference import manifest
 from batch_inference.closing import Closing, Writers
 from batch_inference.collection import OpenShard
 from batch_inference.config import StorageConfig
-from batch_inference.errors import CountsDoNotClose, UserError
+from batch_inference.errors import CountsDoNotClose, SystemFault, UserError
 from batch_inference.ledger import Commit, DataFile, Job, Ledger, fingerprint
 from batch_inference.storage import ObjectInfo, Store
 from batch_inference.verifier import verify
@@ -231,6 +231,33 @@ def test_the_end_clears_away_what_no_commit_names(tmp_path: Path) -> None:
     assert (found["rows"], found["predictions"], found["errors"], found["fingerprint"]) == (5, 4, 1, job.fingerprint)
     assert ledger.finish(job, commits, {}) == 0
     assert ledger.success() == found
+
+
+def test_the_end_clears_away_what_a_killed_process_left_of_an_object(tmp_path: Path) -> None:
+    """Between a temporary file and the link that makes a commit of it the driver was killed; the next one has done it again."""
+    ledger, job = planned(str(tmp_path), URIS, 2)
+    commits = [commit_shard(ledger.store, s) for s in range(3)]
+    left = [tmp_path / name for name in ("_commits/shard-00001.json#1", "_schema.json#12", "_job.json#1")]
+    kept = [tmp_path / name for name in ("_commits/shard-00007.json#1", "_commits/shard-00001.json#x")]
+    for file in (*left, *kept):
+        file.write_bytes(b"{}")
+    ledger.finish(job, commits, totals_of(job, commits))
+    assert [file.exists() for file in (*left, *kept)] == [False] * 3 + [True] * 2
+
+
+def test_a_create_whose_temporary_file_was_cleared_away_has_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path), CONFIG)
+    assert store.create("a", b"1")
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("Unable to rename file: No such file or directory")
+
+    monkeypatch.setattr("batch_inference.storage.obstore.put", gone)
+    assert not store.create("a", b"2")
+    with pytest.raises(SystemFault):
+        store.create("b", b"2")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b"\xff"])
