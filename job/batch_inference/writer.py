@@ -82,7 +82,8 @@ class ShardWriter:
             CountsDoNotClose: If the rows at hand are not those of the manifest, each once.
         """
         inputs = manifest.read_shard(self._store, shard)
-        tables = [part for table in self._open.pop(shard, []) for part in distinct_columns(table)]
+        # A table without rows says nothing about types.
+        tables = [part for table in self._open.pop(shard, []) if table.num_rows for part in distinct_columns(table)]
         unknown: tuple[str, ...] = ()
         predictions = None
         if tables:
@@ -163,7 +164,7 @@ class ShardWriter:
     ) -> tuple[pa.Table, pa.Table | None, tuple[str, ...]]:
         """A shard's predictions in the job's columns and in order; errors of rows that do not fit; columns without a type yet."""
         # Which types a shard fixes must not depend on which of its batches was faster.
-        tables.sort(key=lambda table: pc.min(table["row"]).as_py() or 0)
+        tables.sort(key=lambda table: pc.min(table["row"]).as_py())
         alike = all(table.schema.equals(tables[0].schema) for table in tables)
         own = united(storable(table.schema) for table in (tables[:1] if alike else tables))
         schema = self._schema.settle(_around(own, inputs))

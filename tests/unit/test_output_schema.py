@@ -49,6 +49,7 @@ from tests.unit.outputs import CONFIG, ERRORS, job_of, planned, totals_of
 from tests.unit.test_ledger import Crash, Faulty
 
 SIZE = 3
+NOT_NULL = pa.struct([pa.field("a", pa.int64(), nullable=False)])
 NO_ERRORS = ERRORS.empty_table()
 
 
@@ -230,6 +231,8 @@ def test_a_value_that_would_lose_something_is_an_error_row(
         (pa.array([[1.0, 2]] * 3), pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32(), 2))),
         (pa.array([[1, 2]] * 3, pa.list_(pa.float32(), 2)), pa.array([[1.0, 2], None, [3, 4]])),
         (pa.array([{"a": 1.5}] * 3), pa.array([{"a": 1}, None, {"a": None}])),
+        (pa.array([{"a": 1}] * 3, NOT_NULL), pa.array([{"a": None}, {"a": 2}, None])),
+        (pa.array([[None, [0]]] * 3), pa.array([[None, [1]], [[], None], None], pa.list_(pa.list_(pa.int8())))),
         (pa.array([1] * 3, pa.timestamp("ms")), pa.array([1] * 3, pa.timestamp("s"))),
         (pa.array([decimal.Decimal("1.25")] * 3), pa.array([decimal.Decimal("1.5")] * 3)),
         (pa.array([1] * 3, pa.timestamp("us", "UTC")), pa.array([1] * 3, pa.timestamp("us", "Europe/Berlin"))),
@@ -302,6 +305,16 @@ def test_tables_with_other_columns_are_joined_and_taken_apart_again() -> None:
     rows = [row for part in distinct_columns(joined) for row in part.to_pylist()]
     assert sorted(rows, key=str) == sorted((row for table in tables for row in table.to_pylist()), key=str)
     assert beside(tables[:1] * 2).to_pylist() == tables[0].to_pylist() * 2
+
+
+def test_a_table_without_rows_has_no_say_in_the_types(tmp_path: Path) -> None:
+    ledger, _ = planned(str(tmp_path), uris_of(1), SIZE)
+    writer = ShardWriter(ledger.store, "one", "zstd")
+    writer.add(0, batch(0, 0, {"v": pa.array([], pa.string()), "w": pa.array([], pa.int8())}))
+    add_column(writer, 0, "v", pa.array([1, 2, 3]))
+    commit(ledger, writer, 0)
+    assert read(tmp_path).column_names == ["uri", "shard", "row", "v"]
+    assert values(tmp_path) == [1, 2, 3]
 
 
 def test_a_type_that_parquet_does_not_have_is_named(tmp_path: Path) -> None:
