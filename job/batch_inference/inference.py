@@ -21,7 +21,7 @@ from batch_inference.errors import BatchInferenceError, RowError, RowFailure, Sy
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
 from batch_inference.marks import Journal
 from batch_inference.metrics import meter
-from batch_inference.output_schema import beside
+from batch_inference.output_schema import beside, distinct_columns
 from batch_inference.storage import Store
 from batch_inference.telemetry import Telemetry
 
@@ -280,11 +280,13 @@ class InferenceActor:
         table = place
         for field, column in zip(predictions.schema, predictions.columns, strict=True):
             table = table.append_column(field, column)
-        shards = table["shard"].to_numpy()
         sent = []
-        for shard in np.unique(shards):
-            writer = self._writers[int(shard) % len(self._writers)]
-            sent.append(writer.add.remote(int(shard), table.filter(pa.array(shards == shard))))
+        # Ray does not serialize tables with several columns of one name.
+        for part in distinct_columns(table):
+            shards = part["shard"].to_numpy()
+            for shard in np.unique(shards):
+                writer = self._writers[int(shard) % len(self._writers)]
+                sent.append(writer.add.remote(int(shard), part.filter(pa.array(shards == shard))))
         ray.get(sent)
 
 

@@ -73,8 +73,6 @@ def _right(ledger: Ledger, file: DataFile, whole: pa.Schema) -> bool:
 
 
 def _rewrite(ledger: Ledger, writer: ShardWriter, commit: Commit, whole: pa.Schema, generation: int) -> None:
-    if commit.generation >= generation:
-        return
     try:
         new = writer.rewrite(commit, _wrong(ledger, commit, whole), whole, generation)
     except FileNotFoundError as exc:

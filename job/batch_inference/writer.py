@@ -19,7 +19,6 @@ from batch_inference.ledger import Commit, DataFile, now, shard_name
 from batch_inference.output_schema import (
     OutputSchema,
     as_written,
-    distinct_columns,
     fitted,
     open_columns,
     storable,
@@ -83,7 +82,7 @@ class ShardWriter:
         """
         inputs = manifest.read_shard(self._store, shard)
         # A table without rows says nothing about types.
-        tables = [part for table in self._open.pop(shard, []) if table.num_rows for part in distinct_columns(table)]
+        tables = [table for table in self._open.pop(shard, []) if table.num_rows]
         unknown: tuple[str, ...] = ()
         predictions = None
         if tables:

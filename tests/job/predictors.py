@@ -135,3 +135,11 @@ class TypesExclude(TypesDrift):
         if not early:
             out["late"] = numbers
         return out
+
+
+class TypesWithin:
+    """A number for some images and a text for others, in the same list."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, object]:
+        numbers = [int(str(uri)[-10:-4]) for uri in batch["uri"]]
+        return {"number": numbers, "mixed": [f"s{n}" if n % 3 else n for n in numbers]}

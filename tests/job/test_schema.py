@@ -79,6 +79,22 @@ def test_a_class_whose_types_drift_leaves_a_folder_that_everybody_reads(
         assert [{name: row[name] for name in model(0)} for row in told] == rows, reader
 
 
+def test_values_of_two_types_in_one_batch_cost_only_the_rows_of_one(
+    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+) -> None:
+    folder, output = photos(12), tmp_path / "out"
+    args = job_args(folder, output, shard_size=12, predictor="predictors:TypesWithin")
+    done = program(*args, "--address", cluster["address"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "postprocess OUTPUT_MISMATCH 8" in done.stdout
+    assert verified(str(output), program)["errors"] == 8
+    # The first row is a number.
+    table = pd.read_parquet(output / "predictions")
+    assert table["mixed"].tolist() == table["number"].tolist() == [0, 3, 6, 9]
+    errors = pd.read_parquet(output / "errors")
+    assert errors["message"].str.contains("column 'mixed' is string here and int64 in this job").all()
+
+
 def _path(env: dict[str, str]) -> dict[str, str]:
     """Modules of the reader's before those that the tests have anyway."""
     if "PYTHONPATH" not in env:

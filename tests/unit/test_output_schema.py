@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import decimal
 import itertools
@@ -276,10 +277,8 @@ def test_parts_of_a_shard_and_of_a_batch_follow_the_same_rule(tmp_path: Path) ->
     alone = beside(
         [pa.table({"n": [1], "m": pa.nulls(1)}), pa.table({"m": ["y"], "n": [2.5]}), pa.table({"n": [3], "m": [9]})]
     )
-    writer.add(
-        1, batch(1, 0, dict.fromkeys(["n"], pa.array([0] * 3))).select(["shard", "row"]).append_column("k", pa.nulls(3))
-    )
-    writer._open[1] = [_with_place(alone, 1)]
+    for part in distinct_columns(_with_place(alone, 1)):
+        writer.add(1, part)
     commit(ledger, writer, 1)
     writer.add(2, batch(2, 0, {"n": pa.array([None] * 3), "m": pa.array([1, 2, 3])}))
     commit(ledger, writer, 2)
@@ -488,6 +487,9 @@ def test_no_retry_begins_while_files_are_written_again(tmp_path: Path) -> None:
         if last is not None and last.types:
             break
     assert last is not None and last.types and ledger.success() is None
+    # A driver that takes it up does no row again, whatever has failed.
+    commits = [dataclasses.replace(c, errors_by={"decode": {"TRUNCATED": 1}}) for c in ledger.commits()]
+    assert select(ledger, last, commits) == {}
     with pytest.raises(UserError, match="is not finished: files are still to be written again") as caught:
         begin(ledger, stages=[], error_types=[], retryable=False, attempt="x")
     assert "batch-inference run" in caught.value.remedy
@@ -639,6 +641,27 @@ def check_that_nothing_failed_without_need(shards: list[list[Part]], lost: set[t
     types = {name: {c[name].type for c in every if name in c} - {pa.null()} for name in ("a", "b")}
     if len(names) == 1 and all(len(kinds) <= 1 for kinds in types.values()):
         assert lost == set()
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+@pytest.mark.parametrize("signed", [True, False])
+def test_integers_fit_up_to_their_ends(bits: int, signed: bool) -> None:
+    target = getattr(pa, f"{'' if signed else 'u'}int{bits}")()
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    for kind, ends in ((pa.int64(), (-(2**63), 2**63 - 1)), (pa.uint64(), (0, 2**64 - 1))):
+        given = sorted({v for v in (low - 1, low, low + 1, high - 1, high, high + 1, *ends) if ends[0] <= v <= ends[1]})
+        cast, ok = fit(pa.array(given, kind), target)
+        assert cast.to_pylist() == [v if low <= v <= high else None for v in given]
+        assert ok is None or ok.tolist() == [low <= v <= high for v in given]
+
+
+@pytest.mark.parametrize(("target", "digits"), [(pa.float16(), 11), (pa.float32(), 24), (pa.float64(), 53)])
+def test_integers_fit_into_fractions_that_have_them(target: pa.DataType, digits: int) -> None:
+    given = [2**digits, 2**digits + 1, -(2**digits) - 1, 2**digits + 2, 2**63 - 1, -(2**63), None]
+    cast, ok = fit(pa.array(given, pa.int64()), target)
+    expected = [True, False, False, True, False, digits > 16, True]
+    assert ok is not None and ok.tolist() == expected
+    assert cast.to_pylist() == [v if fits else None for v, fits in zip(given, expected, strict=True)]
 
 
 @given(st.sampled_from(KINDS), st.sampled_from(KINDS), st.data())
