@@ -6,13 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_inference.collection import OpenShard, by_shard
+from batch_inference.collection import OpenShard, Tally, by_shard, count_errors
 from batch_inference.config import JobConfig
 from batch_inference.errors import CountsDoNotClose, SystemFault
 from batch_inference.generations import Again
@@ -70,6 +71,29 @@ class Writers:
         return commit
 
 
+@dataclass(frozen=True)
+class _Closed:
+    """What became of a shard: a commit, whether it is ours, the seconds that it took, and errors that only its writer has seen."""
+
+    commit: Commit
+    mine: bool
+    seconds: float
+    misfits: dict[str, dict[str, int]]
+
+
+def _more(committed: dict[str, dict[str, int]], errors: pa.Table, again: Again | None) -> dict[str, dict[str, int]]:
+    """Errors of a commit beyond those that were known before it was written."""
+    known = Tally()
+    known.add_errors(again.commit.errors_by if again else {})
+    known.remove(again.errors_by if again else {})
+    known.add_errors(count_errors(errors))
+    more = {
+        stage: {kind: count - known.errors_by.get(stage, {}).get(kind, 0) for kind, count in kinds.items()}
+        for stage, kinds in committed.items()
+    }
+    return {stage: left for stage, kinds in more.items() if (left := {k: n for k, n in kinds.items() if n > 0})}
+
+
 class Closing:
     """Writes and commits closed shards beside the main loop, so many at a time.
 
@@ -78,6 +102,7 @@ class Closing:
         writers: Where the predictions are.
         on_commit: Called with each commit, whether it is ours or another driver's, and the seconds that writing it took.
         again: Shards of which only some rows are done.
+        tally: Counts, to which rows are added that turned out not to fit the job's columns.
     """
 
     def __init__(
@@ -86,6 +111,7 @@ class Closing:
         writers: Writers,
         on_commit: Callable[[Commit, bool, float], None],
         again: dict[int, Again] | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.ledger = ledger
         self.lost_race = False
@@ -95,7 +121,8 @@ class Closing:
         self._on_commit = on_commit
         self._again = again or {}
         self._pool = ThreadPoolExecutor(_CLOSING // 2, thread_name_prefix="close")
-        self._running: deque[Future[tuple[Commit, bool, float]]] = deque()
+        self._tally = tally or Tally()
+        self._running: deque[Future[_Closed]] = deque()
         self._asked = 0.0
 
     def __enter__(self) -> Closing:
@@ -109,7 +136,7 @@ class Closing:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None and not issubclass(kind, KeyboardInterrupt))
         for future in self._running:
             if not future.cancelled() and future.exception() is None:
-                self._on_commit(*future.result())
+                self._done(future.result())
 
     def add(self, shard: int, part: OpenShard) -> None:
         """Starts closing a shard; waits where too many are on their way."""
@@ -132,12 +159,18 @@ class Closing:
 
     def _reap(self, allowed: int) -> None:
         while self._running and (len(self._running) > allowed or self._running[0].done()):
-            self._on_commit(*self._running.popleft().result())
+            self._done(self._running.popleft().result())
 
-    def _close(self, shard: int, errors: pa.Table) -> tuple[Commit, bool, float]:
+    def _done(self, closed: _Closed) -> None:
+        # Before the callback, which shows the counts.
+        self._tally.add_errors(closed.misfits)
+        self._on_commit(closed.commit, closed.mine, closed.seconds)
+
+    def _close(self, shard: int, errors: pa.Table) -> _Closed:
         begun = time.monotonic()
         commit, mine = self._commit(shard, errors)
-        return commit, mine, time.monotonic() - begun
+        misfits = _more(commit.errors_by, errors, self._again.get(shard)) if mine else {}
+        return _Closed(commit, mine, time.monotonic() - begun, misfits)
 
     def _commit(self, shard: int, errors: pa.Table) -> tuple[Commit, bool]:
         again = self._again.get(shard)

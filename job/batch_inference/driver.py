@@ -46,6 +46,7 @@ from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
 from batch_inference.storage import Store, canonical_uri, display, open_output
 from batch_inference.telemetry import Telemetry
+from batch_inference.unify import unify
 
 log = structlog.get_logger()
 
@@ -348,7 +349,7 @@ class Attempt:
         worked = self.snapshot.tally.predictions > 0
         collector = Collector(rows, self.snapshot.tally, chosen, worked=worked)
         with (
-            Closing(ledger, writers, self._committed, again) as closing,
+            Closing(ledger, writers, self._committed, again, self.snapshot.tally) as closing,
             contextlib.closing(
                 results(ledger.store, self.config, engine, rows, writers.handles, self.attempt, chosen, telemetry)
             ) as tables,
@@ -420,6 +421,11 @@ class Attempt:
     def _finish(self, ledger: Ledger, job: Job) -> RunResult:
         self._show("finish")
         commits = ledger.closed(job)
+        before = self._retry
+        self._retry = unify(ledger, self.attempt, self.config.output.compression, before)
+        if self._retry != before:
+            log.info("files that were written before a column's type was known have it now (_schema.json)")
+            commits = ledger.closed(job)
         # What the ledger says counts, also where another driver did part of the work.
         tally = self.snapshot.tally
         tally.rows, tally.errors, tally.errors_by = 0, 0, {}

@@ -165,7 +165,7 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
     ErrorType(
         "postprocess",
         "OUTPUT_MISMATCH",
-        "what the class returned is no dictionary of columns with one value an image",
+        "what the class returned is no dictionary of columns with one value an image, or does not fit the job's columns (`_schema.json`)",
         "Mend the class; a new job.",
     ),
 )

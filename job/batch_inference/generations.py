@@ -69,6 +69,11 @@ def begin(
     types = tuple(sorted(set(error_types)))
     last, commits = ledger.retry(), ledger.commits()
     unfinished = last is not None and ledger.success() is None
+    if last is not None and last.types and unfinished:
+        raise UserError(
+            f"{display(ledger.store.uri)} is not finished: files are still to be written again with the types of _schema.json",
+            "Run batch-inference run with the job's configuration; then start the retry.",
+        )
     if last is not None and unfinished:
         left = select(ledger, last, commits)
         if left and (last.stages, last.error_types, last.retryable) != (wanted, types, retryable):
@@ -111,6 +116,8 @@ def select(ledger: Ledger, retry: Retry, commits: list[Commit]) -> dict[int, Aga
     Raises:
         CountsDoNotClose: If an errors file is not what its commit says.
     """
+    if retry.types:
+        return {}
 
     def rows_of(commit: Commit) -> Again | None:
         try:

@@ -21,6 +21,7 @@ from batch_inference.errors import BatchInferenceError, RowError, RowFailure, Sy
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
 from batch_inference.marks import Journal
 from batch_inference.metrics import meter
+from batch_inference.output_schema import beside, distinct_columns
 from batch_inference.storage import Store
 from batch_inference.telemetry import Telemetry
 
@@ -163,14 +164,14 @@ class InferenceActor:
             self._send(result.select(["shard", "row"]).filter(pa.array(good)), predictions)
             return result
         if predictions is not None and predictions.num_rows == table.num_rows:
-            for name in predictions.column_names:
-                result = result.append_column(predictions.schema.field(name), predictions[name])
+            for field, column in zip(predictions.schema, predictions.columns, strict=True):
+                result = result.append_column(field, column)
             return result
         # Every row has a place in the columns of predictions, null where it failed.
         index = pa.array(np.cumsum(good) - 1, mask=~good)
         full = predictions if predictions is not None else CLASSIFIER_SCHEMA.empty_table()
-        for name in full.column_names:
-            result = result.append_column(full.schema.field(name), full[name].combine_chunks().take(index))
+        for field, column in zip(full.schema, full.columns, strict=True):
+            result = result.append_column(field, column.combine_chunks().take(index))
         return result
 
     def _predicted(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
@@ -277,13 +278,15 @@ class InferenceActor:
         if predictions is None:
             return
         table = place
-        for name in predictions.column_names:
-            table = table.append_column(predictions.schema.field(name), predictions[name])
-        shards = table["shard"].to_numpy()
+        for field, column in zip(predictions.schema, predictions.columns, strict=True):
+            table = table.append_column(field, column)
         sent = []
-        for shard in np.unique(shards):
-            writer = self._writers[int(shard) % len(self._writers)]
-            sent.append(writer.add.remote(int(shard), table.filter(pa.array(shards == shard))))
+        # Ray does not serialize tables with several columns of one name.
+        for part in distinct_columns(table):
+            shards = part["shard"].to_numpy()
+            for shard in np.unique(shards):
+                writer = self._writers[int(shard) % len(self._writers)]
+                sent.append(writer.add.remote(int(shard), part.filter(pa.array(shards == shard))))
         ray.get(sent)
 
 
@@ -300,17 +303,10 @@ def _result(table: pa.Table, failures: dict[int, RowError], infer_s: np.ndarray)
 def _joined(tables: list[pa.Table | None]) -> pa.Table | None:
     """Predictions of parts of a batch, one behind the other; None where there are none.
 
-    Raises:
-        UserError: If their columns differ.
+    Columns whose types differ stand beside each other: which of them is the job's is known where the shard is closed.
     """
     some = [t for t in tables if t is not None]
-    try:
-        return pa.concat_tables(some, promote_options="permissive") if some else None
-    except pa.ArrowException as exc:
-        raise UserError(
-            f"the predictor's columns differ from batch to batch: {exc}",
-            "Return the same columns with the same types for every batch.",
-        ) from None
+    return beside(some) if some else None
 
 
 def _end_of_job(exc: BatchInferenceError) -> pa.Table:

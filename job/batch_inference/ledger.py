@@ -46,12 +46,17 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One Parquet file that a commit names."""
+    """One Parquet file that a commit names.
+
+    Attributes:
+        open: Columns of which the job knew no type when it was written; as text, they hold nothing but nulls and empty lists.
+    """
 
     path: str
     rows: int
     bytes: int
     sha256: str
+    open: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,17 @@ class Commit:
 
     def to_json(self) -> bytes:
         """The bytes of ``_commits/shard-N.json``."""
-        return json.dumps(asdict(self), indent=1).encode()
+        raw = asdict(self)
+        for file in raw["files"]:
+            if not file["open"]:
+                del file["open"]
+        return json.dumps(raw, indent=1).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Commit:
         """Reads what :meth:`to_json` wrote; raises ValueError or KeyError or TypeError on anything else."""
         raw = json.loads(data)
-        raw["files"] = tuple(DataFile(**f) for f in raw["files"])
+        raw["files"] = tuple(DataFile(**{**f, "open": tuple(f.get("open", ()))}) for f in raw["files"])
         return cls(**raw)
 
 
@@ -132,6 +141,7 @@ class Retry:
         rows: How many rows these were when it began.
         attempt: Who began it.
         created_at: UTC, ISO 8601.
+        types: Whether no row is done again, but files are written again with the job's types.
     """
 
     generation: int
@@ -141,6 +151,7 @@ class Retry:
     rows: int
     attempt: str
     created_at: str
+    types: bool = False
 
 
 def fingerprint(identity: dict[str, str]) -> str:
@@ -459,6 +470,7 @@ class Ledger:
         garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
         garbage += [i.path for i in self.store.objects(BEGUN)]
         self.store.delete(garbage)
+        self.store.sweep_staged("", "_commits", "_retries", "_schema", "_decisions")
         return len(garbage)
 
     def success(self) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import structlog
 
 from batch_inference import containers
+from batch_inference.column_types import plain_inputs
 from batch_inference.config import InputConfig, JobConfig, StorageConfig
 from batch_inference.errors import UserError
 from batch_inference.listing import WILDCARDS, list_uris
@@ -177,7 +178,8 @@ def read_places(store: Store, shard: int) -> tuple[pa.Table, pa.Table | None]:
 
 def read_stored(store: Store, shard: int) -> pa.Table:
     """A manifest shard with all columns that it is stored with; raises FileNotFoundError without it."""
-    return read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet"))
+    # Outputs that were begun by an older version may have columns that cannot be taken from.
+    return plain_inputs(read_parquet(store.get(f"_manifest/{shard_name(shard)}.parquet")))
 
 
 def apart(table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
@@ -255,7 +257,9 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     for note in found.notes:
         log.warning(note)
     return Inputs(
-        _interleaved(objects, found.tables), containers.merged([skipped, found.skipped]), duplicates + found.duplicates
+        plain_inputs(_interleaved(objects, found.tables)),
+        containers.merged([skipped, found.skipped]),
+        duplicates + found.duplicates,
     )
 
 
@@ -397,7 +401,7 @@ def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
     ending = posixpath.splitext(uri.lower())[1]
     try:
         if ending == ".parquet":
-            return _valid(read_parquet(data))
+            return plain_inputs(_valid(read_parquet(data)), whole=False)
         if ending == ".txt":
             lines = data.decode("utf-8-sig").replace("\r", "\n").split("\n")
             return pa.table({uri_column: pa.array([line.strip() for line in lines if line.strip()], pa.string())})
@@ -472,7 +476,7 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     out = pa.table({"uri": column})
     for name in rest:
         out = out.append_column(name, table[name])
-    return out
+    return plain_inputs(out)
 
 
 def _canonical_column(column: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_inference.column_types import plain_inputs
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
 from batch_inference.footers import Trial
@@ -155,7 +156,7 @@ def read_columns(uri: str, fetcher: Fetcher, names: tuple[str, ...]) -> pa.Table
             f"{display(uri)} has no column {', '.join(missing)}; it has: {', '.join(file.schema_arrow.names)}",
             "Correct input.passthrough_columns.",
         )
-    return file.read(columns=list(names), use_threads=False)
+    return plain_inputs(file.read(columns=list(names), use_threads=False), whole=False)
 
 
 def _bytes_path(field: pa.Field) -> str:

@@ -379,6 +379,9 @@ class Store:
         """Whether a create failed since there was such an object. obstore says so of every 409, and of a disabled account too."""
         if facts.status == 409 and "alreadyexists" not in facts.code.lower():
             return facts.code not in _CONFLICTS and self.size(path) is not None
+        # Beside a driver that sweeps, the link's source may be gone; it sweeps only where the object is there.
+        if is_local(self.uri) and Path(local_path(self.uri), path).is_file():
+            return True
         return isinstance(exc, (obx.AlreadyExistsError, obx.PreconditionError)) or facts.status == 412
 
     def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -401,6 +404,21 @@ class Store:
                 continue
             except Exception as exc:
                 raise self._error("delete", path, exc) from exc
+
+    def sweep_staged(self, *folders: str) -> None:
+        """Delete what killed processes have left of objects on a disk that are there now.
+
+        obstore writes a file ``NAME#1`` and links it to ``NAME``; where the process ends between the two, only the first stays, which no
+        listing of obstore's shows.
+        """
+        if not is_local(self.uri):
+            return
+        for folder in (Path(local_path(self.uri), name) for name in folders):
+            with contextlib.suppress(FileNotFoundError):
+                for entry in list(os.scandir(folder)):
+                    name, sign, number = entry.name.rpartition("#")
+                    if sign and number.isdigit() and (folder / name).is_file():
+                        Path(entry.path).unlink(missing_ok=True)
 
     def probe(self) -> None:
         """Checks that the store honors put-if-absent, on which every promise of the ledger rests.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from batch_inference import manifest
+from batch_inference.column_types import plain_type
 from batch_inference.config import StorageConfig
 from batch_inference.errors import CountsDoNotClose
 from batch_inference.ledger import Commit, DataFile, Ledger
+from batch_inference.output_schema import SCHEMA, OutputSchema, as_written, first_schema, open_columns
 from batch_inference.storage import Store
 
 _PARALLEL_SHARDS = 8
@@ -88,11 +92,12 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
             commits[shard] = ledger.commits({shard: generation})[0]
         except CountsDoNotClose as exc:
             problems.append(exc.message)
+    types = _types(ledger, commits, problems)
     foreign = sorted(set(commits) - set(range(job.shards)))
     problems += [f"{manifest.shard_name(s)} is committed but not in the manifest" for s in foreign]
 
     def check(shard: int) -> _Shard:
-        return _check_shard(ledger, shard, commits.get(shard), job.rows_of(shard))
+        return _check_shard(ledger, shard, commits.get(shard), job.rows_of(shard), types)
 
     digest = hashlib.sha256()
     total = _Shard()
@@ -141,7 +146,60 @@ def verify(output: str, storage: StorageConfig | None = None) -> Verification:
     )
 
 
-def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: int) -> _Shard:
+@dataclass(frozen=True)
+class _Types:
+    """The columns that every file of predictions has to have, and where that is said.
+
+    Attributes:
+        schema: In plain types; None where there are no predictions.
+        source: For messages.
+        guessed: Whether a column that a file calls open may have any type: its guess is put right at the end of the job.
+    """
+
+    schema: pa.Schema | None
+    source: str = SCHEMA
+    guessed: bool = False
+
+    def problems(self, file: DataFile, schema: pa.Schema) -> list[str]:
+        """What is wrong with the columns of a file."""
+        if self.schema is None:
+            return []
+        found = []
+        for column in self.schema:
+            place = schema.get_field_index(column.name)
+            if place < 0:
+                found.append(f"{file.path} has no column {column.name!r}, which is {column.type} in {self.source}")
+            elif not (self.guessed and column.name in file.open) and not _alike(schema.field(place).type, column.type):
+                there = schema.field(place).type
+                found.append(
+                    f"{file.path}: the column {column.name!r} is {there}, in {self.source} it is {column.type}"
+                )
+        return found + [
+            f"{file.path} has a column {name!r} ({schema.field(name).type}), which is not in {self.source}"
+            for name in schema.names
+            if name not in self.schema.names
+        ]
+
+
+def _alike(a: pa.DataType, b: pa.DataType) -> bool:
+    return bool(a == b or plain_type(a) == plain_type(b))
+
+
+def _types(ledger: Ledger, commits: dict[int, Commit], problems: list[str]) -> _Types:
+    try:
+        output = OutputSchema(ledger.store)
+        schema = output.known()
+        if schema is not None:
+            first = output.first()
+            return _Types(as_written(schema), SCHEMA, guessed=first is not None and bool(open_columns(first)))
+    except CountsDoNotClose as exc:
+        problems.append(exc.message)
+    # Outputs of older versions have none.
+    found = first_schema(ledger.store, (commits[shard] for shard in sorted(commits)))
+    return _Types(found, "the first file of predictions")
+
+
+def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: int, types: _Types) -> _Shard:
     name = manifest.shard_name(shard)
     out = _Shard(sha256=hashlib.sha256().hexdigest())
     try:
@@ -159,7 +217,7 @@ def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: in
     seen = np.zeros(inputs.num_rows, np.int64)
     uris = inputs["uri"].to_pylist()
     for file in commit.files:
-        table = _read_file(ledger.store, file, out)
+        table = _read_file(ledger.store, file, out, types)
         if table is None:
             continue
         kind = "predictions" if file.path.startswith("predictions/") else "errors"
@@ -180,7 +238,7 @@ def _check_shard(ledger: Ledger, shard: int, commit: Commit | None, expected: in
     return out
 
 
-def _read_file(store: Store, file: DataFile, out: _Shard) -> pa.Table | None:
+def _read_file(store: Store, file: DataFile, out: _Shard, types: _Types) -> pa.Table | None:
     try:
         data = store.get(file.path)
     except FileNotFoundError:
@@ -189,7 +247,10 @@ def _read_file(store: Store, file: DataFile, out: _Shard) -> pa.Table | None:
     if hashlib.sha256(data).hexdigest() != file.sha256:
         out.problems.append(f"{file.path} is not what was committed (its SHA-256 differs)")
     try:
-        return manifest.read_parquet(data, ["uri", "shard", "row"])
+        table = manifest.read_parquet(data, ["uri", "shard", "row"])
+        if file.path.startswith("predictions/"):
+            out.problems += types.problems(file, pq.read_schema(io.BytesIO(data)))
+        return table
     except (pa.ArrowException, OSError, KeyError) as exc:
         out.problems.append(f"{file.path} can't be read: {' '.join(str(exc).split())[:120]}")
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,14 @@ from batch_inference.collection import count_errors
 from batch_inference.errors import CountsDoNotClose, UserError
 from batch_inference.generations import Again
 from batch_inference.ledger import Commit, DataFile, now, shard_name
+from batch_inference.output_schema import (
+    OutputSchema,
+    as_written,
+    fitted,
+    open_columns,
+    storable,
+    united,
+)
 from batch_inference.storage import Store
 
 ERRORS_SCHEMA = pa.schema(
@@ -29,6 +38,9 @@ ERRORS_SCHEMA = pa.schema(
         ("attempts", pa.int32()),
     ]
 )
+
+# Why a row does not fit the job's columns, beside these while a shard is closed. No column of a predictor has this name.
+_WHY = pa.field("\0why", pa.string())
 
 
 class ShardWriter:
@@ -48,6 +60,7 @@ class ShardWriter:
         self._attempt = attempt
         self._compression = compression
         self._open: dict[int, list[pa.Table]] = {}
+        self._schema = OutputSchema(store)
 
     def add(self, shard: int, predictions: pa.Table) -> None:
         """Keeps predictions of an open shard: ``shard``, ``row``, then the predictor's columns."""
@@ -68,10 +81,14 @@ class ShardWriter:
             CountsDoNotClose: If the rows at hand are not those of the manifest, each once.
         """
         inputs = manifest.read_shard(self._store, shard)
-        predictions = self._predictions(shard)
-        if predictions is not None and errors.num_rows:
-            # What an actor sent before it died, of a row that failed when its task was done again.
-            predictions = predictions.filter(pc.invert(pc.is_in(predictions["row"], errors["row"].combine_chunks())))
+        # A table without rows says nothing about types.
+        tables = [table for table in self._open.pop(shard, []) if table.num_rows]
+        unknown: tuple[str, ...] = ()
+        predictions = None
+        if tables:
+            predictions, misfits, unknown = self._predictions(tables, inputs, errors["row"])
+            if misfits is not None:
+                errors = pa.concat_tables([errors, fitted(misfits, errors.schema).table])
         rows = (
             np.concatenate([predictions["row"].to_numpy(), errors["row"].to_numpy()])
             if predictions
@@ -91,7 +108,7 @@ class ShardWriter:
         name = f"{shard_name(shard, generation)}-{self._attempt}.parquet"
         files = [f for f in again.commit.files if f.path.startswith("predictions/")] if again else []
         if predictions is not None and predictions.num_rows:
-            files.append(self._write(f"predictions/{name}", _with_inputs(predictions, inputs)))
+            files.append(self._write(f"predictions/{name}", _with_inputs(predictions, inputs), unknown))
         if failed.num_rows:
             files.append(self._write(f"errors/{name}", failed))
         return Commit(
@@ -106,47 +123,119 @@ class ShardWriter:
             generation,
         )
 
-    def _predictions(self, shard: int) -> pa.Table | None:
-        tables = self._open.pop(shard, [])
-        if not tables:
-            return None
-        try:
-            table = pa.concat_tables(tables, promote_options="permissive")
-        except pa.ArrowException as exc:
-            raise UserError(
-                f"the predictor's columns differ from batch to batch: {exc}",
-                "Return the same columns with the same types for every batch.",
-            ) from None
+    def rewrite(self, commit: Commit, old: list[DataFile], schema: pa.Schema, generation: int) -> Commit:
+        """Write files of predictions again, as one, with the types that the job has by now.
+
+        Args:
+            commit: The commit that names them.
+            old: The files; the others stay.
+            schema: All columns; every value of the files must fit.
+            generation: Of the commit that is to take the place of ``commit``.
+
+        Returns:
+            That commit, not made yet.
+
+        Raises:
+            FileNotFoundError: If a file is gone.
+            CountsDoNotClose: If a file is not what its commit says.
+        """
+        parts = []
+        for file in old:
+            try:
+                table = manifest.read_parquet(self._store.get(file.path))
+            except pa.ArrowException as exc:
+                raise unreadable(file, exc) from None
+            known = pa.schema([schema.field(f.name) if f.name in file.open else f for f in table.schema])
+            part = fitted(table, known)
+            if part.reasons is not None:
+                raise CountsDoNotClose(
+                    f"{file.path} has values in columns of which its commit says that they have none ({', '.join(file.open)})",
+                    f"Delete _commits/{shard_name(commit.shard, commit.generation)}.json and run the same command again.",
+                )
+            parts.append(part.table)
+        name = f"predictions/{shard_name(commit.shard, generation)}-{self._attempt}.parquet"
+        new = self._write(name, pa.concat_tables(parts).sort_by("row"))
+        kept = [file for file in commit.files if file not in old]
+        return replace(commit, files=(new, *kept), attempt=self._attempt, committed_at=now(), generation=generation)
+
+    def _predictions(
+        self, tables: list[pa.Table], inputs: pa.Table, failed: pa.ChunkedArray
+    ) -> tuple[pa.Table, pa.Table | None, tuple[str, ...]]:
+        """A shard's predictions in the job's columns and in order; errors of rows that do not fit; columns without a type yet."""
+        # Which types a shard fixes must not depend on which of its batches was faster.
+        tables.sort(key=lambda table: pc.min(table["row"]).as_py())
+        alike = all(table.schema.equals(tables[0].schema) for table in tables)
+        own = united(storable(table.schema) for table in (tables[:1] if alike else tables))
+        schema = self._schema.settle(_around(own, inputs))
+        target = pa.schema([own.field("shard"), own.field("row")] + [
+            field for field in as_written(schema) if field.name not in inputs.column_names
+        ])  # fmt: skip
+        parts = [fitted(table, target) for table in tables]
+        table = pa.concat_tables([part.table for part in parts])
+        if any(part.reasons for part in parts):
+            why = [reason for part in parts for reason in part.reasons or [None] * part.table.num_rows]
+            table = table.append_column(_WHY, pa.array(why, pa.string()))
         if len(tables) > 1 or table.num_rows:
             # In order of the rows. A rebuilt task sends its rows again; the last of each is as good as the first.
             rows = table["row"].to_numpy()
             if not (np.diff(rows) > 0).all():
                 _, from_behind = np.unique(rows[::-1], return_index=True)
                 table = table.take(pa.array(len(rows) - 1 - from_behind))
-        return table
+        if len(failed):
+            # What an actor sent before it died, of a row that failed when its task was done again.
+            table = table.filter(pc.invert(pc.is_in(table["row"], failed.combine_chunks())))
+        misfits = None
+        if _WHY.name in table.column_names:
+            misfits = table.filter(table[_WHY.name].is_valid())
+            table = table.filter(table[_WHY.name].is_null()).drop_columns([_WHY.name])
+            misfits = pa.table(
+                {
+                    "row": misfits["row"],
+                    "stage": pa.repeat(pa.scalar("postprocess"), misfits.num_rows),
+                    "error_type": pa.repeat(pa.scalar("OUTPUT_MISMATCH"), misfits.num_rows),
+                    "message": misfits[_WHY.name],
+                    "retryable": pa.repeat(pa.scalar(False), misfits.num_rows),
+                }
+            )
+        return table, misfits, open_columns(schema)
 
-    def _write(self, path: str, table: pa.Table) -> DataFile:
+    def _write(self, path: str, table: pa.Table, unknown: tuple[str, ...] = ()) -> DataFile:
         sink = io.BytesIO()
         pq.write_table(table, sink, compression=self._compression)
         data = sink.getvalue()
         self._store.put(path, data)
-        return DataFile(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        return DataFile(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest(), unknown)
+
+
+def unreadable(file: DataFile, exc: Exception) -> CountsDoNotClose:
+    """Return what to raise for a committed file that is damaged."""
+    return CountsDoNotClose(
+        f"{file.path} is committed but can't be read: {type(exc).__name__}",
+        "Run batch-inference verify; it names what to delete so that it is done again.",
+    )
+
+
+def _around(own: pa.Schema, inputs: pa.Table) -> pa.Schema:
+    """The columns of a file of predictions: place first, the predictor's, passthrough last."""
+    fields = [inputs.schema.field(name) for name in ("uri", "shard", "row")]
+    for field in own:
+        if field.name not in ("shard", "row"):
+            if field.name in inputs.column_names:
+                raise UserError(
+                    f"the predictor's column {field.name!r} and the manifest's have the same name",
+                    "Rename one of them.",
+                )
+            fields.append(field)
+    return pa.schema([*fields, *(inputs.schema.field(name) for name in inputs.column_names[3:])])
 
 
 def _with_inputs(predictions: pa.Table, inputs: pa.Table) -> pa.Table:
     """Predictions with the manifest's columns around them: place first, passthrough last."""
     mine = inputs.take(predictions["row"])
-    out = mine.select(["uri", "shard", "row"])
-    for name in predictions.column_names:
-        if name not in ("shard", "row"):
-            if name in mine.column_names:
-                raise UserError(
-                    f"the predictor's column {name!r} and the manifest's have the same name", "Rename one of them."
-                )
-            out = out.append_column(predictions.schema.field(name), predictions[name])
-    for name in mine.column_names[3:]:
-        out = out.append_column(mine.schema.field(name), mine[name])
-    return out
+    schema = _around(predictions.schema, inputs)
+    return pa.Table.from_arrays(
+        [(mine if field.name in mine.column_names else predictions)[field.name] for field in schema], schema=schema
+    )
 
 
 def _error_rows(shard: int, errors: pa.Table, inputs: pa.Table) -> pa.Table:

@@ -106,3 +106,40 @@ class NoMemoryForMany(MeanColor):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         time.sleep(0.5)
         return super().__call__(batch)
+
+
+class TypesDrift:
+    """Columns whose types depend on what is in a batch, as Python's lists have them."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, object]:
+        count = len(batch["image"])
+        numbers = [int(str(uri)[-10:-4]) for uri in batch["uri"]]
+        early = max(numbers) < 4
+        return {
+            "number": numbers,
+            "label": [None] * count if early else [f"t{n}" for n in numbers],
+            "boxes": [[] if early else [[n + 0.5, 1.0]] * (n % 3) for n in numbers],
+            "size": np.array(numbers, np.int32) if early else np.array(numbers, np.int64),
+        }
+
+
+class TypesExclude(TypesDrift):
+    """The same with two columns that no type holds."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, object]:
+        out = super().__call__(batch)
+        numbers = out["size"]
+        assert isinstance(numbers, np.ndarray)
+        early = numbers.dtype == np.int32
+        out["mixed"] = numbers if early else [f"s{n}" for n in numbers]
+        if not early:
+            out["late"] = numbers
+        return out
+
+
+class TypesWithin:
+    """A number for some images and a text for others, in the same list."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, object]:
+        numbers = [int(str(uri)[-10:-4]) for uri in batch["uri"]]
+        return {"number": numbers, "mixed": [f"s{n}" if n % 3 else n for n in numbers]}

@@ -14,6 +14,7 @@ from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault,
 from batch_inference.factories import CLASSIFIER_SCHEMA, CustomFactory, _classifier_table, _label_array
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, Keeping, raise_end_of_job
 from batch_inference.marks import Journal
+from batch_inference.output_schema import distinct_columns
 from batch_inference.preparation import PREPARED_SCHEMA
 from batch_inference.storage import Store
 
@@ -211,15 +212,18 @@ def test_a_broken_gpu_ends_the_attempt_but_too_little_memory_only_halves_the_bat
     assert predict(small, [image(i) for i in range(8)])["v"].to_pylist() == list(range(8))
 
 
-def test_columns_that_differ_between_the_parts_of_a_batch_are_the_users_to_mend() -> None:
+def test_columns_that_differ_between_the_parts_of_a_batch_come_back_beside_each_other() -> None:
+    """Which of the types is the job's is known where the shard is closed."""
+
     def call(batch: dict[str, Any]) -> dict[str, Any]:
         firsts = first_pixels(batch)
         if len(firsts) > 1:
             raise ValueError
         return {"v": [1] if firsts[0] else ["text"]}
 
-    with pytest.raises(UserError, match="the predictor's columns differ from batch to batch"):
-        predict(call, [image(0), image(1)])
+    found = actor(call)(prepared([image(0), image(1)]))
+    assert found["error_type"].null_count == 2
+    assert [row["v"] for part in distinct_columns(found) for row in part.to_pylist()] == ["text", 1]
 
 
 # --- what a predictor returns --------------------------------------------------------------------------------------------
