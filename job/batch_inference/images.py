@@ -233,7 +233,7 @@ def _jpeg(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
         tidied = tidied or jpeg_files.tidied(data)
         if tidied is None:
             return _by_pillow(data, config)
-        if tidied.complete or tidied.ended:
+        if tidied.complete:
             try:
                 return _jpeg_pixels(tidied.data, image, config, least)
             except ValueError as exc:

@@ -163,6 +163,8 @@ def chunks(data: bytes, *, orientation: bool = True) -> Chunks:
         found.complaint = wrong or lost or "it does not begin with a header chunk"
     elif wrong is not None:
         found.complaint = wrong
+    elif found.header and found.header[3] == 3 and not any(bytes(chunk[4:8]) == b"PLTE" for chunk in found.before):
+        found.complaint = lost or "it lacks its palette"
     elif not ended and not found.rows_complete():
         found.complaint = lost or "it lacks its last chunks, and pixels"
     return found
