@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from batch_inference.errors import UserError
 
-DEFAULT_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+DEFAULT_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MODULE_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -252,6 +252,11 @@ class PreprocessConfig(_Section):
         False,
         description="Decode JPEG files on the actors' GPUs, for nodes with few CPU cores a GPU; other files, and what the GPU does "
         "not take, are decoded in the tasks as ever.",
+    )
+    damaged: Literal["error", "accept"] = Field(
+        "error",
+        description="`error`: damaged and truncated images become error rows. `accept`: those of JPEG and PNG of which a part can be "
+        "decoded are predicted, and the column `damaged` of the predictions says what is wrong with them, null for whole images.",
     )
     exif_orientation: bool = Field(True, description="Turn images as their EXIF orientation says.")
     max_pixels: PositiveInt = Field(

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from PIL import Image
 from batch_inference import allocation
 from batch_inference.config import PreprocessConfig
 from batch_inference.errors import RowFailure
-from batch_inference.images import Decoded, open_image, open_scaled
+from batch_inference.images import Decoded, open_scaled
 from batch_inference.transform import FILTERS, REACH, Transform, resized_size
 
 try:
@@ -32,9 +32,9 @@ _T = TypeVar("_T")
 _threads = threading.local()
 
 #: Part of the fingerprint: to be changed with anything that changes a pixel.
-FAST_PATH = "fast-1"
-EXACT_PATH = "exact-1"
-GPU_PATH = "gpu-1"
+FAST_PATH = "fast-2"
+EXACT_PATH = "exact-2"
+GPU_PATH = "gpu-2"
 #: Filters that :mod:`.gpu_jpeg` has.
 GPU_FILTERS = ("bilinear", "bicubic")
 # Scaled decoding blurs a little; at twice the target the antialiasing filter behind it hides that.
@@ -43,32 +43,45 @@ _MARGIN = 2
 _SIMD_FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom"}
 
 
-def pixels_of(data: bytes, config: PreprocessConfig, transform: Transform | None) -> NDArray[np.uint8]:
-    """What :func:`decode` gives, or the image at its own size where there is no transform; raises what they raise."""
-    return np.asarray(open_image(data, config)) if transform is None else decode(data, config, transform)
+class Pixels(NamedTuple):
+    """A decoded image.
+
+    Attributes:
+        values: uint8 of shape (height, width, 3), RGB, C-contiguous.
+        damaged: What is wrong with the file, where only ``preprocess.damaged: accept`` lets it pass; None for whole images.
+    """
+
+    values: NDArray[np.uint8]
+    damaged: str | None = None
 
 
-def decode(data: bytes, config: PreprocessConfig, transform: Transform) -> NDArray[np.uint8]:
-    """Decodes, resizes and crops an image.
+def pixels_of(data: bytes, config: PreprocessConfig, transform: Transform | None) -> Pixels:
+    """Decode an image; resize and crop it where there is a transform.
 
     Args:
         data: The file's content.
-        config: ``exact`` chooses the way; limits and orientation as for :func:`~batch_inference.images.open_image`.
-        transform: What the model expects.
-
-    Returns:
-        uint8 of shape (crop, crop, 3), RGB.
+        config: ``exact`` chooses the way; limits, orientation and ``damaged`` as for
+            :func:`~batch_inference.images.open_image`.
+        transform: What the model expects; None: the image at its own size.
 
     Raises:
         RowFailure: Stage ``decode`` as :func:`~batch_inference.images.open_image` raises it, whatever the way; stage
             ``preprocess`` where resizing fails.
     """
+    if transform is None:
+        whole = open_scaled(data, config, None)
+        return Pixels(np.ascontiguousarray(whole.pixels), whole.damaged)
     allocation.for_images()
     if config.exact:
-        image = open_image(data, config)
-        return _guarded(transform.pixels, image)
+        whole = open_scaled(data, config, None)
+        return Pixels(_guarded(transform.pixels, _image(whole.pixels)), whole.damaged)
     decoded = open_scaled(data, config, _MARGIN * transform.resize)
-    return _guarded(partial(resize, transform=transform), decoded)
+    return Pixels(_guarded(partial(resize, transform=transform), decoded), decoded.damaged)
+
+
+def decode(data: bytes, config: PreprocessConfig, transform: Transform) -> NDArray[np.uint8]:
+    """Return the pixels alone of :func:`pixels_of`: uint8 of shape (crop, crop, 3), RGB."""
+    return pixels_of(data, config, transform).values
 
 
 def resize(decoded: Decoded, transform: Transform) -> NDArray[np.uint8]:
@@ -88,9 +101,7 @@ def resize(decoded: Decoded, transform: Transform) -> NDArray[np.uint8]:
     target = resized_size(decoded.size, transform.resize)
     if min(target) < crop or transform.interpolation not in _SIMD_FILTERS:
         # There is a border to make, or a filter that nobody's weights ask for.
-        return transform.pixels(
-            pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
-        )
+        return transform.pixels(_image(pixels))
     available = pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
     region, box = [], []
     for source, length, goal in zip(available, decoded.size, target, strict=True):
@@ -108,10 +119,12 @@ def resize(decoded: Decoded, transform: Transform) -> NDArray[np.uint8]:
     )
     corners = (box[0][0], box[1][0], box[0][1], box[1][1])
     if simd is None:
-        if not isinstance(part, Image.Image):
-            part = Image.fromarray(np.ascontiguousarray(part))
-        return np.asarray(part.resize((crop, crop), FILTERS[transform.interpolation], box=corners))
+        return np.asarray(_image(part).resize((crop, crop), FILTERS[transform.interpolation], box=corners))
     return _resize_simd(part.tobytes(), (right - left, bottom - top), corners, transform)
+
+
+def _image(pixels: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _resize_simd(

@@ -104,7 +104,7 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
     ErrorType(
         "decode",
         "UNKNOWN_FORMAT",
-        "not an image of a known format; the message says what it looks like",
+        "not an image of a known format; the message says what it looks like and names a command that converts it",
         "Convert it, or leave such files out by `input.extensions`.",
     ),
     ErrorType(
@@ -113,8 +113,18 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "an image whose pixels have no defined black and white, or a variant that the decoder does not know",
         "Convert it.",
     ),
-    ErrorType("decode", "TRUNCATED", "the image ends early", "Upload it again, then `retry --stage decode`."),
-    ErrorType("decode", "CORRUPT", "the image is damaged", "Upload it again, then `retry --stage decode`."),
+    ErrorType(
+        "decode",
+        "TRUNCATED",
+        "the image ends early",
+        "Upload it again, then `retry --stage decode`; or a new job with `preprocess.damaged: accept`.",
+    ),
+    ErrorType(
+        "decode",
+        "CORRUPT",
+        "the image is damaged",
+        "Upload it again, then `retry --stage decode`; or a new job with `preprocess.damaged: accept`.",
+    ),
     ErrorType(
         "decode",
         "TOO_MANY_PIXELS",

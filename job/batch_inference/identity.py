@@ -111,6 +111,7 @@ def job_identity(config: JobConfig, engine: Engine, manifest_source: str) -> dic
         "input.limit": str(section.limit),
         "preprocess.exact": str(pre.exact),
         "preprocess.pixels": EXACT_PATH if pre.exact else GPU_PATH if pre.gpu_jpeg else FAST_PATH,
+        "preprocess.damaged": pre.damaged,
         "preprocess.exif_orientation": str(pre.exif_orientation),
         "preprocess.max_pixels": str(pre.max_pixels),
         "preprocess.max_bytes": str(pre.max_bytes),
@@ -241,7 +242,12 @@ def _short(value: str | None) -> str:
 
 
 def check_columns(config: JobConfig, names: list[str]) -> None:
-    """Refuses passthrough columns that the classifier has of its own."""
+    """Refuses passthrough columns that the predictions have of their own, as far as these are known."""
+    if config.preprocess.damaged == "accept" and "damaged" in names:
+        raise UserError(
+            "the manifest has a column 'damaged', which preprocess.damaged: accept adds to the predictions",
+            "Rename it in the manifest, or set preprocess.damaged=error.",
+        )
     if config.predictor is not None:
         return
     own = ("embedding",) if config.task == "embed" else ("predicted_class_idx", "label", "confidence", "top_k")

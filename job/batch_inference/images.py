@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import struct
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from batch_inference import jpeg_files, png_files
 from batch_inference.config import PreprocessConfig
 from batch_inference.errors import RowFailure
 
@@ -35,6 +36,11 @@ _SIGNATURES = (
     (b"II+\x00", "TIFF"),
     (b"MM\x00+", "TIFF"),
 )
+# Beginnings that are not found by chance, which are looked for behind a few stray bytes: line ends, a byte order mark, a length.
+_STRONG_SIGNATURES = (b"\xff\xd8\xff", png_files.SIGNATURE, b"GIF87a", b"GIF89a")
+_MOST_STRAY_BYTES = 16
+# Where the message looks for a JPEG in a file of an unknown kind.
+_JPEG_WITHIN = 64 * 1024
 _NARROW = 16
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION_TAG = 0x0112
@@ -58,6 +64,13 @@ _TURNED_ARRAYS: dict[int, Any] = {
     8: lambda a: a[:, ::-1].swapaxes(0, 1),
 }
 
+# What Pillow says of variants that it does not decode.
+_UNSUPPORTED = ("unknown pixel mode", "unsupported", "not supported", "unknown data organization", "cannot handle")
+_FOR_IPHONES = (
+    "PNG: it is written for iPhones (chunk CgBI), which no other decoder shows; convert it: "
+    "xcrun -sdk iphoneos pngcrush -revert-iphone-optimizations IN OUT"
+)
+
 # Pillow's own limit is a warning first and an exception at twice the size; ours is one number, checked below.
 Image.MAX_IMAGE_PIXELS = None
 # What is wrong with an image goes into its row; a line on the console for each of a million would hide what matters.
@@ -74,11 +87,13 @@ class Decoded:
         pixels: RGB, 8 bit: a Pillow image, or an array of shape (height, width, 3) with any strides.
         size: Width and height of the whole image, in pixels.
         factor: How many of the image's pixels make one of these, in each direction: 1, 2, 4 or 8.
+        damaged: What is wrong with the file, where only ``preprocess.damaged: accept`` lets it pass; None for whole images.
     """
 
     pixels: Image.Image | NDArray[np.uint8]
     size: tuple[int, int]
     factor: int
+    damaged: str | None = None
 
 
 def open_image(data: bytes, config: PreprocessConfig) -> Image.Image:
@@ -89,8 +104,8 @@ def open_image(data: bytes, config: PreprocessConfig) -> Image.Image:
 
     Args:
         data: The file's content.
-        config: ``max_pixels`` and ``exif_orientation`` are used. (The orientation of TIFF is part of its pixel layout
-            and is always applied.)
+        config: ``max_pixels``, ``exif_orientation`` and ``damaged`` are used. (The orientation of TIFF is part of its pixel
+            layout and is always applied.)
 
     Returns:
         An image of mode ``RGB``, 8 bit a channel, in memory.
@@ -99,13 +114,12 @@ def open_image(data: bytes, config: PreprocessConfig) -> Image.Image:
         RowFailure: Stage ``decode`` and one of EMPTY_FILE, UNKNOWN_FORMAT, TRUNCATED, CORRUPT, TOO_MANY_PIXELS,
             UNSUPPORTED_MODE, DECODE_MEMORY. Nothing else is raised, whatever the bytes.
     """
-    pixels = _open(data, config, None).pixels
-    assert isinstance(pixels, Image.Image)  # noqa: S101 - arrays are what `open_scaled` may get
-    return pixels
+    pixels = open_scaled(data, config, None).pixels
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def open_scaled(data: bytes, config: PreprocessConfig, least: int) -> Decoded:
-    """Decodes an encoded image the fast way, and smaller where the format can.
+def open_scaled(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
+    """Decode an encoded image, smaller where the format can, and tell what is wrong with it.
 
     Pixels are those of :func:`open_image`, but for JPEG with sides of at least ``2 * least``: those are decoded at a half,
     a quarter or an eighth of their size (scaled inverse DCT), which skips most of the work.
@@ -113,17 +127,14 @@ def open_scaled(data: bytes, config: PreprocessConfig, least: int) -> Decoded:
     Args:
         data: The file's content.
         config: As for :func:`open_image`.
-        least: No side becomes shorter than this, in pixels, unless it is.
+        least: No side becomes shorter than this, in pixels, unless it is; None: decode at the image's own size.
 
     Raises:
         RowFailure: What :func:`open_image` raises, for the same bytes.
     """
-    return _open(data, config, least)
-
-
-def _open(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
     if not data:
         raise RowFailure("decode", "EMPTY_FILE", "the file has zero bytes")
+    data = _from_signature(data)
     try:
         return _decode(data, config, least)
     except RowFailure:
@@ -135,8 +146,12 @@ def _open(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
 
 
 def is_plain_jpeg(data: bytes, config: PreprocessConfig) -> bool:
-    """Whether a file is a whole JPEG that any decoder shows alike: gray or RGB, upright, of a size within ``max_pixels``."""
-    if not data.startswith(b"\xff\xd8") or _ends_early(data, "JPEG"):
+    """Whether a file is a whole JPEG that any decoder shows alike: gray or RGB, upright, of a size within ``max_pixels``.
+
+    Whole is what libjpeg-turbo has nothing to complain of, which takes half of the time of decoding it here: nvJPEG decodes
+    damaged files without a word.
+    """
+    if not data.startswith(b"\xff\xd8"):
         return False
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
@@ -144,7 +159,8 @@ def is_plain_jpeg(data: bytes, config: PreprocessConfig) -> bool:
             # A narrow strip would be resized to an enormous one, of which the center is cut out.
             narrow = max(image.size) > _NARROW * min(image.size)
             few = image.width * image.height <= config.max_pixels
-            return image.mode in ("RGB", "L") and upright and few and not narrow
+            plain = image.mode in ("RGB", "L") and upright and few and not narrow
+        return plain and jpeg_files.is_whole(data)
     except Exception:
         return False
 
@@ -167,18 +183,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decode(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
+    kind = _signature(data)
+    if kind == "JPEG":
+        return _jpeg(data, config, least)
+    if kind == "PNG":
+        return _png(data, config)
+    return _by_pillow(data, config)
+
+
+def _by_pillow(data: bytes, config: PreprocessConfig) -> Decoded:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > config.max_pixels:
-            raise RowFailure(
-                "decode",
-                "TOO_MANY_PIXELS",
-                f"{width} x {height} is {width * height:,} pixels, more than max_pixels = {config.max_pixels:,}",
-            )
-        if least is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-            scaled = _scaled_jpeg(data, image, config, least)
-            if scaled is not None:
-                return scaled
+        _check_size(image.size, config)
         image.load()
         # After load: PNG may have its EXIF behind the pixels, and TIFF has turned itself and dropped the tag by now.
         turn = _TURNS.get(_orientation(image)) if config.exif_orientation else None
@@ -189,25 +204,110 @@ def _decode(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded
         return Decoded(rgb if type(rgb) is Image.Image else rgb.copy(), rgb.size, 1)
 
 
-def _scaled_jpeg(data: bytes, image: Image.Image, config: PreprocessConfig, least: int) -> Decoded | None:
-    """What libjpeg-turbo makes of it without Pillow's detours; None where it has anything to say about the file.
+def _check_size(size: tuple[int, int], config: PreprocessConfig) -> None:
+    width, height = size
+    if width * height > config.max_pixels:
+        raise RowFailure(
+            "decode",
+            "TOO_MANY_PIXELS",
+            f"{width} x {height} is {width * height:,} pixels, more than max_pixels = {config.max_pixels:,}",
+        )
 
-    Pillow then decides whether what is wrong with it matters. What this way accepts, Pillow does, with the same pixels.
-    """
+
+def _jpeg(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
+    tidied: jpeg_files.Tidied | None = None
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2, strict=True)
-    except (ValueError, MemoryError):
-        return None
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+    except Exception:
+        # Pillow does not open what has bytes between the first markers.
+        tidied = jpeg_files.tidied(data)
+        if tidied is None:
+            raise
+        image = Image.open(io.BytesIO(tidied.data), formats=("JPEG",))
+    with image:
+        _check_size(image.size, config)
+        try:
+            return _jpeg_pixels(data, image, config, least)
+        except ValueError as exc:
+            complaint = str(exc)
+        tidied = tidied or jpeg_files.tidied(data)
+        if tidied is None:
+            return _by_pillow(data, config)
+        if tidied.complete:
+            try:
+                return _jpeg_pixels(tidied.data, image, config, least)
+            except ValueError as exc:
+                complaint = str(exc)
+            if not jpeg_files.is_about_data(complaint):
+                # A kind that only Pillow decodes, such as one of unusual subsampling. It does not tell of damage.
+                return _by_pillow(tidied.data if tidied.ended else data, config)
+        if not tidied.ended:
+            failure = RowFailure(
+                "decode", "TRUNCATED", f"the JPEG file ends early, at {len(data):,} bytes ({_lower(complaint)})"
+            )
+        else:
+            failure = RowFailure("decode", "CORRUPT", f"the JPEG file is damaged: {_lower(complaint)}")
+        if config.damaged == "error":
+            raise failure
+        try:
+            return replace(_jpeg_pixels(tidied.data, image, config, least, strict=False), damaged=failure.error.message)
+        except ValueError:
+            raise failure from None
+
+
+def _lower(complaint: str) -> str:
+    """Make a complaint of libjpeg a part of a sentence."""
+    text = complaint.removeprefix("Corrupt JPEG data: ").removeprefix("Warning: ")
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _jpeg_pixels(
+    data: bytes, image: Image.Image, config: PreprocessConfig, least: int | None, *, strict: bool = True
+) -> Decoded:
+    """Decode a JPEG of the size, mode and orientation of ``image``; raise ValueError with what the decoder complains of."""
+    pixels = jpeg_files.pixels(data, image.mode, least, strict=strict)
     width, height = image.size
     factor = next((f for f in (1, 2, 4, 8) if pixels.shape[:2] == (-(-height // f), -(-width // f))), None)
     if factor is None:
-        return None
+        raise ValueError("its headers say different sizes")
+    if image.mode == "CMYK":
+        ink = Image.frombuffer("CMYK", image.size, pixels, "raw", "CMYK", 0, 1)
+        pixels = np.asarray(ink.convert("RGB"))
     orientation = _orientation(image) if config.exif_orientation else 1
     if orientation in _TURNED_ARRAYS:
         pixels = _TURNED_ARRAYS[orientation](pixels)
         if orientation >= 5:
             width, height = height, width
     return Decoded(pixels, (width, height), factor)
+
+
+def _png(data: bytes, config: PreprocessConfig) -> Decoded:
+    found = png_files.chunks(data, orientation=config.exif_orientation)
+    if found.for_iphones:
+        raise RowFailure("decode", "UNSUPPORTED_MODE", _FOR_IPHONES)
+    if found.header is not None:
+        _check_size(found.header[:2], config)
+    complaint = found.complaint
+    if complaint is None:
+        try:
+            return _by_pillow(found.file(), config)
+        except (RowFailure, MemoryError):
+            raise
+        except Exception as exc:
+            failure = _explain(data, exc)
+    elif found.cut:
+        failure = RowFailure("decode", "TRUNCATED", f"the PNG file ends early, at {len(data):,} bytes ({complaint})")
+    else:
+        failure = RowFailure("decode", "CORRUPT", f"the PNG file is damaged: {complaint}")
+    patched = found.patched() if config.damaged == "accept" else None
+    if patched is None or failure.error.error_type not in ("TRUNCATED", "CORRUPT"):
+        raise failure
+    try:
+        return replace(_by_pillow(patched.file(), config), damaged=failure.error.message)
+    except (RowFailure, MemoryError):
+        raise
+    except Exception:
+        raise failure from None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -248,9 +348,9 @@ def _from_sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 def _explain(data: bytes, exc: Exception) -> RowFailure:
-    """Sorts Pillow's exceptions, whose types say little, by what the bytes look like."""
+    """Sort Pillow's exceptions, whose types say little, by what the bytes look like."""
     kind = _signature(data)
-    if kind is None:
+    if kind is None or (kind == "TIFF" and _known_as(data) is not None):
         return RowFailure("decode", "UNKNOWN_FORMAT", f"not an image of a known format: {_describe(data)}")
     if isinstance(exc, UnidentifiedImageError):
         exc = _reason(data, kind) or exc
@@ -258,7 +358,7 @@ def _explain(data: bytes, exc: Exception) -> RowFailure:
     low = text.lower()
     if isinstance(exc, MemoryError):
         return RowFailure("decode", "DECODE_MEMORY", "not enough memory to decode the image")
-    if any(word in low for word in ("unknown pixel mode", "unsupported", "not supported", "unknown data organization")):
+    if any(word in low for word in _UNSUPPORTED):
         return RowFailure("decode", "UNSUPPORTED_MODE", f"{kind}: {text}")
     if isinstance(exc, (EOFError, struct.error)) or "truncated" in low or _ends_early(data, kind):
         return RowFailure("decode", "TRUNCATED", f"the {kind} file ends early, at {len(data):,} bytes ({text})")
@@ -269,6 +369,19 @@ def _signature(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     return next((kind for magic, kind in _SIGNATURES if data.startswith(magic)), None)
+
+
+def _from_signature(data: bytes) -> bytes:
+    """Leave out a few stray bytes before an image's first ones."""
+    if _signature(data) is not None:
+        return data
+    head = data[: _MOST_STRAY_BYTES + 16]
+    places = [head.find(magic) for magic in _STRONG_SIGNATURES]
+    webp = head.find(b"RIFF")
+    if webp >= 0 and data[webp + 8 : webp + 12] == b"WEBP":
+        places.append(webp)
+    first = min((place for place in places if 0 <= place <= _MOST_STRAY_BYTES), default=0)
+    return data[first:]
 
 
 def _reason(data: bytes, kind: str) -> Exception | None:
@@ -295,20 +408,76 @@ def _ends_early(data: bytes, kind: str) -> bool:
     return False
 
 
+# Other formats, by bytes at an offset: what they are called, and a command that makes an image of one.
+_MAGICK = "magick IN OUT.png"
+_RAW = "dcraw_emu -T IN, or exiftool -b -PreviewImage IN for the picture that the camera put in"
+_OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 image", _MAGICK),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image", _MAGICK),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image", "djxl IN OUT.png"),
+    (0, b"\xff\x0a", "a JPEG XL image", "djxl IN OUT.png"),
+    (0, b"8BPS", "a Photoshop document (PSD)", "magick 'IN[0]' OUT.png"),
+    (128, b"DICM", "a DICOM image", "dcmj2pnm --write-png IN OUT.png"),
+    (4, b"ftypcrx", "a raw image of a Canon camera (CR3)", _RAW),
+    (8, b"CR\x02", "a raw image of a Canon camera (CR2)", _RAW),
+    (0, b"FUJIFILMCCD-RAW", "a raw image of a Fujifilm camera (RAF)", _RAW),
+    (0, b"IIU\x00", "a raw image of a Panasonic camera (RW2)", _RAW),
+    (0, b"IIRO", "a raw image of an Olympus camera (ORF)", _RAW),
+    (0, b"\x00\x00\x01\x00", "an icon (ICO)", _MAGICK),
+    (0, b"v/1\x01", "an OpenEXR image", _MAGICK),
+    (0, b"#?RADIANCE", "a Radiance HDR image", _MAGICK),
+    (0, b"qoif", "a QOI image", _MAGICK),
+    (0, b"DDS ", "a DirectDraw surface (DDS)", _MAGICK),
+    (0, b"SIMPLE  =", "a FITS image", _MAGICK),
+    (0, b"%!PS", "a PostScript document", "magick -density 150 IN OUT.png"),
+    (0, b"\x93NUMPY", "an array of NumPy (.npy)", "PIL.Image.fromarray(numpy.load(IN)).save(OUT)"),
+    (0, b"\x1aE\xdf\xa3", "a video (Matroska, WebM)", "ffmpeg -i IN OUT-%05d.jpg"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS instead of the file", "git lfs pull"),
+)
+# Brands of ISO's container, in which both pictures and videos come.
+_BRANDS = {
+    b"avif": ("an AVIF image", "avifdec IN OUT.png"),
+    b"avis": ("a sequence of AVIF images", "avifdec IN OUT.png"),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+        ("a HEIC image", "heif-convert IN OUT.png"),
+    ),
+}
+
+
+def _known_as(data: bytes) -> tuple[str, str] | None:
+    """Return what a file of a format that is not read here is called, and a command that converts it."""
+    for at, magic, name, command in _OTHERS:
+        if data.startswith(magic, at):
+            return name, command
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], ("a video (MP4, MOV)", "ffmpeg -i IN OUT-%05d.jpg"))
+    if re.match(rb"P[1-7Ff]\s", data[:3]):
+        return "a Netpbm image (PBM, PGM, PPM, PFM)", _MAGICK
+    return None
+
+
 def _describe(data: bytes) -> str:
-    """What the first bytes look like, in printable characters."""
+    """What the first bytes look like, in printable characters, and what to do about it."""
+    known = _known_as(data)
+    if known is not None:
+        verb = "fetch" if "Git LFS" in known[0] else "convert"
+        return f"it looks like {known[0]}, which is not read here; {verb} it: {known[1]}"
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     start = ascii(data[:24].decode("latin-1"))
     if head.startswith((b"<!doctype html", b"<html")):
         return f"it looks like an HTML page (an error page saved as an image?), starting with {start}"
     if head.startswith((b"<?xml", b"<svg", b"<error")):
         return f"it looks like XML or SVG, starting with {start}"
-    if data[4:8] == b"ftyp":
-        return f"it looks like HEIC, AVIF or a video, which are not supported, starting with {start}"
     if data.startswith(b"%PDF"):
         return f"it looks like a PDF document, starting with {start}"
     if data.startswith((b"PK\x03\x04", b"\x1f\x8b")):
         return f"it looks like a compressed archive, starting with {start}"
+    if (place := _jpeg_inside(data)) is not None:
+        return (
+            f"it starts with {start}, and a JPEG image follows at byte {place:,}; leave out what is before it: "
+            f"tail -c +{place + 1} IN > OUT.jpg"
+        )
     if not data[:512].strip(b"\x00"):
         return f"it starts with {min(len(data), 512)} zero bytes"
     try:
@@ -319,6 +488,18 @@ def _describe(data: bytes) -> str:
     except UnicodeDecodeError:
         pass
     return f"it starts with {start}"
+
+
+def _jpeg_inside(data: bytes) -> int | None:
+    """Return where in a file a JPEG begins that can be opened."""
+    place = data.find(b"\xff\xd8\xff", 0, _JPEG_WITHIN)
+    if place < 0:
+        return None
+    try:
+        Image.open(io.BytesIO(data[place:]), formats=("JPEG",)).close()
+    except Exception:
+        return None
+    return place
 
 
 def _mostly_printable(sample: bytes) -> bool:

@@ -39,8 +39,11 @@ RESULT_SCHEMA = pa.schema(
         ("decode_s", pa.float32()),
         ("infer_s", pa.float32()),
         ("retries", pa.int32()),
+        ("image_damage", pa.string()),
     ]
 )
+#: Column of the predictions that says what is wrong with an image, where ``preprocess.damaged: accept`` lets it pass.
+DAMAGED = "damaged"
 END_OF_JOB = "END_OF_JOB"
 # An image alone may have been the victim of a node that was lost, or of a neighbour's memory, so that it gets another chance.
 _TRIES_ALONE = 2
@@ -103,6 +106,7 @@ class InferenceActor:
         telemetry: Whose log lines and metrics this process's are; None: they are nobody's.
         batch_size: Images that Ray Data puts into one table; None if that is not known.
         device: What metrics call it: ``gpu`` or ``cpu``.
+        marks_damage: Whether predictions have a column :data:`DAMAGED`.
     """
 
     def __init__(
@@ -114,7 +118,9 @@ class InferenceActor:
         telemetry: Telemetry | None = None,
         batch_size: int | None = None,
         device: str = "cpu",
+        marks_damage: bool = False,
     ) -> None:
+        self._marks_damage = marks_damage
         self._writers = writers
         self._batch_size = batch_size
         self._device = device
@@ -157,9 +163,11 @@ class InferenceActor:
             structlog.contextvars.bind_contextvars(shard=table["shard"][0].as_py())
         try:
             result, predictions = self._carefully(table, self._journal) if self._journal else self._predicted(table)
+            good = result["error_type"].is_null().to_numpy()
+            if predictions is not None:
+                predictions = self._marked(predictions, result["image_damage"].filter(pa.array(good)))
         except BatchInferenceError as exc:
             return _end_of_job(exc)
-        good = result["error_type"].is_null().to_numpy()
         if self._writers:
             self._send(result.select(["shard", "row"]).filter(pa.array(good)), predictions)
             return result
@@ -169,10 +177,23 @@ class InferenceActor:
             return result
         # Every row has a place in the columns of predictions, null where it failed.
         index = pa.array(np.cumsum(good) - 1, mask=~good)
-        full = predictions if predictions is not None else CLASSIFIER_SCHEMA.empty_table()
+        full = predictions
+        if full is None:
+            full = self._marked(CLASSIFIER_SCHEMA.empty_table(), pa.chunked_array([], pa.string()))
         for field, column in zip(full.schema, full.columns, strict=True):
             result = result.append_column(field, column.combine_chunks().take(index))
         return result
+
+    def _marked(self, predictions: pa.Table, damage: pa.ChunkedArray) -> pa.Table:
+        """Add what is wrong with each image, where ``preprocess.damaged`` lets damaged ones pass."""
+        if not self._marks_damage:
+            return predictions
+        if DAMAGED in predictions.column_names:
+            raise UserError(
+                f"the predictor's column {DAMAGED!r} has the name of the one that preprocess.damaged: accept adds",
+                "Rename it, or set preprocess.damaged=error.",
+            )
+        return predictions.append_column(pa.field(DAMAGED, pa.string()), damage)
 
     def _predicted(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
         """Rows of ``RESULT_SCHEMA``, and the predictions of those without an error, in their order."""
@@ -296,6 +317,7 @@ def _result(table: pa.Table, failures: dict[int, RowError], infer_s: np.ndarray)
         table["shard"], table["row"],
         *with_failures(table, failures).values(),
         table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer_s), table["retries"],
+        table["image_damage"],
     ]  # fmt: skip
     return pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)
 

@@ -23,10 +23,9 @@ from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batch_inference.config import PreprocessConfig
-from batch_inference.decoding import pixels_of
+from batch_inference.decoding import Pixels, pixels_of
 from batch_inference.errors import RowError, RowFailure, SystemFault
 from batch_inference.transform import Transform
 
@@ -65,7 +64,7 @@ class Helper:
     def __exit__(self, *args: object) -> None:
         self._stop()
 
-    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+    def pixels(self, data: bytes) -> Pixels:
         """What :func:`~batch_inference.decoding.pixels_of` gives.
 
         Raises:
@@ -77,8 +76,8 @@ class Helper:
             if isinstance(answer, RowError):
                 raise _failure(answer)
             if isinstance(answer, tuple):
-                shape, pixels = answer
-                return np.frombuffer(pixels, np.uint8).reshape(shape)
+                shape, pixels, damaged = answer
+                return Pixels(np.frombuffer(pixels, np.uint8).reshape(shape), damaged)
             if answer != signal.SIGKILL or not left:
                 raise self._death(answer, "decod", "the image")
         raise AssertionError  # the last try has returned or raised
@@ -244,10 +243,10 @@ def _answer(connection: Connection[Any, Any], preprocess: PreprocessConfig, tran
         connection.send(answer)
 
 
-def _decode(data: bytes, preprocess: PreprocessConfig, transform: Transform | None) -> tuple[Any, bytes] | RowError:
+def _decode(data: bytes, preprocess: PreprocessConfig, transform: Transform | None) -> tuple[Any, ...] | RowError:
     try:
-        pixels = pixels_of(data, preprocess, transform)
-        return pixels.shape, pixels.tobytes()
+        pixels, damaged = pixels_of(data, preprocess, transform)
+        return pixels.shape, pixels.tobytes(), damaged
     except RowFailure as exc:
         return exc.error
     except MemoryError:

@@ -119,6 +119,7 @@ def build(
             telemetry,
             batch_size,
             "gpu" if section.gpus_per_actor else "cpu",
+            config.preprocess.damaged == "accept",
         ),
         batch_size=batch_size,
         batch_format="pyarrow",

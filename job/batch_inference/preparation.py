@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from batch_inference.config import PreprocessConfig, StorageConfig
-from batch_inference.decoding import GPU_FILTERS, pixels_of
+from batch_inference.decoding import GPU_FILTERS, Pixels, pixels_of
 from batch_inference.errors import NOT_TRIED, SYSTEMIC_ERROR_TYPES, BatchInferenceError, RowError, RowFailure
 from batch_inference.fetcher import Answer, Fetcher
 from batch_inference.images import is_plain_jpeg
@@ -29,7 +29,7 @@ from batch_inference.prefixes import Prefixes
 from batch_inference.runs import Failed, Fetched, Run, fetched
 from batch_inference.transform import Transform
 
-Decode: TypeAlias = Callable[[bytes], np.ndarray]
+Decode: TypeAlias = Callable[[bytes], Pixels]
 
 # What travels from the CPU tasks to the actors. Pixels are plain bytes rather than a tensor column: rows that failed
 # have none, images of different sizes need no common type, and the actor reads them without a copy.
@@ -49,6 +49,7 @@ PREPARED_SCHEMA = pa.schema(
         ("fetch_s", pa.float32()),
         ("decode_s", pa.float32()),
         ("retries", pa.int32()),
+        ("image_damage", pa.string()),
     ]
 )
 # Blocks of about this size let the actors start while the rest of the shard is still being decoded.
@@ -89,7 +90,8 @@ class Preparation:
 
         Yields:
             Tables of :data:`PREPARED_SCHEMA`; ``pixels`` is RGB uint8, height x width x 3, row by row, or a JPEG file where
-            ``height`` is 0 (``preprocess.gpu_jpeg``). Rows come in their order, members of a file in that of the file.
+            ``height`` is 0 (``preprocess.gpu_jpeg``). ``image_damage`` says what is wrong with one that
+            ``preprocess.damaged: accept`` lets pass. Rows come in their order, members of a file in that of the file.
         """
         fetcher = Fetcher.of_process(self.storage)
         fetcher.take_retries()  # another task's
@@ -134,7 +136,7 @@ class Preparation:
         watch = Watch(self.preprocess.decode_timeout_s)
         stack.callback(watch.end)
 
-        def pixels(data: bytes) -> np.ndarray:
+        def pixels(data: bytes) -> Pixels:
             with watch:
                 return self._pixels(data)
 
@@ -184,7 +186,7 @@ class Preparation:
         if one.error is None:
             start = time.perf_counter()
             try:
-                out.pixels = pixels(one.data)
+                out.pixels, out.damaged = pixels(one.data)
             except RowFailure as exc:
                 out.error = exc.error
             except BatchInferenceError:
@@ -194,10 +196,10 @@ class Preparation:
             out.decode_s = time.perf_counter() - start
         return out
 
-    def _pixels(self, data: bytes) -> np.ndarray:
+    def _pixels(self, data: bytes) -> Pixels:
         on_gpu = self.preprocess.gpu_jpeg and self.transform is not None and self.transform.interpolation in GPU_FILTERS
         if on_gpu and is_plain_jpeg(data, self.preprocess):
-            return np.frombuffer(data, np.uint8)
+            return Pixels(np.frombuffer(data, np.uint8))
         return pixels_of(data, self.preprocess, self.transform)
 
 
@@ -230,6 +232,7 @@ class _Prepared:
     bytes: int
     fetch_s: float
     decode_s: float
+    damaged: str | None = None
 
 
 class _Block:
@@ -273,6 +276,7 @@ class _Block:
             [i.fetch_s for i in items],
             [i.decode_s for i in items],
             [retries] + [0] * (len(items) - 1),
+            [i.damaged for i in items],
         ]
         arrays = [
             c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, PREPARED_SCHEMA, strict=True)

@@ -186,7 +186,11 @@ class Trial:
             num_cpus=section.cpus_per_actor,
             resources={} if kind is None else {kind: 0.001},
             max_restarts=0,
-        )(TrialActor).remote(without_output(self._engine, self._config).factory, self._engine.decoder)
+        )(TrialActor).remote(
+            without_output(self._engine, self._config).factory,
+            self._engine.decoder,
+            self._config.preprocess.damaged == "accept",
+        )
         try:
             first: pa.Table = _get(actor.predict.remote(rows, batch))
             load_s = time.perf_counter() - begun
@@ -279,8 +283,8 @@ class Trial:
 class TrialActor:
     """One actor as the job would have, that measures itself."""
 
-    def __init__(self, factory: Any, decoder: Any) -> None:
-        self._actor = InferenceActor(factory, [], decoder)
+    def __init__(self, factory: Any, decoder: Any, marks_damage: bool = False) -> None:
+        self._actor = InferenceActor(factory, [], decoder, marks_damage=marks_damage)
 
     def predict(self, rows: pa.Table, batch: int | None) -> pa.Table:
         """Predicts so many rows at once, some of them several times where there are fewer; None: all as they are."""

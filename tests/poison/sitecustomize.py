@@ -32,13 +32,13 @@ def swallow(kind: bytes) -> None:
 
 
 def poisoned_images(module):  # type: ignore[no-untyped-def]
-    real = module._open
+    real = module._decode
 
     def poisoned(data, *args):  # type: ignore[no-untyped-def]
         take(bytes(data[-32:]), b"POISON:")
         return real(data, *args)
 
-    module._open = poisoned
+    module._decode = poisoned
 
 
 def poisoned_pages(module):  # type: ignore[no-untyped-def]

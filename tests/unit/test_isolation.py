@@ -48,21 +48,21 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Helper]:
 
 
 def test_pixels_are_those_of_this_process(helper: Helper) -> None:
-    assert np.array_equal(helper.pixels(GOOD), pixels_of(GOOD, CONFIG, Transform()))
+    assert np.array_equal(helper.pixels(GOOD).values, pixels_of(GOOD, CONFIG, Transform()).values)
     with Helper(CONFIG, None) as whole:
-        assert np.array_equal(whole.pixels(GOOD), pixels_of(GOOD, CONFIG, None))
+        assert np.array_equal(whole.pixels(GOOD).values, pixels_of(GOOD, CONFIG, None).values)
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_kills_the_process_is_the_row_s_failure_and_no_other_s(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(POISON))
     with Helper(HURRIED if kind == "hang" else CONFIG, Transform()) as helper:
-        expected = helper.pixels(GOOD)
+        expected = helper.pixels(GOOD).values
         for _ in range(2):
             with pytest.raises(RowFailure) as caught:
                 helper.pixels(poison(kind))
             assert (caught.value.error.stage, caught.value.error.error_type) == ("decode", TYPES[kind])
-            assert np.array_equal(helper.pixels(GOOD), expected)
+            assert np.array_equal(helper.pixels(GOOD).values, expected)
 
 
 def test_ordinary_failures_are_what_they_are_without_it(helper: Helper) -> None:
@@ -78,7 +78,7 @@ def test_an_image_larger_than_the_memory_is_one_row(helper: Helper) -> None:
     with pytest.raises(RowFailure) as caught:
         helper.pixels(large)
     assert caught.value.error.error_type == "DECODE_MEMORY"
-    assert helper.pixels(GOOD).shape == (224, 224, 3)
+    assert helper.pixels(GOOD).values.shape == (224, 224, 3)
 
 
 def test_a_helper_that_does_not_start_is_no_image_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from batch_inference import decoding, preparation
 from batch_inference.config import PreprocessConfig, StorageConfig
+from batch_inference.decoding import Pixels
 from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Fetcher
 from batch_inference.images import Decoded
@@ -149,7 +150,7 @@ def test_a_defect_of_ours_costs_one_row_and_not_the_job(tmp_path: Path, monkeypa
     (tmp_path / "b.jpg").write_bytes(b"trap")
     real = preparation.pixels_of
 
-    def pixels_of(data: bytes, *args: Any) -> np.ndarray:
+    def pixels_of(data: bytes, *args: Any) -> Pixels:
         if data == b"trap":
             raise ZeroDivisionError("oops")
         return real(data, *args)
@@ -282,7 +283,7 @@ def test_as_many_threads_decode_as_a_task_has_cpus(cpus: int, monkeypatch: pytes
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     lock, now, most = threading.Lock(), 0, 0
 
-    def pixels(self: Preparation, data: bytes) -> np.ndarray:
+    def pixels(self: Preparation, data: bytes) -> Pixels:
         nonlocal now, most
         with lock:
             now += 1
@@ -290,7 +291,7 @@ def test_as_many_threads_decode_as_a_task_has_cpus(cpus: int, monkeypatch: pytes
         time.sleep(0.01)
         with lock:
             now -= 1
-        return np.zeros((1, 1, 3), np.uint8)
+        return Pixels(np.zeros((1, 1, 3), np.uint8))
 
     monkeypatch.setattr(Preparation, "_pixels", pixels)
     prepare([f"{tmp_path}/a.jpg"] * 30, cpus_per_task=cpus)
