@@ -251,7 +251,7 @@ def _explain(data: bytes, exc: Exception) -> RowFailure:
     """Sorts Pillow's exceptions, whose types say little, by what the bytes look like."""
     kind = _signature(data)
     if kind is None:
-        return RowFailure("decode", "UNKNOWN_FORMAT", f"not an image of a known format: {_describe(data)}")
+        return RowFailure("decode", "UNKNOWN_FORMAT", f"not an image of a known format: {describe(data)}")
     if isinstance(exc, UnidentifiedImageError):
         exc = _reason(data, kind) or exc
     text = " ".join(str(exc).split()) or type(exc).__name__
@@ -295,8 +295,8 @@ def _ends_early(data: bytes, kind: str) -> bool:
     return False
 
 
-def _describe(data: bytes) -> str:
-    """What the first bytes look like, in printable characters."""
+def describe(data: bytes) -> str:
+    """Return what the first bytes of a file look like, in printable characters."""
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     start = ascii(data[:24].decode("latin-1"))
     if head.startswith((b"<!doctype html", b"<html")):
