@@ -41,6 +41,49 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "Allow the place, or leave the line out; a new job.",
     ),
     ErrorType(
+        "list",
+        "EMPTY_FILE",
+        "the tar or Parquet file has no bytes; its images are not known",
+        "Upload it again; a new job.",
+    ),
+    ErrorType(
+        "list",
+        "UNKNOWN_FORMAT",
+        "the file is named like a tar or Parquet file and is something else; the message says what it looks like",
+        "Make or upload it again, or leave it out; a new job.",
+    ),
+    ErrorType(
+        "list",
+        "TRUNCATED",
+        "the tar or Parquet file ends too early; images before that place in a tar file are rows of their own, others are not known",
+        "Upload it again; a new job.",
+    ),
+    ErrorType(
+        "list",
+        "CORRUPT",
+        "the tar or Parquet file is damaged at the byte in the message; images before it in a tar file are rows of their own, "
+        "others are not known",
+        "Make or upload it again; a new job.",
+    ),
+    ErrorType(
+        "list",
+        "UNREADABLE",
+        "the tar or Parquet file may not be read, or is gone; its images are not known",
+        "Make it readable; a new job.",
+    ),
+    ErrorType(
+        "list",
+        "NO_IMAGE_COLUMN",
+        "the Parquet file has no column of encoded images, or more than one; the message says which way it can be read",
+        "As the message says; a new job.",
+    ),
+    ErrorType(
+        "list",
+        "SPARSE_MEMBER",
+        "the tar file's member is stored as a sparse file, which is not in one piece",
+        "Make the archive without `--sparse`; a new job.",
+    ),
+    ErrorType(
         "fetch",
         "NOT_FOUND",
         "there is no such object, file, member or bytes",

@@ -83,13 +83,22 @@ class RowError:
 
 
 class RowFailure(Exception):  # noqa: N818
-    """Carries a :class:`RowError` out of nested calls; never leaves the task that handles the row."""
+    """Carries a :class:`RowError` out of nested calls; never leaves the task that handles the row.
 
-    def __init__(self, stage: Stage, error_type: str, message: str, retryable: bool = False) -> None:
+    Args:
+        stage: Where it failed.
+        error_type: Kind in capitals.
+        message: The fact.
+        retryable: Whether the same input may well succeed another time.
+        remedy: What to do in this case, where the remedy of the error type does not say it; the row's message ends with it.
+    """
+
+    def __init__(self, stage: Stage, error_type: str, message: str, retryable: bool = False, remedy: str = "") -> None:
         super().__init__(message)
         # One line, of bounded length: messages of libraries can hold whole documents.
-        line = " ".join(message.split())
-        self.error = RowError(stage, error_type, line[:500], retryable)
+        self.fact = " ".join(message.split())[:500]
+        self.remedy = remedy
+        self.error = RowError(stage, error_type, f"{self.fact}. {remedy}" if remedy else self.fact, retryable)
 
 
 # A row that no attempt was made for, after too many others of its shard had failed for one of the reasons below.

@@ -351,7 +351,7 @@ def _explain(data: bytes, exc: Exception) -> RowFailure:
     """Sort Pillow's exceptions, whose types say little, by what the bytes look like."""
     kind = _signature(data)
     if kind is None or (kind == "TIFF" and _known_as(data) is not None):
-        return RowFailure("decode", "UNKNOWN_FORMAT", f"not an image of a known format: {_describe(data)}")
+        return RowFailure("decode", "UNKNOWN_FORMAT", f"not an image of a known format: {describe(data)}")
     if isinstance(exc, UnidentifiedImageError):
         exc = _reason(data, kind) or exc
     text = " ".join(str(exc).split()) or type(exc).__name__
@@ -457,8 +457,8 @@ def _known_as(data: bytes) -> tuple[str, str] | None:
     return None
 
 
-def _describe(data: bytes) -> str:
-    """What the first bytes look like, in printable characters, and what to do about it."""
+def describe(data: bytes) -> str:
+    """Return what the first bytes of a file look like, in printable characters, and what to do about it."""
     known = _known_as(data)
     if known is not None:
         verb = "fetch" if "Git LFS" in known[0] else "convert"

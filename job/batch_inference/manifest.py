@@ -109,6 +109,8 @@ def find_inputs(config: JobConfig) -> Inputs:
     if found.table.num_rows == 0:
         raise UserError(_nothing_found(section, found), "Check the location, input.extensions and input.recursive.")
     table = found.table
+    if failing := containers.refuse_failed(table):
+        log.warning(failing)
     if section.sample is not None and section.sample < table.num_rows:
         chosen = np.random.default_rng(section.sample_seed).choice(table.num_rows, section.sample, replace=False)
         table = table.take(np.sort(chosen))
@@ -212,6 +214,7 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     files: list[str] = []
     members: list[str] = []
     empty: list[str] = []
+    packed: list[str] = []
     for given in section.uris:
         place = canonical_uri(given)
         containers.refuse_compressed(place)
@@ -228,7 +231,9 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
                 files.append(uri)
                 continue
             if not named and section.extensions and ending not in section.extensions:
-                skipped[ending] = skipped.get(ending, 0) + 1
+                if archive := containers.compressed_ending(uri):
+                    packed.append(uri)
+                skipped[archive or ending] = skipped.get(archive or ending, 0) + 1
                 continue
             # Names that are not UTF-8 can't be columns' values; so spelt, they end as error rows like anything else missing.
             batch.append(uri if uri.isascii() else uri.encode("utf-8", "backslashreplace").decode())
@@ -241,6 +246,11 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     if empty and len(section.uris) > 1:
         raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
     every = pa.concat_tables([*chunks, _objects(batch, versions)])
+    if packed:
+        archives, remedy = containers.left_out(packed), containers.unpacking(packed)
+        if not every.num_rows and not files and not members:
+            raise UserError(f"no images in {', '.join(section.uris)}; {archives}", remedy)
+        log.warning(f"{archives}. {remedy}")
     objects = _sorted_distinct(every)
     duplicates = every.num_rows - objects.num_rows
     if objects["_version"].null_count == objects.num_rows:
@@ -254,7 +264,7 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
             "Leave them out, or rename them in the files.",
         )
     found = containers.listed(files, members, section, storage)
-    for note in found.notes:
+    for note in containers.told(found.notes):
         log.warning(note)
     return Inputs(
         plain_inputs(_interleaved(objects, found.tables)),
@@ -368,10 +378,11 @@ def with_places(table: pa.Table, section: InputConfig, storage: StorageConfig) -
     """Adds the columns of ``PLACE_SCHEMA`` behind ``uri``, if any of the inputs is a member of a tar or Parquet file.
 
     Raises:
-        UserError: If such a file is not what its name says, or can't be read. One that is missing is its members' failure.
+        UserError: If there are no valid credentials. A file that is missing or damaged is its members' failure.
+        SystemFault: If the store fails.
     """
     places, notes = containers.places(table["uri"], section, storage)
-    for note in notes:
+    for note in containers.told(notes):
         log.warning(note)
     if places is None:
         return table
@@ -386,7 +397,7 @@ def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
     if is_local(uri) and os.path.isfile(local_path(uri)):
         raise UserError(
             f"{display(uri)} has no ending that says what kind of manifest it is",
-            "Name it .parquet, .csv, .jsonl, .ndjson or .txt.",
+            _ending_remedy(display(uri).rpartition("/")[2]),
         )
     parts = sorted(found.uri for found in list_uris(uri, True, storage) if found.uri.lower().endswith(".parquet"))
     if not parts:
@@ -397,8 +408,23 @@ def _manifest_files(uri: str, storage: StorageConfig) -> list[str]:
     return parts
 
 
+def _ending_remedy(file: str) -> str:
+    """Return what makes a manifest of a file whose ending is none of a manifest's."""
+    stem, _, ending = file.rpartition(".")
+    known = {
+        "tsv": f'Make commas of its tabs: python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, '
+        f"delimiter='\\t'))\" < '{file}' > '{stem}.csv'",
+        "json": f"Write one object a line: jq -c '.[]' '{file}' > '{stem}.jsonl'",
+        "gz": f"Unpack it: gunzip '{file}'",
+        "zst": f"Unpack it: unzstd '{file}'",
+        "xlsx": "Save it as CSV in UTF-8.",
+    }
+    return known.get(ending.lower(), "Name it .parquet, .csv, .jsonl, .ndjson or .txt.")
+
+
 def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
     ending = posixpath.splitext(uri.lower())[1]
+    _refuse_other_format(uri, data, ending)
     try:
         if ending == ".parquet":
             return plain_inputs(_valid(read_parquet(data)), whole=False)
@@ -411,8 +437,55 @@ def _parse_manifest(uri: str, data: bytes, uri_column: str) -> pa.Table:
     except (pa.ArrowException, UnicodeDecodeError, OSError, ValueError) as exc:
         raise UserError(
             f"{display(uri)} is not a readable {ending.lstrip('.')} manifest: {' '.join(str(exc).split())[:300]}",
-            "Mend the file, or name it by its real format.",
+            "Fix the file, or name it by its real format.",
         ) from None
+
+
+# What other files begin with that are named like manifests, and the command that makes a manifest of them.
+_OTHER_FORMATS = (
+    (b"\xff\xfe\0\0", "UTF-32 text", "iconv -f UTF-32 -t UTF-8 '{file}' > 'utf8-{file}'"),
+    (b"\0\0\xfe\xff", "UTF-32 text", "iconv -f UTF-32 -t UTF-8 '{file}' > 'utf8-{file}'"),
+    (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 '{file}' > 'utf8-{file}'"),
+    (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 '{file}' > 'utf8-{file}'"),
+    (b"\x1f\x8b", "compressed by gzip", "gunzip < '{file}' > 'plain-{file}'"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unzstd < '{file}' > 'plain-{file}'"),
+    (b"PK\x03\x04", "a zip file or an Excel workbook", ""),
+    (b"PAR1", "a Parquet file", "mv '{file}' '{stem}.parquet'"),
+)
+
+
+def _refuse_other_format(uri: str, data: bytes, ending: str) -> None:
+    """Raise UserError for a manifest of text that begins like something else, with what makes text of it."""
+    if ending == ".parquet":
+        return
+    file = display(uri).rpartition("/")[2]
+
+    def refuse(what: str, command: str) -> None:
+        raise UserError(
+            f"{display(uri)} is {what}, not a {ending.lstrip('.')} manifest in UTF-8",
+            f"Run: {command.format(file=file, stem=file.rpartition('.')[0])}   and name the new file."
+            if command
+            else "Save it as CSV in UTF-8 and name that file.",
+        )
+
+    for start, what, command in _OTHER_FORMATS:
+        if data.startswith(start):
+            refuse(what, command)
+    # Without a mark at its start: a text of ASCII in UTF-16 is zeros at every second byte.
+    head = data[:512]
+    for zeros, order in ((head[1::2], "LE"), (head[::2], "BE")):
+        if len(head) > 3 and not zeros.strip(b"\0"):
+            refuse("UTF-16 text", f"iconv -f UTF-16{order} -t UTF-8 '{{file}}' > 'utf8-{{file}}'")
+    if ending in (".jsonl", ".ndjson") and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        refuse("one JSON array, not one object a line", "jq -c '.[]' '{file}' > 'lines-{file}'")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        refuse(
+            f"text in another encoding than UTF-8 (byte {exc.object[exc.start]:#04x} in line {line:,})",
+            "iconv -f WINDOWS-1252 -t UTF-8 '{file}' > 'utf8-{file}'",
+        )
 
 
 def _valid(table: pa.Table) -> pa.Table:
@@ -451,8 +524,7 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     if section.uri_column not in names:
         raise UserError(
             f"the manifest {given} has no column {section.uri_column!r}; it has: {', '.join(names)}",
-            "Set input.uri_column to the one that holds the images' URIs; if the file holds the images themselves, name it in "
-            "input.uris.",
+            _column_remedy(names, section.uri_column, given),
         )
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
@@ -477,6 +549,26 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     for name in rest:
         out = out.append_column(name, table[name])
     return plain_inputs(out)
+
+
+def _column_remedy(names: list[str], wanted: str, given: str) -> str:
+    """Return what to do about a manifest without the column of URIs."""
+    near = [name for name in names if name.strip().lower() == wanted.lower()]
+    if near:
+        return f"Set input.uri_column={near[0]!r}."
+    delimiter = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    if delimiter is not None:
+        return (
+            f"Its columns are separated by {delimiter!r}; make commas of them: "
+            f'python -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={delimiter!r}))" '
+            f"< {given} > commas.csv"
+        )
+    if len(names) == 1 and any(sign in names[0] for sign in "/.\\"):
+        return "Its first line is no header: name a list of URIs alone .txt, or write a first line with the columns' names."
+    return (
+        "Set input.uri_column to the one that holds the images' URIs; if the file holds the images themselves, name it in "
+        "input.uris."
+    )
 
 
 def _canonical_column(column: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:

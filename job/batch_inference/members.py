@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from batch_inference import parquet_files, tar_files
-from batch_inference.containers import NO_SUCH_MEMBER, split_member
+from batch_inference.containers import NO_SUCH_MEMBER, error_of, split_member
 from batch_inference.errors import RowFailure, UserError
 from batch_inference.fetcher import Answer, Fetcher, Request
 from batch_inference.prefixes import Prefixes
@@ -50,7 +50,12 @@ def runs(
     files: dict[str, list[Member]] = {}
     order: list[int | str] = []
     columns = [places[name].to_pylist() for name in ("_offset", "_size", "_column")]
+    # Manifests of earlier versions have no such column.
+    errors = places["_error"].to_pylist() if "_error" in places.column_names else [None] * len(uris)
     for row, (uri, version, offset, size, column) in enumerate(zip(uris, versions, *columns, strict=True)):
+        if (known := error_of(errors[row])) is not None:
+            yield Failed([row], known)
+            continue
         split = None if offset is None else split_member(uri)
         # The plan has no place for members of files that are not allowed; whoever changed it gets no further than here.
         if split is None or (prefixes and prefixes.refusal(uri)):

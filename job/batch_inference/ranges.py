@@ -20,6 +20,7 @@ class RangeFile(io.RawIOBase):
         fetcher: Reads the ranges.
         uri: Canonical URI.
         tail: Bytes of the object's end to begin with, for formats whose table of contents is there.
+        max_read: Most bytes that one read may ask for, for formats whose damaged headers may ask for any number; None: no limit.
 
     Attributes:
         size: Bytes of the object, known after the first read.
@@ -27,10 +28,12 @@ class RangeFile(io.RawIOBase):
 
     Raises:
         RowFailure: From any read, as :meth:`Fetcher.fetch_range` does, or CHANGED where the object was replaced meanwhile.
+        ValueError: From a read of more than ``max_read`` bytes.
     """
 
-    def __init__(self, fetcher: Fetcher, uri: str, tail: int = 0) -> None:
+    def __init__(self, fetcher: Fetcher, uri: str, tail: int = 0, max_read: int | None = None) -> None:
         super().__init__()
+        self._max_read = max_read
         self._fetcher = fetcher
         self._uri = uri
         self._place = 0
@@ -60,6 +63,8 @@ class RangeFile(io.RawIOBase):
         """So many bytes from here on, fewer only at the end of the object."""
         if size < 0:
             size = max(0, self.size - self._place)
+        if self._max_read is not None and size > self._max_read:
+            raise ValueError(f"a header asks for {size:,} bytes")
         parts = []
         while size > 0:
             inside = self._place - self._start

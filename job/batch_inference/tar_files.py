@@ -7,8 +7,9 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from batch_inference.errors import RowFailure, UserError
+from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Answer, Fetcher, Request, check_size
+from batch_inference.images import describe
 from batch_inference.ranges import RangeFile
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
@@ -16,11 +17,16 @@ from batch_inference.versions import version_of
 
 # What lies between two members (headers, texts) is read along where it is less than this.
 _GAP_BYTES = 128 * 1024
-# Written in units of 10 KiB, or of what `tar -b` was told; more behind the end mark is another archive or rubbish.
-_PADDING_BYTES = 1024 * 1024
+_BLOCK = 512
+# An archive without members is written as at most one record of zeros; more of them are what a crash leaves of a file.
+_RECORD_BYTES = 20 * _BLOCK
+# Zeros behind an end mark that are looked through for another archive.
+_MOST_ZEROS = 1024**3
+# Names and attributes that a header may announce. Damaged ones ask for any number of bytes.
+_MOST_HEADER_BYTES = 16 * 1024 * 1024
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 _MORE_OF_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
-_MEND = "Make the archive anew, or leave it out."
+_REMEDY = "Make the archive again and start a new job"
 
 
 @dataclass
@@ -29,6 +35,8 @@ class TarIndex:
 
     Attributes:
         places: Wanted members in the order of the archive: name to offset and size of the data, in bytes.
+        failed: Wanted members that cannot be read, and why.
+        rest: Why there are, or may well be, members that are not known; None where all are.
         skipped: Members left out, by file name ending ("" for none).
         replaced: Members that a later one of the same name replaces, as they do when the archive is unpacked.
         version: That of the file; None if the store has none.
@@ -36,6 +44,8 @@ class TarIndex:
     """
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    failed: dict[str, RowFailure] = field(default_factory=dict)
+    rest: RowFailure | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
     version: int | None = None
@@ -43,7 +53,7 @@ class TarIndex:
 
 
 def index(uri: str, fetcher: Fetcher, wanted: Callable[[str], bool]) -> TarIndex:
-    """Reads the headers of a tar file: ustar, GNU and pax formats, names of any length.
+    """Read the headers of a tar file: ustar, GNU and pax formats, names of any length; joined archives one after another.
 
     Where members are large only headers are read, a range request each; small ones are read through, which costs less than
     a request would.
@@ -54,41 +64,90 @@ def index(uri: str, fetcher: Fetcher, wanted: Callable[[str], bool]) -> TarIndex
         wanted: Whether a member of that name is an input.
 
     Raises:
-        UserError: If it is no uncompressed tar file, is damaged, or holds an image as a sparse file.
-        RowFailure: If it can't be read.
+        RowFailure: If no member can be known: stage ``list``, EMPTY_FILE, UNKNOWN_FORMAT, CORRUPT or TRUNCATED; or the file
+            cannot be read, as :meth:`Fetcher.fetch_range` has it, or CHANGED.
     """
-    file = RangeFile(fetcher, uri)
+    file = RangeFile(fetcher, uri, max_read=_MOST_HEADER_BYTES)
+    _refuse_other(file)
     found = TarIndex()
     links: dict[str, str] = {}
-    archive = None
-    try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closing it is nothing to do
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # or a million of them would be kept
-            name = _text(member.name)
-            if member.isdir() or _hidden(name):
-                continue
-            if not wanted(name):
-                _count(found.skipped, posixpath.splitext(name)[1].lower())
-            elif member.issym() or member.islnk():
-                _link(name, member, links, found)
-            elif member.issparse():
-                raise UserError(
-                    f"{display(uri)}#{name} is stored as a sparse file, which is not in one piece",
-                    "Make the archive anew without --sparse.",
-                )
-            elif member.isreg():
-                _replace(name, links, found)
-                found.places[name] = (member.offset_data, member.size)
-    except tarfile.ReadError as exc:
-        # Behind a member whose data or header is cut there is nothing more to be found.
-        if archive is None or archive.offset < 512:
-            raise UserError(*_no_tar(uri, file, exc)) from None
-    if archive is not None:
-        _check_end(uri, file, archive.offset, found)
+    joints: list[tuple[int, int]] = []
+    start: int | None = 0
+    while start is not None:
+        part = _Part(file, start)
+        for member in part.members():
+            _add(member, wanted, links, found)
+        start = _behind(uri, file, part, found)
+        if start is not None:
+            joints.append((part.place, start))
+    if joints:
+        end, start = joints[0]
+        found.notes.append(
+            f"{display(uri)} has {len(joints) + 1:,} archives one behind another, which are all read: the first ends at byte {end:,}, "
+            f"the second begins at byte {start:,}"
+        )
     _follow(links, found)
     found.version = version_of(file.etag)
     return found
+
+
+class _Part:
+    """One archive of those that a file holds one behind another.
+
+    Attributes:
+        place: Where its headers end, in bytes: at an end mark, at the file's end, or at what is no header.
+        last: Its last member.
+    """
+
+    def __init__(self, file: RangeFile, start: int) -> None:
+        self._file = file
+        self.place = start
+        self.last: tarfile.TarInfo | None = None
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        try:
+            self._file.seek(self.place)
+            archive = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - closing it is nothing to do
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # or a million of them would be kept
+                if archive.offset <= self.place or member.size < 0:
+                    return
+                self.place, self.last = archive.offset, member
+                yield member
+        except RowFailure:
+            raise
+        except Exception:
+            # tarfile raises much more than its own errors at damaged headers: ValueError, IndexError, RecursionError.
+            return
+
+    @property
+    def cut(self) -> bool:
+        """Whether the file ends within the last member's data."""
+        last = self.last
+        return last is not None and min(last.offset_data + last.size, self.place) > self._file.size
+
+
+def _add(member: tarfile.TarInfo, wanted: Callable[[str], bool], links: dict[str, str], found: TarIndex) -> None:
+    name = _text(member.name)
+    if member.isdir() or _hidden(name):
+        return
+    if not wanted(name):
+        _count(found.skipped, posixpath.splitext(name)[1].lower())
+    elif member.issym() or member.islnk():
+        _link(name, member, links, found)
+    elif member.issparse():
+        _replace(name, links, found)
+        found.failed[name] = RowFailure(
+            "list",
+            "SPARSE_MEMBER",
+            f"the member at byte {member.offset:,} is stored as a sparse file, which is not in one piece",
+            remedy="Make the archive again without --sparse and start a new job",
+        )
+    elif member.isreg():
+        _replace(name, links, found)
+        found.places[name] = (member.offset_data, member.size)
+    else:
+        _count(found.skipped, "special file")
 
 
 def _link(name: str, member: tarfile.TarInfo, links: dict[str, str], found: TarIndex) -> None:
@@ -98,12 +157,14 @@ def _link(name: str, member: tarfile.TarInfo, links: dict[str, str], found: TarI
     if target == name:
         _count(found.skipped, "link")
         return
-    place, further = found.places.get(target), links.get(target)
+    place, failure, further = found.places.get(target), found.failed.get(target), links.get(target)
     _replace(name, links, found)
     if member.issym():
         links[name] = target
     elif place is not None:
         found.places[name] = place
+    elif failure is not None:
+        found.failed[name] = failure
     elif further is not None and further != name:
         links[name] = further
     else:
@@ -112,7 +173,8 @@ def _link(name: str, member: tarfile.TarInfo, links: dict[str, str], found: TarI
 
 def _replace(name: str, links: dict[str, str], found: TarIndex) -> None:
     """Makes room for a member of that name: the last one counts, as where an archive is unpacked."""
-    found.replaced += found.places.pop(name, None) is not None or links.pop(name, None) is not None
+    gone = (found.places.pop(name, None), found.failed.pop(name, None), links.pop(name, None))
+    found.replaced += any(one is not None for one in gone)
 
 
 def _follow(links: dict[str, str], found: TarIndex) -> None:
@@ -122,55 +184,141 @@ def _follow(links: dict[str, str], found: TarIndex) -> None:
             target = links.get(target, target)
         if target in found.places:
             found.places[name] = found.places[target]
+        elif target in found.failed:
+            found.failed[name] = found.failed[target]
         else:
             _count(found.skipped, "link")
 
 
-def _check_end(uri: str, file: RangeFile, offset: int, found: TarIndex) -> None:
-    """Tells the end of an archive from damage in it, which a reader of tar files passes over in silence."""
-    file.seek(offset)
-    block = file.read(512)
-    if block.strip(b"\0"):
-        if len(block) == 512 and not _reaches_behind(file, offset):
-            raise UserError(
-                f"{display(uri)} is damaged at byte {offset:,}, behind {len(found.places):,} images: no tar header is there",
-                _MEND,
+def _behind(uri: str, file: RangeFile, part: _Part, found: TarIndex) -> int | None:
+    """Look at what follows a part's last member: return where another part begins, or None; note what is missing there."""
+    place, images = part.place, len(found.places)
+    block = _block(file, place)
+    if not block:
+        if part.cut and part.last is not None and _text(part.last.name) not in found.places:
+            found.rest = RowFailure(
+                "list",
+                "TRUNCATED",
+                f"the file ends at byte {file.size:,} within the member at byte {part.last.offset:,}, behind {images:,} images",
+                remedy=_REMEDY,
             )
-        found.notes.append(f"{display(uri)} is cut in the header of a member, behind {len(found.places):,} images")
-    elif not block:
-        last = max((start + size for start, size in found.places.values()), default=0)
-        what = "within a member" if last > file.size else "without an end mark; it may have been cut"
-        found.notes.append(f"{display(uri)} ends at byte {file.size:,} {what}")
-    elif file.size - offset > _PADDING_BYTES:
-        found.notes.append(
-            f"{display(uri)} goes on for {file.size - offset:,} bytes behind its end mark, which are not looked at; "
-            "archives can't be joined by cat"
+        else:
+            what = "within a member" if part.cut else "without an end mark; it may have been cut"
+            found.notes.append(f"{display(uri)} ends at byte {file.size:,} {what}")
+        return None
+    if not block.strip(b"\0"):
+        return _behind_end_mark(uri, file, place, found)
+    if len(block) < _BLOCK or _reaches_behind(file, place):
+        found.rest = RowFailure(
+            "list",
+            "TRUNCATED",
+            f"the file ends at byte {file.size:,} within the header at byte {place:,}, behind {images:,} images",
+            remedy=_REMEDY,
         )
+    else:
+        found.rest = RowFailure(
+            "list",
+            "CORRUPT",
+            f"the archive is damaged at byte {place:,}, behind {images:,} images: no tar header is there, and "
+            f"{_not_looked_at(file, place)}",
+            remedy=_REMEDY,
+        )
+    return None
+
+
+def _behind_end_mark(uri: str, file: RangeFile, mark: int, found: TarIndex) -> int | None:
+    place = _behind_zeros(file, mark)
+    if place >= file.size:
+        if mark == 0 and file.size > _RECORD_BYTES:
+            found.rest = RowFailure(
+                "list", "CORRUPT", f"the file has {file.size:,} bytes, and all of them are zero", remedy=_REMEDY
+            )
+        elif mark == 0:
+            found.notes.append(f"{display(uri)} is an archive without members")
+        elif file.size - mark < 2 * _BLOCK:
+            found.notes.append(f"{display(uri)} ends at byte {file.size:,} within its end mark; it may have been cut")
+        return None
+    block = _block(file, place)
+    if _is_header(block):
+        if place - mark < 2 * _BLOCK:
+            found.notes.append(
+                f"{display(uri)} has a lone block of zeros at byte {mark:,}, where the header of a member may have been"
+            )
+        return place
+    what = next((f", which begins like {name}" for magic, name in _MAGIC.items() if block.startswith(magic)), "")
+    found.rest = RowFailure(
+        "list",
+        "CORRUPT",
+        f"behind the end mark at byte {mark:,} and {len(found.places):,} images there is something else than a tar archive{what}: "
+        f"{_not_looked_at(file, place)}",
+        remedy=_REMEDY,
+    )
+    return None
+
+
+def _not_looked_at(file: RangeFile, place: int) -> str:
+    return f"the {file.size - place:,} bytes from byte {place:,} on are not looked at"
+
+
+def _block(file: RangeFile, place: int) -> bytes:
+    file.seek(place)
+    return file.read(_BLOCK)
+
+
+def _behind_zeros(file: RangeFile, place: int) -> int:
+    """Return where the first block begins that is not all zeros, from a block of zeros on; where it gave up if that is far."""
+    first = place
+    while place < file.size and place - first < _MOST_ZEROS:
+        file.seek(place)
+        piece = file.read(min(4 * 1024 * 1024, file.size - place))
+        rest = len(piece.lstrip(b"\0"))
+        if rest:
+            return place + (len(piece) - rest) // _BLOCK * _BLOCK
+        place += len(piece)
+    return place
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except Exception:
+        return False
+    return True
 
 
 def _reaches_behind(file: RangeFile, offset: int) -> bool:
     """Whether headers that say more of the next one (long name, long link, pax) need more than there is."""
-    while offset + 512 <= file.size:
-        file.seek(offset)
-        try:
-            member = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
+    while offset + _BLOCK <= file.size:
+        block = _block(file, offset)
+        if not _is_header(block):
             return False
-        if member.type not in _MORE_OF_THE_NEXT:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if member.type not in _MORE_OF_THE_NEXT or member.size < 0:
             return False
-        offset += 512 + -(-member.size // 512) * 512
+        offset += _BLOCK + -(-member.size // _BLOCK) * _BLOCK
     return True
 
 
-def _no_tar(uri: str, file: RangeFile, exc: Exception) -> tuple[str, str]:
-    file.seek(0)
-    head = file.read(8)
+def _refuse_other(file: RangeFile) -> None:
+    """Raise RowFailure for a file that does not begin as an archive does: with a header, or with the end mark of an empty one."""
+    head = _block(file, 0)
     if not head:
-        return f"{display(uri)} is empty, not a tar file", _MEND
+        raise RowFailure("list", "EMPTY_FILE", "the file is empty, not a tar file", remedy=_REMEDY)
+    if not head.strip(b"\0") or _is_header(head):
+        return
     for magic, name in _MAGIC.items():
         if head.startswith(magic):
-            return f"{display(uri)} is {name}, not a tar file: {NOT_BY_RANGE}", REPACK
-    return f"{display(uri)} is not a tar file ({exc})", _MEND
+            raise RowFailure(
+                "list", "UNKNOWN_FORMAT", f"the file is {name}, not a tar file: {NOT_BY_RANGE}", remedy=REPACK
+            )
+    if head[257:262] == b"ustar":
+        raise RowFailure(
+            "list",
+            "CORRUPT",
+            f"the archive is damaged at byte 0: its first header is not whole, and {_not_looked_at(file, 0)}",
+            remedy=_REMEDY,
+        )
+    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a tar file: {describe(head)}", remedy=_REMEDY)
 
 
 NOT_BY_RANGE = "members of compressed archives can't be read by range"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import json
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +150,40 @@ def _helper(process: int) -> Helper:
     return Helper(FAST, None)
 
 
+def _sparse() -> bytes:
+    """An archive with sparse members of both formats that GNU tar writes."""
+    old, new = tarfile.TarInfo("old.jpg"), tarfile.TarInfo("new.jpg")
+    old.type = tarfile.GNUTYPE_SPARSE
+    new.size = 1024
+    new.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "new.jpg",
+        "GNU.sparse.realsize": "9",
+    }
+    map_of_parts = b"1\n0\n3\n".ljust(512, b"\0") + b"abc".ljust(512, b"\0")
+    return old.tobuf(tarfile.GNU_FORMAT) + new.tobuf(tarfile.PAX_FORMAT) + map_of_parts + tar({"a.jpg": b"x"})
+
+
+def _kinds(images: list[bytes]) -> list[bytes]:
+    """Parquet files whose images are in columns of other kinds than bytes."""
+    column = pa.array(images, pa.binary())
+    lists = pa.array([list(image[:200]) for image in images], pa.list_(pa.uint8()))
+    fixed = pa.array([image[:200] for image in images], pa.binary(200))
+    files = []
+    for values in (
+        column.dictionary_encode(),
+        lists,
+        fixed,
+        pa.array([images]),
+        pa.array([base64.b64encode(i).decode() for i in images]),
+    ):
+        out = io.BytesIO()
+        pq.write_table(pa.table({"image": values}), out)
+        files.append(out.getvalue())
+    return files
+
+
 def _config(data: bytes) -> None:
     file = Path(tempfile.gettempdir(), f"fuzz-{os.getpid()}.yaml")
     file.write_bytes(data)
@@ -188,6 +224,7 @@ def targets() -> list[Target]:
     lines = table.to_pylist()
     text = "uri,id,caption\n" + "".join(f'{row["uri"]},{row["id"]},"{row["caption"]}"\n' for row in lines)
     jpegs = {f"{i}.jpg": encoded("JPEG") for i in range(3)}
+    images = list(jpegs.values())
     full = yaml.safe_dump(JobConfig().model_dump(mode="json"))
     return [
         *[Target(name, seeds, _decode) for name, seeds in _images().items()],
@@ -195,8 +232,12 @@ def targets() -> list[Target]:
         Target("manifest.jsonl", ["\n".join(map(json.dumps, lines)).encode()], _manifest("jsonl")),
         Target("manifest.txt", ["\n".join(uris).encode()], _manifest("txt")),
         Target("manifest.parquet", list(files.values()), _manifest("parquet")),
-        Target("tar", [tar(jpegs), tar(jpegs, "pax"), tar({"a" * 150 + ".jpg": b"x"})], _archive("tar")),
-        Target("Parquet of images", [parquet(list(jpegs.values())), parquet(list(jpegs.values()), struct=False)], _archive("parquet")),
+        Target("tar", [
+            tar(jpegs), tar(jpegs, "pax"), tar({"a" * 150 + ".jpg": b"x"}), tar({"a.jpg": b"x"}) + tar({"b.jpg": b"y"}, "pax"), _sparse(),
+        ], _archive("tar")),
+        Target("Parquet of images", [
+            parquet(images), parquet(images, struct=False), parquet([None, *images]), *_kinds(images),
+        ], _archive("parquet")),
         Target("configuration", [full.encode(), b"input: {uris: [s3://b/a/]}\noutput: {uri: s3://b/o}\n"], _config),
         Target("--set", [b"inference.actors=2", b"input.uris=[a, b]", b"model.transform={crop: 10}"], _setting),
         Target("URI", [b"s3://bucket/a/b.jpg", b"file:///data/1.jpg", b"photos/1.jpg", b"az://c@account/x", b"s3://b/a.tar#1.jpg"], _uri),

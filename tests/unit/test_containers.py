@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
+import shlex
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from structlog.testing import capture_logs
 
+from batch_inference import parquet_files
 from batch_inference.config import JobConfig, PreprocessConfig, StorageConfig
-from batch_inference.errors import UserError
+from batch_inference.errors import RowFailure, SystemFault, UserError
+from batch_inference.fetcher import Fetcher, Piece
 from batch_inference.manifest import (
     Inputs,
     cut,
@@ -26,9 +34,10 @@ from batch_inference.manifest import (
     read_shard,
 )
 from batch_inference.preparation import Preparation
+from batch_inference.runs import Member, fetched
 from batch_inference.storage import Store
-from tests.conftest import jpeg
-from tests.unit.containers import parquet, tar
+from tests.conftest import jpeg, unprivileged
+from tests.unit.containers import MemoryFetcher, parquet, tar
 
 
 def find(*uris: str | Path, **section: Any) -> Inputs:
@@ -66,7 +75,7 @@ IMAGES = ["a.jpg", "b.tar#z.jpg", "b.tar#a.PNG", "c.jpg", "d#1.jpg"]
 def test_members_stand_where_their_file_would_in_the_order_of_the_file(mixed: Path) -> None:
     found = find(mixed)
     assert names(found, mixed) == [*IMAGES, "sub/e.tar#x/1.jpg"]
-    assert found.skipped == {".cls": 1, "": 1, ".parquet": 1, ".gz": 1}
+    assert found.skipped == {".cls": 1, "": 1, ".parquet": 1, ".tar.gz": 1}
     assert found.duplicates == 0
     assert found.passthrough == ()
     assert names(find(mixed, recursive=False), mixed) == IMAGES
@@ -134,17 +143,351 @@ def test_single_members_can_be_named(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "fact"),
     [
-        ("x.tar", b"no archive" * 200, "x.tar is not a tar file"),
+        ("x.tar", b"no archive" * 200, "x.tar: the file is not a tar file"),
         ("x.tar.gz", b"", "x.tar.gz: members of compressed archives can't be read by range"),
         ("x.tgz", b"", "x.tgz: members of compressed archives can't be read by range"),
-        ("x.parquet", b"no table" * 200, "x.parquet is not a readable Parquet file"),
-        ("x.parquet", b"", "x.parquet is not a readable Parquet file"),
+        ("x.zip", b"", "x.zip: members of compressed archives can't be read by range"),
+        ("x.parquet", b"no table" * 200, "x.parquet: the file is not a Parquet file: it looks like text"),
+        ("x.parquet", b"", "x.parquet: the file is empty, not a Parquet file"),
+        ("x.parquet", b"PAR1xx", "x.parquet: the file is a Parquet file that ends at byte 6 without its footer"),
+        ("x.parquet", b"PAR1PAR1", "x.parquet: the file is not a readable Parquet file: "),
         ("x.tar#1.tar", tar({"a.jpg": b"1"}), "in its name, where its members' names would begin"),
     ],
 )
 def test_files_that_are_not_what_their_names_say(name: str, data: bytes, fact: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     assert fact in refused(tmp_path / name).message
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> dict[str, str]:
+    """Bad files of every kind, by name, with the error type of each."""
+    sound = tar({"x.jpg": jpeg(0)})
+    whole = parquet([jpeg(1)])
+    files = {
+        "cut.parquet": (whole[:-20], "TRUNCATED"),
+        "damaged.parquet": (whole[:-40] + b"\xff" * 32 + whole[-8:], "CORRUPT"),
+        "empty.parquet": (b"", "EMPTY_FILE"),
+        "empty.tar": (b"", "EMPTY_FILE"),
+        "header.tar": (b"\xff" * 99 + sound[99:], "CORRUPT"),
+        "html.parquet": (b"<html>503</html>", "UNKNOWN_FORMAT"),
+        "html.tar": (b"<html>503</html>" * 99, "UNKNOWN_FORMAT"),
+        "packed.tar": (gzip.compress(sound), "UNKNOWN_FORMAT"),
+        "zeros.tar": (bytes(99999), "CORRUPT"),
+    }
+    for name, (data, _) in files.items():
+        (tmp_path / name).write_bytes(data)
+    return {name: kind for name, (_, kind) in files.items()}
+
+
+def test_bad_files_are_rows_and_hide_no_others(bad: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "good.parquet").write_bytes(parquet([jpeg(1), jpeg(2)]))
+    (tmp_path / "good.tar").write_bytes(tar({"1.jpg": jpeg(3)}))
+    (tmp_path / "half.tar").write_bytes(tar({"1.jpg": jpeg(4), "2.jpg": jpeg(5)})[:1536] + b"\xff" * 5000)
+    (tmp_path / "image.jpg").write_bytes(jpeg(6))
+    with capture_logs() as logs:
+        found = find(tmp_path, bytes_column="image")
+    good = ["good.parquet#0", "good.parquet#1", "good.tar#1.jpg", "half.tar#1.jpg", "image.jpg"]
+    assert sorted(names(found, tmp_path)) == sorted([*good, "half.tar", *bad])
+    (warning,) = [entry["event"] for entry in logs if "rows of errors" in entry["event"]]
+    assert "10 of 15 inputs will be rows of errors" in warning
+    assert all(f"{tmp_path}/{name}: " in warning for name in bad)
+    rows = {row["uri"].removeprefix(f"file://{tmp_path}/"): row for row in prepared(found, tmp_path)}
+    assert [rows[name]["error_type"] for name in good] == [None] * 5
+    assert {name: rows[name]["error_type"] for name in bad} == bad
+    assert rows["half.tar"]["error_type"] == "CORRUPT"
+    assert "damaged at byte" in rows["half.tar"]["message"]
+    assert {rows[name]["stage"] for name in [*bad, "half.tar"]} == {"list"}
+    assert not any(rows[name]["retryable"] for name in bad)
+
+
+def test_bad_files_alone_are_refused_with_all_names(bad: dict[str, str], tmp_path: Path) -> None:
+    error = refused(tmp_path, bytes_column="image")
+    assert f"none of the {len(bad)} files that were found can be used" in error.message
+    assert all(f"{tmp_path}/{name}: the" in error.message for name in bad)
+    # Named beside others each is a row; alone it is refused.
+    (tmp_path / "image.jpg").write_bytes(jpeg(6))
+    found = find(tmp_path / "empty.tar", tmp_path / "image.jpg")
+    assert names(found, tmp_path) == ["empty.tar", "image.jpg"]
+    assert refused(tmp_path / "empty.tar").message == f"{tmp_path}/empty.tar: the file is empty, not a tar file"
+
+
+def test_more_bad_files_than_anyone_reads_are_counted(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number:02}.tar").touch()
+    message = refused(tmp_path).message
+    assert "none of the 60 files" in message
+    assert message.endswith("; and 10 more")
+
+
+def test_files_that_may_not_be_read_are_rows(public_path: Path) -> None:
+    (public_path / "a.tar").write_bytes(tar({"1.jpg": jpeg(1)}))
+    (public_path / "b.tar").write_bytes(tar({"1.jpg": jpeg(2)}))
+    (public_path / "a.tar").chmod(0)
+    with unprivileged():
+        found = find(public_path)
+    assert names(found, public_path) == ["a.tar", "b.tar#1.jpg"]
+    row = prepared(found, public_path)[0]
+    assert (row["stage"], row["error_type"]) == ("list", "UNREADABLE")
+    assert "access denied" in row["message"].lower() or "permission" in row["message"].lower()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *failures: RowFailure) -> None:
+    """Reads of files named bad.tar fail, in turn and then no more."""
+    left = list(failures)
+    real = Fetcher.fetch_range
+
+    def fetch(self: Fetcher, uri: str, start: int, end: int) -> Piece:
+        if uri.endswith("bad.tar") and left:
+            raise left.pop(0)
+        return real(self, uri, start, end)
+
+    monkeypatch.setattr(Fetcher, "fetch_range", fetch)
+
+
+def test_file_that_is_gone_or_denied_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bad.tar", "good.tar"):
+        (tmp_path / name).write_bytes(tar({"1.jpg": jpeg(1)}))
+    for kind in ("NOT_FOUND", "ACCESS_DENIED"):
+        failing(monkeypatch, RowFailure("fetch", kind, "the store says no"))
+        found = find(tmp_path)
+        assert names(found, tmp_path) == ["bad.tar", "good.tar#1.jpg"]
+        row = prepared(found, tmp_path)[0]
+        assert (row["stage"], row["error_type"]) == ("list", "UNREADABLE")
+        assert "what is in the file cannot be read: the store says no" in row["message"]
+
+
+def test_store_that_fails_loses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bad.tar", "good.tar"):
+        (tmp_path / name).write_bytes(tar({"1.jpg": jpeg(1)}))
+    failing(monkeypatch, RowFailure("fetch", "TIMEOUT", "no answer", True))
+    with pytest.raises(SystemFault, match=r"cannot read .*bad\.tar: no answer"):
+        find(tmp_path)
+    failing(monkeypatch, RowFailure("fetch", "UNAUTHENTICATED", "expired"))
+    assert "expired" in refused(tmp_path).message
+    # Replaced while it is read: looked at again, and once only.
+    changed = RowFailure("fetch", "CHANGED", "replaced")
+    failing(monkeypatch, changed)
+    assert names(find(tmp_path), tmp_path) == ["bad.tar#1.jpg", "good.tar#1.jpg"]
+    failing(monkeypatch, changed, changed)
+    assert names(find(tmp_path), tmp_path) == ["bad.tar", "good.tar#1.jpg"]
+
+
+def test_sparse_member_is_a_row(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("hole.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + tar({"1.jpg": jpeg(1)}))
+    found = find(tmp_path)
+    assert names(found, tmp_path) == ["x.tar#1.jpg", "x.tar#hole.jpg"]
+    rows = prepared(found, tmp_path)
+    assert [row["error_type"] for row in rows] == [None, "SPARSE_MEMBER"]
+    assert "without --sparse" in rows[1]["message"]
+
+
+def test_manifest_of_members_in_bad_files(bad: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "half.tar").write_bytes(tar({"1.jpg": jpeg(4), "2.jpg": jpeg(5)})[:1536] + b"\xff" * 5000)
+    lines = [
+        *(f"{name}#{'0' if name.endswith('.parquet') else 'x.jpg'}" for name in bad),
+        "half.tar#1.jpg",
+        "half.tar#2.jpg",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    found = find_inputs(JobConfig(input={"manifest": str(tmp_path / "list.txt")}))
+    rows = prepared(found, tmp_path)
+    assert [row["error_type"] for row in rows] == [*bad.values(), None, "CORRUPT"]
+    (tmp_path / "list.txt").write_text("\n".join(lines[:-2]))
+    with pytest.raises(UserError, match=f"none of the {len(bad)} files that were found can be used"):
+        find_inputs(JobConfig(input={"manifest": str(tmp_path / "list.txt")}))
+
+
+def test_compressed_archives_among_others_are_left_out_and_named(mixed: Path) -> None:
+    (mixed / "h.zip").touch()
+    with capture_logs() as logs:
+        found = find(mixed)
+    assert {".tar.gz": 1, ".zip": 1}.items() <= found.skipped.items()
+    (warning,) = [entry["event"] for entry in logs if "left out" in entry["event"]]
+    assert f"{mixed}/g.tar.gz, {mixed}/h.zip. Unpack: gunzip 'g.tar.gz', unzip 'h.zip' -d 'h'." in warning
+
+
+def test_compressed_archives_alone_are_refused_with_the_command(tmp_path: Path) -> None:
+    for name in ("a.tar.zst", "b.tgz", "c.tgz"):
+        (tmp_path / name).touch()
+    error = refused(tmp_path)
+    assert "no images in" in error.message
+    assert all(name in error.message for name in ("a.tar.zst", "b.tgz", "c.tgz"))
+    assert "unzstd 'a.tar.zst', gunzip 'b.tgz'." in error.remedy
+
+
+IMAGES_OF_ONE_SIZE = [bytes([255, 216, 255, *range(97)]), bytes(range(100)), bytes(100)]
+KINDS = {
+    "binary": pa.binary(),
+    "large_binary": pa.large_binary(),
+    "binary_view": pa.binary_view(),
+    "fixed_size_binary": pa.binary(100),
+    "dictionary": pa.dictionary(pa.int32(), pa.binary()),
+    "list<uint8>": pa.list_(pa.uint8()),
+    "list<int8>": pa.list_(pa.int8()),
+    "large_list<uint8>": pa.large_list(pa.uint8()),
+    "fixed_size_list<uint8>": pa.list_(pa.uint8(), 100),
+    "struct": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    "struct of list<uint8>": pa.struct([("path", pa.string()), ("bytes", pa.list_(pa.uint8()))]),
+}
+
+
+def column_of(kind: pa.DataType, images: list[bytes | None]) -> pa.Array:
+    """Images as a column of a kind."""
+    if pa.types.is_struct(kind):
+        inside = column_of(kind.field("bytes").type, images)
+        paths = pa.array([f"{n}.jpg" for n in range(len(images))])
+        return pa.StructArray.from_arrays([{"bytes": inside, "path": paths}[f.name] for f in kind], fields=list(kind))
+    if pa.types.is_dictionary(kind):
+        return pa.array(images, pa.binary()).dictionary_encode()
+    if pa.types.is_nested(kind):
+        signed = kind.value_type == pa.int8()
+        return pa.array(
+            [b if b is None else np.frombuffer(b, np.int8 if signed else np.uint8).tolist() for b in images], kind
+        )
+    return pa.array(images, kind)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(sorted(KINDS)),
+    st.lists(st.one_of(st.none(), st.sampled_from(IMAGES_OF_ONE_SIZE)), min_size=1, max_size=9),
+    st.integers(1, 5),
+)
+def test_images_of_every_kind_of_column_are_read(kind: str, images: list[bytes | None], rows_in_group: int) -> None:
+    out = io.BytesIO()
+    # A digest beside the images is none of them.
+    digests = pa.array([bytes(32)] * len(images), pa.binary(32))
+    pq.write_table(
+        pa.table({"digest": digests, "image": column_of(KINDS[kind], images)}), out, row_group_size=rows_in_group
+    )
+    uri = "s3://b/x.parquet"
+    fetcher = MemoryFetcher({uri: out.getvalue()})
+    file = parquet_files.footer.__wrapped__(fetcher, uri)
+    column = parquet_files.bytes_column(file, fetcher, uri, None)
+    assert parquet_files.bytes_column(file, fetcher, uri, "image") == column
+    members = [Member(n, n, None, file.version, column) for n in range(len(images))]
+    got = {one.row: one for one in fetched(parquet_files.row_groups(uri, members, fetcher, 1000), 2)}
+    for number, image in enumerate(images):
+        if image is not None:
+            assert (got[number].data, got[number].error) == (image, None)
+            continue
+        error = got[number].error
+        assert error is not None
+        assert error.error_type == "NOT_FOUND"
+        assert "its bytes are null" in error.message
+        assert (f"there is only a path, '{number}.jpg'" in error.message) == kind.startswith("struct")
+    small = {one.row: one for one in fetched(parquet_files.row_groups(uri, members, fetcher, 99), 2)}
+    assert {one.error.error_type for n, one in small.items() if images[n] is not None and one.error} <= {"TOO_LARGE"}
+
+
+def test_null_bytes_in_a_list_of_bytes_are_damage() -> None:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array([[1, None], [2, 3]], pa.list_(pa.uint8()))}), out)
+    fetcher = MemoryFetcher({"s3://b/x.parquet": out.getvalue()})
+    members = [Member(n, n, None, None, "image.list.element") for n in range(2)]
+    got = list(fetched(parquet_files.row_groups("s3://b/x.parquet", members, fetcher, 1000), 2))
+    assert [one.error and one.error.error_type for one in got] == ["CORRUPT", None]
+    assert got[1].data == bytes([2, 3])
+
+
+def test_images_without_bytes_are_announced_with_the_way_to_read_their_paths(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(parquet([jpeg(1), None, None]))
+    with capture_logs() as logs:
+        find(tmp_path / "x.parquet")
+    (note,) = [entry["event"] for entry in logs]
+    assert "x.parquet has 2 images of 3 without bytes, only with a path in image.path" in note
+    assert "input.manifest" in note
+
+
+@pytest.mark.parametrize(
+    ("column", "fact"),
+    [
+        (pa.array([[jpeg(0), jpeg(1)], [jpeg(2)], None]), "the column pictures has lists of images, not one a row"),
+        (
+            pa.array([[{"bytes": jpeg(0), "path": "a"}, {"bytes": jpeg(1), "path": "b"}], [], [{"bytes": jpeg(2), "path": "c"}]]),
+            "the column pictures has lists of images",
+        ),
+        (pa.array([base64.b64encode(jpeg(n)).decode() for n in range(3)]), "the column pictures holds images as base64 text"),
+        (
+            pa.array([f"data:image/jpeg;base64,{base64.b64encode(jpeg(n)).decode()}" for n in range(3)], pa.large_string()),
+            "the column pictures holds images as base64 text",
+        ),
+    ],
+    ids=["list<binary>", "list<struct>", "base64", "data URI"],
+)  # fmt: skip
+def test_images_in_another_shape_have_a_command_that_makes_columns_of_bytes(
+    column: pa.Array, fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"id": range(len(column)), "pictures": column}), tmp_path / "x.parquet")
+    for section in ({}, {"bytes_column": "pictures"}):
+        error = refused(tmp_path / "x.parquet", **section)
+        assert fact in error.message
+        assert "input.manifest" not in error.remedy
+    command = error.remedy[error.remedy.index("python -c") :].partition(", then name")[0]
+    python, option, code = shlex.split(command)
+    assert (python, option) == ("python", "-c")
+    exec(code, {})  # noqa: S102 - the command that the message shows
+    rows = prepared(find(tmp_path / "x-images.parquet"), tmp_path)
+    expected = [np.asarray(Image.open(io.BytesIO(jpeg(n)))).tobytes() for n in range(3)]
+    assert [row["pixels"] for row in rows] == expected
+
+
+def test_lists_of_texts_and_numbers_are_no_images(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": ["/a nice day", None], "n": [1, 2]}), tmp_path / "x.parquet")
+    assert "If its column caption lists images" in refused(tmp_path / "x.parquet").remedy
+    pq.write_table(pa.table({"n": [1, 2]}), tmp_path / "x.parquet")
+    assert "write the encoded images into a column of binary" in refused(tmp_path / "x.parquet").remedy
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_ends_of_parquet_files_are_rows(draws: st.DataObject) -> None:
+    whole = parquet([b"\xff\xd8" * 200, b"x", None], rows_in_group=2)
+    what = draws.draw(st.sampled_from(["cut", "end", "length", "head", "junk"]))
+    data = {
+        "cut": lambda: whole[: draws.draw(st.integers(0, len(whole) - 1))],
+        "end": lambda: (
+            whole[:-4] + draws.draw(st.binary(min_size=4, max_size=4).filter(lambda b: b not in (b"PAR1", b"PARE")))
+        ),
+        "length": lambda: (
+            whole[:-8] + draws.draw(st.binary(min_size=4, max_size=4).filter(lambda b: b != whole[-8:-4])) + b"PAR1"
+        ),
+        "head": lambda: draws.draw(st.binary(min_size=4, max_size=4)) + whole[4:-4],
+        "junk": lambda: whole + draws.draw(st.binary(min_size=1, max_size=99)),
+    }[what]()
+    uri = "s3://b/x.parquet"
+    try:
+        parquet_files.footer.__wrapped__(MemoryFetcher({uri: data}), uri)
+    except RowFailure as exc:
+        assert exc.error.stage == "list"
+        assert exc.error.error_type in ("EMPTY_FILE", "UNKNOWN_FORMAT", "TRUNCATED", "CORRUPT")
+        assert exc.fact and exc.remedy
+    else:
+        pytest.fail(f"{what}: a file without its end is read")
+
+
+def test_passthrough_columns_that_some_files_lack_are_null(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet([jpeg(1)]))
+    pq.write_table(pa.table({"image": [jpeg(2)]}), tmp_path / "b.parquet")
+    with capture_logs() as logs:
+        found = find(tmp_path / "*.parquet", passthrough_columns=["number"])
+    assert found.table["number"].to_pylist() == [0, None]
+    assert "b.parquet has no column number" in logs[0]["event"]
+    pq.write_table(pa.table({"image": [jpeg(2)], "number": ["one"]}), tmp_path / "b.parquet")
+    error = refused(tmp_path / "*.parquet", passthrough_columns=["number"])
+    assert (
+        "b.parquet has passthrough columns of other types: number as string, files before it as int64" in error.message
+    )
+
+
+def test_manifests_of_earlier_versions_have_no_failures_of_files(mixed: Path) -> None:
+    found = find(mixed / "b.tar")
+    old = found.table.drop_columns(["_error"])
+    assert [row["error_type"] for row in prepared(replace(found, table=old), mixed)] == [None, None]
 
 
 def test_columns_of_images_that_cannot_be_told(tmp_path: Path) -> None:
@@ -154,10 +497,10 @@ def test_columns_of_images_that_cannot_be_told(tmp_path: Path) -> None:
 
     path = write(pa.table({"uri": ["s3://b/1.jpg"]}))
     error = refused(path)
-    assert "x.parquet has no column of encoded images; it has: uri (string)" in error.message
+    assert "x.parquet: the file has no column of encoded images; it has: uri (string)" in error.message
     assert "input.manifest" in error.remedy
     path = write(pa.table({"a": [b"1"], "b": [b"2"]}))
-    assert "has several columns of bytes" in refused(path).message
+    assert "the file has several columns of bytes" in refused(path).message
     assert "input.bytes_column" in refused(path).remedy
     assert names(find(path, bytes_column="b"), tmp_path) == ["x.parquet#0"]
     assert "has no column of bytes 'c'; it has: a (binary), b (binary)" in refused(path, bytes_column="c").message

@@ -3,6 +3,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +447,12 @@ def test_only_the_first_lines(tmp_path: Path) -> None:
         ("a.csv", "uri,id\na\n", {}, "Expected 2 columns, got 1"),
         ("a.jsonl", '{"uri": "a"\n', {}, "is not a readable jsonl manifest"),
         ("a.jsonl", "", {}, "is not a readable jsonl manifest"),
-        ("a.txt", b"a\xff\n", {}, "is not a readable txt manifest"),
+        (
+            "a.txt",
+            b"b\na\xff\n",
+            {},
+            "is text in another encoding than UTF-8 (byte 0xff in line 2), not a txt manifest in UTF-8",
+        ),
         ("a.parquet", "no parquet", {}, "is not a readable parquet manifest"),
         ("a.csv", "uri,id\n", {}, "the manifest {} has no lines"),
         ("a.txt", "\n \n", {}, "the manifest {} has no lines"),
@@ -527,3 +535,49 @@ def test_a_glob_of_folders_says_what_to_write(tmp_path: Path) -> None:
     error = refused(uris=[f"{tmp_path}/*"])
     assert error.message == f"{tmp_path}/* matches 2 folders and no file"
     assert error.remedy == f"Write {tmp_path}/*/** for what is in them."
+
+
+LIST = "uri,id\na.jpg,1\nb.jpg,2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "fact", "remedy"),
+    [
+        ("a.csv", LIST.encode("utf-16"), "is UTF-16 text, not a csv manifest", "iconv -f UTF-16 -t UTF-8 'a.csv' > 'utf8-a.csv'"),
+        ("a.csv", LIST.encode("utf-16-le"), "is UTF-16 text", "iconv -f UTF-16LE -t"),
+        ("a.txt", LIST.encode("utf-16-be"), "is UTF-16 text", "iconv -f UTF-16BE -t"),
+        ("a.jsonl", LIST.encode("utf-32"), "is UTF-32 text", "iconv -f UTF-32 -t"),
+        ("a.csv", "uri,id\ncafé.jpg,1\n".encode("latin-1"), "(byte 0xe9 in line 2)", "iconv -f WINDOWS-1252 -t UTF-8 'a.csv'"),
+        ("a.csv", b"\x1f\x8b\x08", "is compressed by gzip", "gunzip < 'a.csv'"),
+        ("a.csv", b"PK\x03\x04", "an Excel workbook", "Save it as CSV"),
+        ("a.csv", b"PAR1", "is a Parquet file", "mv 'a.csv' 'a.parquet'"),
+        ("a.jsonl", b' [{"uri": "a"}]', "is one JSON array", "jq -c '.[]' 'a.jsonl' > 'lines-a.jsonl'"),
+        ("a.csv", b"uri;id\na.jpg;1\n", "no column 'uri'; it has: uri;id", "csv.reader(sys.stdin, delimiter=';')"),
+        ("a.csv", b"id\turi\n1\ta.jpg\n", "no column 'uri'", "delimiter='\\t'"),
+        ("a.csv", b"URI ,id\na.jpg,1\n", "no column 'uri'", "Set input.uri_column='URI '"),
+        ("a.csv", b"s3://b/a.jpg\ns3://b/b.jpg\n", "no column 'uri'", "Its first line is no header"),
+        ("a.tsv", b"uri\tid\n", "no ending that says", "< 'a.tsv' > 'a.csv'"),
+        ("a.json", b"[]", "no ending that says", "jq -c '.[]' 'a.json' > 'a.jsonl'"),
+        ("a.csv.gz", b"", "no ending that says", "gunzip 'a.csv.gz'"),
+    ],
+)  # fmt: skip
+def test_remedy_of_a_manifest_in_another_format(name: str, data: bytes, fact: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    error = refused(manifest=str(tmp_path / name))
+    assert fact in error.message
+    assert remedy in error.remedy
+
+
+def test_commands_of_remedies_make_manifests_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(LIST.replace(",", ";").encode())
+    remedy = refused(manifest=str(tmp_path / "a.csv")).remedy
+    command = remedy[remedy.index("python -c") :].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, check=True)
+    (tmp_path / "b.csv").write_bytes(LIST.encode("utf-16"))
+    remedy = refused(manifest=str(tmp_path / "b.csv")).remedy
+    command = remedy.removeprefix("Run: ").split("   and")[0]
+    subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, check=True)
+    for name in ("commas.csv", "utf8-b.csv"):
+        found = find_inputs(config(manifest=str(tmp_path / name)))
+        assert [uri.rpartition("/")[2] for uri in found.table["uri"].to_pylist()] == ["a.jpg", "b.jpg"]
+        assert found.table["id"].to_pylist() == ["1", "2"]

@@ -64,7 +64,7 @@ def test_local_files_have_no_version(tmp_path: Path) -> None:
 
 
 def test_members_keep_their_versions_and_objects_lose_them() -> None:
-    columns = [[0, None], [3, None], [7, 8], ["", None]]
+    columns = [[0, None], [3, None], [7, 8], ["", None], [None, None]]
     places = pa.table([pa.array(c, f.type) for c, f in zip(columns, PLACE_SCHEMA, strict=True)], schema=PLACE_SCHEMA)
     assert without_versions(places)["_version"].to_pylist() == [7, None]
 
