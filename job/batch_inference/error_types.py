@@ -58,7 +58,9 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "there are no credentials, or they have expired",
         "Give valid ones, then `retry --error-type UNAUTHENTICATED`.",
     ),
-    ErrorType("fetch", "INVALID_URI", "no store takes such a name", "Correct the name; a new job."),
+    ErrorType(
+        "fetch", "INVALID_URI", "no store takes such a name, or it is no regular file", "Correct the name; a new job."
+    ),
     ErrorType("fetch", "TOO_LARGE", "more bytes than `preprocess.max_bytes`", "A new job with a higher limit."),
     ErrorType(
         "fetch",
