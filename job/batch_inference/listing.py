@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import json
 import os
 import re
@@ -375,6 +376,9 @@ def _pages(root: str, bucket: Any, prefix: str, begin: str, storage: StorageConf
     last = ""
     try:
         for chunk in obstore.list(bucket, prefix=prefix or None, offset=_before(begin), chunk_size=1000):
+            if not prefix and not last and root.startswith("s3://") and _hides_slashes(chunk):
+                yield from _pages_with_odd_keys(root, prefix, last, "one that begins with a slash", storage)
+                return
             yield chunk
             last = str(chunk[-1]["path"])
             # Stores sort by the whole key or by folders; a bucket of S3 Express One Zone is not sorted.
@@ -384,6 +388,12 @@ def _pages(root: str, bucket: Any, prefix: str, begin: str, storage: StorageConf
     except obx.InvalidPathError as exc:
         refused = exc_line(exc).removeprefix("Encountered object with invalid path: ")
         yield from _pages_with_odd_keys(root, prefix, last, refused, storage)
+
+
+def _hides_slashes(chunk: Sequence[Any]) -> bool:
+    """Return whether some keys of a bucket's first page begin with a slash: obstore shows them without it, at a place where none is due."""
+    paths = [str(meta["path"]) for meta in chunk if meta["size"]]
+    return any(b <= a and b.split("/") <= a.split("/") for a, b in itertools.pairwise(paths))
 
 
 def _before(begin: str) -> str | None:
@@ -429,7 +439,7 @@ def _pages_with_odd_keys(
     keys = sorted((key, size) for key, size in found if key > after or key.split("/") > after.split("/"))
     odd = sum(bool(odd_key(key)) for key, _ in keys)
     log.warning(
-        f"{root} has {odd:,} keys that no request can name, such as {refused}; each is a row of errors. Below {root}/{prefix} an object "
+        f"{root} has keys that no request can name ({odd:,}), such as {refused}; each is a row of errors. Below {root}/{prefix} an object "
         "that is replaced before it is read is not noticed"
     )
     for start in range(0, len(keys), 1000):

@@ -478,7 +478,7 @@ def _checked_columns(table: pa.Table, section: InputConfig, given: str) -> pa.Ta
     return out
 
 
-def _canonical_column(column: pa.ChunkedArray, folder: str, exact: bool) -> pa.ChunkedArray:
+def _canonical_column(column: pa.ChunkedArray, folder: str, exact: bool = False) -> pa.ChunkedArray:
     """One spelling for each URI; what has none stays as it is and fails later, as a row of its own.
 
     Args:

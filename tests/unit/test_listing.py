@@ -156,6 +156,12 @@ def test_a_folder_without_a_name_can_be_named(stub: StubS3) -> None:
     assert "s3://bkt/p/" in error.remedy
 
 
+@pytest.mark.parametrize("others", [["a.jpg"], ["0.jpg", "b.jpg"], ["0.jpg", "a.jpg", "a/b.jpg"]])
+def test_a_key_that_begins_with_a_slash_is_no_other_key(others: list[str], stub: StubS3) -> None:
+    put(stub, "/a.jpg", *others)
+    assert keys(find(stub, "")) == ["/a.jpg", *others]
+
+
 def test_a_key_is_not_read_as_another_one(stub: StubS3) -> None:
     put(stub, "a.jpg")
     for key in ("/a.jpg", "a.jpg/", "./a.jpg", "x/../a.jpg", "//a.jpg"):
