@@ -696,6 +696,8 @@ def _config(
     settings: list[str] | None,
 ) -> JobConfig:
     from batch_inference.manifest import looks_like_manifest
+    from batch_inference.names import is_text
+    from batch_inference.storage import canonical_uri
 
     for given in inputs or []:
         if looks_like_manifest(given):
@@ -705,6 +707,11 @@ def _config(
             raise UserError(f"{given} looks like a manifest, not like an image", f"Write --manifest {given}.{images}")
     if inputs and manifest:
         raise UserError(f"both INPUT and --manifest {manifest} are given", "Keep the one that lists your images.")
+    # Arguments are bytes; a configuration is text, which names what is not UTF-8 by an escape.
+    inputs = [one if is_text(one) else canonical_uri(one) for one in inputs or []]
+    output, manifest, weights = (
+        one if one is None or is_text(one) else canonical_uri(one) for one in (output, manifest, weights)
+    )
     overrides: dict[str, Any] = {"output": {"uri": output}, "model": {"name": model, "weights": weights}}
     # One source replaces the other that the file may name.
     if inputs:

@@ -20,6 +20,7 @@ from batch_inference import parquet_files, tar_files
 from batch_inference.config import InputConfig, StorageConfig
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Fetcher
+from batch_inference.names import canonical
 from batch_inference.prefixes import Prefixes
 from batch_inference.storage import display
 
@@ -349,7 +350,7 @@ def places(uris: pa.ChunkedArray, section: InputConfig, storage: StorageConfig) 
     for line, uri in enumerate(uris.to_pylist()):
         # Files that are not allowed are not opened either; their members fail as inputs.
         if (split := split_member(uri)) and not (prefixes and prefixes.refusal(uri)):
-            wanted.setdefault(split[0], {}).setdefault(split[1], []).append(line)
+            wanted.setdefault(split[0], {}).setdefault(canonical(split[1]), []).append(line)
     fetcher = Fetcher(storage)
 
     def look(item: tuple[str, dict[str, list[int]]]) -> _Places:

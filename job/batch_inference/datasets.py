@@ -26,7 +26,7 @@ from batch_inference.manifest import find_inputs, with_places
 from batch_inference.members import runs
 from batch_inference.predictor import TorchPredictor
 from batch_inference.runs import fetched
-from batch_inference.storage import canonical_uri
+from batch_inference.storage import located
 
 # Decoded photos take tens of megabytes; a few at a time keep a task's memory small.
 _IMAGES_AT_ONCE = 8
@@ -68,7 +68,7 @@ def from_paths(
     Raises:
         UserError: If there are no paths, or one has an unknown scheme.
     """
-    uris = [canonical_uri(str(path)) for path in paths]
+    uris = [located(str(path)) for path in paths]
     if not uris:
         raise UserError("no paths are given", "Give at least one.")
     table = with_places(pa.table({"uri": pa.array(uris, pa.string())}), InputConfig(), storage or StorageConfig())

@@ -26,7 +26,7 @@ from batch_inference.planner import Cost, Plan
 from batch_inference.progress import Snapshot, duration
 from batch_inference.storage import display
 from batch_inference.terminal import plain
-from batch_inference.wording import count_of
+from batch_inference.wording import count_of, describe_skipped
 
 if TYPE_CHECKING:
     from batch_inference.comparison import Comparison
@@ -307,7 +307,7 @@ def print_comparison(found: Comparison, *, quiet: bool = False) -> None:
 
 def print_plan(found: Plan, *, for_chart: bool, cost: Cost | None = None) -> None:
     """Prints a plan on stdout; where values of the chart are given, its pods take the place of this machine."""
-    notes = [("left out", f"{n:,} files ending with {e or 'nothing'}") for e, n in sorted(found.skipped.items())[:5]]
+    notes = [("left out", what) for what in describe_skipped(found.skipped)[:8]]
     if found.duplicates:
         notes.append(("duplicates", f"{found.duplicates:,} inputs listed more than once, done once"))
     if found.repeated:

@@ -113,7 +113,9 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "the store or the system refuses such requests: another region, a certificate, an answer of 4xx that has no type of its own",
         "Do what the message says, then `retry --error-type REFUSED`.",
     ),
-    ErrorType("fetch", "INVALID_URI", "no store takes such a name", "Correct the name; a new job."),
+    ErrorType(
+        "fetch", "INVALID_URI", "no store takes such a name, or it is no regular file", "Correct the name; a new job."
+    ),
     ErrorType("fetch", "TOO_LARGE", "more bytes than `preprocess.max_bytes`", "A new job with a higher limit."),
     ErrorType(
         "fetch",

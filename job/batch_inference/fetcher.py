@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import queue
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +18,13 @@ import obstore
 from batch_inference.causes import Failure
 from batch_inference.config import StorageConfig
 from batch_inference.errors import RowError, RowFailure, UserError
+from batch_inference.names import unescaped
 from batch_inference.storage import (
     answered,
     canonical_uri,
     classify,
     is_local,
-    local_path,
+    odd_key,
     open_bucket,
     split_bucket,
 )
@@ -32,6 +35,8 @@ from batch_inference.versions import changed, replaced, version_of
 _AHEAD_BYTES = 64 * 1024 * 1024
 # A process that has a single request under way hardly burdens a store; it should not sleep long after that is well again.
 _SLOW_DOWN_S = 5.0
+# Of a file whose size is not known.
+_PIECE_BYTES = 1024 * 1024
 _OUT_OF_RANGE = "416 range not satisfiable"
 
 Buffer: TypeAlias = bytes | memoryview
@@ -88,7 +93,7 @@ class Fetcher:
         with _Failures():
             canonical = canonical_uri(uri)
             if is_local(canonical):
-                return _read_file(local_path(canonical), max_bytes)
+                return _read_file(canonical, max_bytes)
 
             def get(bucket: Any, key: str) -> bytes:
                 result = obstore.get(bucket, key)
@@ -108,7 +113,7 @@ class Fetcher:
         """
         with _Failures():
             if is_local(uri):
-                return _read_range(local_path(uri), start, end)
+                return _read_range(uri, start, end)
             where: Any = {"suffix": -start} if start < 0 else (start, end)
 
             def get(bucket: Any, key: str) -> Piece:
@@ -131,6 +136,8 @@ class Fetcher:
 
     def _request(self, uri: str, get: Callable[[Any, str], T]) -> T:
         root, key = split_bucket(uri)
+        if why := odd_key(key):
+            raise RowFailure("fetch", "INVALID_URI", why)
         try:
             bucket, throttle = self._bucket(root)
         except UserError as exc:
@@ -201,30 +208,81 @@ def check_size(size: int, max_bytes: int) -> None:
         )
 
 
-def _read_file(path: str, max_bytes: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a path of a million inputs is not worth an object each
-        size = os.fstat(file.fileno()).st_size
-        check_size(size, max_bytes)
-        return _read_exactly(file, size) if size else file.read()
+_ESCAPES = r"in a local name \xHH stands for the byte with that number, and \x5c for a backslash"
 
 
-def _read_range(path: str, start: int, end: int) -> Piece:
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        status = os.fstat(file.fileno())
+def _open_file(uri: str) -> tuple[int, os.stat_result]:
+    """Open a local file; raise RowFailure for what is none, before it can wait for anything.
+
+    Returns:
+        A file descriptor, and what there is to know of the file.
+    """
+    try:
+        # In bytes, whatever encoding the process thinks names have. A FIFO opens at once and is then refused.
+        file = os.open(unescaped(uri[len("file://") :]), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if "\\x" in uri:
+            raise RowFailure("fetch", "NOT_FOUND", f"there is no such file; {_ESCAPES}") from None
+        raise
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:
+            raise _no_file("a socket") from None
+        raise
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(file)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise _no_file(special(status.st_mode))
+    return file, status
+
+
+def special(mode: int) -> str:
+    """Return what a file that is not a regular one is, from its ``st_mode``."""
+    if stat.S_ISFIFO(mode):
+        return "a FIFO"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "something else"
+
+
+def _no_file(what: str) -> RowFailure:
+    return RowFailure("fetch", "INVALID_URI", f"this is {what}, not a regular file")
+
+
+def _read_file(uri: str, max_bytes: int) -> bytes:
+    file, status = _open_file(uri)
+    try:
+        check_size(status.st_size, max_bytes)
+        if status.st_size:
+            return _read_exactly(file, status.st_size)
+        # Files of /proc and /sys have no size before they are read.
+        data = bytearray()
+        while len(data) <= max_bytes and (more := os.read(file, _PIECE_BYTES)):
+            data += more
+    finally:
+        os.close(file)
+    if len(data) > max_bytes:
+        raise RowFailure("fetch", "TOO_LARGE", f"the file has more bytes than preprocess.max_bytes = {max_bytes:,}")
+    return bytes(data)
+
+
+def _read_range(uri: str, start: int, end: int) -> Piece:
+    file, status = _open_file(uri)
+    try:
         if start < 0:
             start, end = max(0, status.st_size + start), status.st_size
-        file.seek(start)
-        return Piece(
-            _read_exactly(file, max(0, min(end, status.st_size) - start)),
-            status.st_size,
-            f"{status.st_mtime_ns:x}-{status.st_size:x}",
-        )
+        os.lseek(file, start, os.SEEK_SET)
+        data = _read_exactly(file, max(0, min(end, status.st_size) - start))
+    finally:
+        os.close(file)
+    return Piece(data, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
 
 
-def _read_exactly(file: Any, size: int) -> bytes:
-    data: bytes = file.read(size)
+def _read_exactly(file: int, size: int) -> bytes:
+    data = os.read(file, size)
     # A read gives at most 2 GiB, and from network disks at times less than there is.
-    while len(data) < size and (more := file.read(size - len(data))):
+    while len(data) < size and (more := os.read(file, size - len(data))):
         data += more
     return data
 

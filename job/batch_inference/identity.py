@@ -20,6 +20,7 @@ from batch_inference.errors import UserError
 from batch_inference.ledger import Job, fingerprint
 from batch_inference.storage import Store, canonical_uri, display
 from batch_inference.transform import Transform
+from batch_inference.wording import describe_skipped
 
 _OUTPUT_SCHEMA = "1"
 
@@ -263,11 +264,9 @@ def input_notes(job: Job) -> list[str]:
     """What a user should know about the inputs before the work begins."""
     notes = []
     if job.skipped:
-        endings = ", ".join(
-            f"{n} {e or 'without an ending'}" for e, n in sorted(job.skipped.items(), key=lambda i: -i[1])[:5]
-        )
+        most = ", ".join(describe_skipped(job.skipped)[:5])
         notes.append(
-            f"left out {sum(job.skipped.values()):,} files that do not end like images: {endings} (input.extensions)"
+            f"left out {sum(job.skipped.values()):,} files that are no images by their names or kinds: {most} (input.extensions)"
         )
     if job.duplicates:
         notes.append(f"{job.duplicates:,} inputs were listed more than once; each is done once")

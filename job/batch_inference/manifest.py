@@ -7,10 +7,9 @@ import hashlib
 import io
 import os
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,20 +19,23 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import structlog
 
-from batch_inference import containers
+from batch_inference import containers, names
 from batch_inference.column_types import plain_inputs
 from batch_inference.config import InputConfig, JobConfig, StorageConfig
 from batch_inference.errors import UserError
-from batch_inference.listing import WILDCARDS, list_uris
+from batch_inference.listing import alternatives, list_uris
 from batch_inference.storage import (
+    WILDCARDS,
     Store,
     canonical_uri,
     display,
     is_file,
     is_local,
     local_path,
+    located,
     read_object,
 )
+from batch_inference.wording import describe_skipped
 
 log = structlog.get_logger()
 
@@ -61,7 +63,7 @@ class Inputs:
     Attributes:
         table: One row an input: ``uri`` string; columns of ``PLACE_SCHEMA``, which stay within the manifest: all of them where there
             are members of tar or Parquet files, ``_version`` where inputs were listed; then the passthrough columns.
-        skipped: Objects left out, by file name ending ("" for none).
+        skipped: Objects left out, by file name ending ("" for none), or by kind, as :mod:`listing` names them.
         duplicates: Inputs that were listed more than once; each was kept once.
         repeated: URIs that several manifest lines share; those lines are all kept, since their other columns may differ.
         manifest_sha256: Digest of the manifest file that the inputs were read from, "" if there was none.
@@ -215,8 +217,8 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     members: list[str] = []
     empty: list[str] = []
     packed: list[str] = []
-    for given in section.uris:
-        place = canonical_uri(given)
+    places = 0
+    for place in [one for given in section.uris for one in alternatives(located(given), storage)]:
         containers.refuse_compressed(place)
         if containers.split_member(place) and not is_file(place):
             members.append(place)
@@ -224,7 +226,7 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
         # Beside images, a Parquet file is rather a table of something else: it has to be asked for.
         parquet = section.bytes_column is not None or place.lower().endswith(".parquet")
         nothing = True
-        for uri, named, version in list_uris(place, section.recursive, storage):
+        for uri, named, version in list_uris(place, section.recursive, storage, skipped):
             nothing = False
             ending = PurePosixPath(uri).suffix.lower()
             if ending == ".tar" or (ending == ".parquet" and parquet):
@@ -235,16 +237,19 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
                     packed.append(uri)
                 skipped[archive or ending] = skipped.get(archive or ending, 0) + 1
                 continue
-            # Names that are not UTF-8 can't be columns' values; so spelt, they end as error rows like anything else missing.
-            batch.append(uri if uri.isascii() else uri.encode("utf-8", "backslashreplace").decode())
+            batch.append(uri)
             versions.append(version)
             if len(batch) == _PIECE:
                 chunks.append(_objects(batch, versions))
                 batch, versions = [], []
         if nothing:
-            empty.append(given)
-    if empty and len(section.uris) > 1:
-        raise UserError(f"nothing was found in {', '.join(empty)}", "Correct these inputs, or leave them out.")
+            empty.append(display(place))
+        places += 1
+    if empty and places > 1:
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
+        raise UserError(
+            f"nothing was found in {', '.join(empty[:5])}{more}", "Correct these inputs, or leave them out."
+        )
     every = pa.concat_tables([*chunks, _objects(batch, versions)])
     if packed:
         archives, remedy = containers.left_out(packed), containers.unpacking(packed)
@@ -322,10 +327,7 @@ def _nothing_found(section: InputConfig, found: Inputs) -> str:
     where = ", ".join(section.uris)
     if not found.skipped:
         return f"nothing was found in {where}"
-    endings = ", ".join(
-        f"{n} {e or 'without an ending'}" for e, n in sorted(found.skipped.items(), key=lambda i: -i[1])[:5]
-    )
-    return f"no images in {where}: only files with other endings ({endings}); images end with {', '.join(section.extensions)}"
+    return f"no images in {where}: only {', '.join(describe_skipped(found.skipped)[:5])}; images end with {', '.join(section.extensions)}"
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------------
@@ -345,7 +347,7 @@ def read_expected(manifest: str, storage: StorageConfig) -> pa.Table:
         )
     table = table.drop_columns([name for name in table.column_names if name in RESERVED_COLUMNS])
     table = _checked_columns(table, section, manifest)
-    return table.set_column(0, "uri", _canonical_column(table["uri"], folder))
+    return table.set_column(0, "uri", _canonical_column(table["uri"], folder, exact=True))
 
 
 def _read_manifest(section: InputConfig, storage: StorageConfig) -> tuple[pa.Table, str, str]:
@@ -365,7 +367,8 @@ def _read_manifest(section: InputConfig, storage: StorageConfig) -> tuple[pa.Tab
 def _from_manifest(section: InputConfig, storage: StorageConfig) -> Inputs:
     table, digest, folder = _read_manifest(section, storage)
     table = _checked_columns(table, section, str(section.manifest))
-    table = table.set_column(0, "uri", _canonical_column(table["uri"], folder))
+    exact = not str(section.manifest).lower().endswith(_MANIFEST_ENDINGS[1:])
+    table = table.set_column(0, "uri", _canonical_column(table["uri"], folder, exact))
     distinct = pc.count_distinct(table["uri"], mode="all").as_py()
     again = table.num_rows - distinct
     if again and table.num_columns == 1:
@@ -571,10 +574,18 @@ def _column_remedy(names: list[str], wanted: str, given: str) -> str:
     )
 
 
-def _canonical_column(column: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
-    """One spelling for each URI; what has none stays as it is and fails later, as a row of its own."""
+def _canonical_column(column: pa.ChunkedArray, folder: str, exact: bool = False) -> pa.ChunkedArray:
+    """One spelling for each URI; what has none stays as it is and fails later, as a row of its own.
+
+    Args:
+        column: The URIs, of type string.
+        folder: The one that relative names start at.
+        exact: Whether spaces around an object's URI are part of it, as in a file that a program has written.
+    """
     chunks = [
-        part if _all_canonical(part) else pa.array(list(_canonical_values(part.to_pylist(), folder)), pa.string())
+        part
+        if _all_canonical(part)
+        else pa.array([_canonical_value(value, folder, exact) for value in part.to_pylist()], pa.string())
         for chunk in column.chunks
         # In pieces: Python's texts take several times the memory of Arrow's.
         for part in (chunk.slice(start, _PIECE) for start in range(0, len(chunk), _PIECE))
@@ -586,21 +597,37 @@ def _all_canonical(part: pa.Array) -> bool:
     """Whether every URI is spelt as it should be already, as a manifest that a program wrote has them."""
     if part.null_count:
         return False
-    return bool(pc.all(pc.match_substring_regex(part, r"^(s3://|gs://|az://|file:///)(\S|\S.*\S)$")).as_py())
+    return bool(pc.all(pc.match_substring_regex(part, _CANONICAL)).as_py())
 
 
-def _canonical_values(values: Iterable[Any], folder: str) -> Iterator[str]:
-    for value in values:
-        text = (value or "").strip()
-        if text.startswith(("s3://", "gs://", "az://", "file:///")) or not text:
-            yield text
-        elif "://" in text:
-            try:
-                yield canonical_uri(text)
-            except UserError:
-                yield text
-        elif text.startswith("/"):
-            yield "file://" + text
-        else:
-            # Relative names start at the manifest, so that it means the same wherever it is read.
-            yield f"{folder}/{text}"
+# Of local names without what may be an escape. No spaces at the ends.
+_CANONICAL = r"^(?:(?:s3|gs|az)://(?:\S|\S.*\S)|file:///(?:[^\s\\%]|[^\s\\%][^\n\\%]*[^\s\\%]))$"
+
+
+def _canonical_value(value: str | None, folder: str, exact: bool) -> str:
+    text = (value or "").strip()
+    if text.startswith(("s3://", "gs://", "az://")):
+        return value if exact and value else text
+    if not text:
+        return text
+    try:
+        uri = _canonical_line(text, folder)
+        if value != text and is_local(uri):
+            # A name may begin or end with a space: literally first, as everywhere.
+            literal = _canonical_line(value or "", folder)
+            return literal if os.path.lexists(local_path(literal)) else uri
+    except UserError:
+        return text
+    return uri
+
+
+def _canonical_line(text: str, folder: str) -> str:
+    if "://" in text or text[:6].lower() == "file:/":
+        return located(text)
+    if not text.startswith("/"):
+        # Relative names start at the manifest, so that it means the same wherever it is read.
+        while text.startswith("./"):
+            text = text[2:].lstrip("/")
+        text = f"{folder}/{text}"
+        return names.canonical(text) if is_local(text) else text
+    return "file://" + names.canonical(text)

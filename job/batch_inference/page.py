@@ -14,7 +14,18 @@ from markupsafe import Markup
 
 from batch_inference import charts, exhibits, history
 from batch_inference.progress import duration
-from batch_inference.wording import NO_NUMBER, breakable, count_of, figure, masked, moment, percent, shown, whole
+from batch_inference.wording import (
+    NO_NUMBER,
+    breakable,
+    count_of,
+    describe_skipped,
+    figure,
+    masked,
+    moment,
+    percent,
+    shown,
+    whole,
+)
 
 if TYPE_CHECKING:
     from batch_inference.report import Facts
@@ -168,11 +179,10 @@ def _counts(facts: Facts) -> dict[str, Any]:
         aside.append(f"{job.duplicates:,} inputs were listed more than once and are done once.")
     if job.repeated:
         aside.append(f"{job.repeated:,} lines of the manifest share their URI with another; each has its row.")
-    skipped = sorted(job.skipped.items(), key=lambda item: (-item[1], item[0]))
-    if skipped:
-        most = ", ".join(f"{n:,} ending with {shown(e, 30) or 'nothing'}" for e, n in skipped[:5])
+    if skipped := describe_skipped(job.skipped):
+        most = ", ".join(shown(one, 60) for one in skipped[:5])
         more = f", and {len(skipped) - 5:,} more endings" if len(skipped) > 5 else ""
-        aside.append(f"{sum(job.skipped.values()):,} files are no images by their names: {most}{more}.")
+        aside.append(f"{sum(job.skipped.values()):,} files are no images by their names or kinds: {most}{more}.")
     return {
         "sentence": f"{closing} = {job.rows:,}: the counts close."
         if left >= 0

@@ -60,7 +60,7 @@ class Plan:
         shards: Number of shards.
         shard_size: Inputs of a shard.
         first: The first inputs, as examples.
-        skipped: Files left out, by ending.
+        skipped: Files left out, by ending or kind.
         duplicates: Inputs listed more than once, done once.
         repeated: Manifest lines that share their URI with another.
         passthrough: Manifest columns that go to the output.

@@ -204,7 +204,7 @@ class _Preflight:
         left_out = sum(found.skipped.values())
         return (
             f"{rows:,} images, {-(-rows // self._config.shard_size):,} shards"
-            + (f"; {left_out:,} files with other endings left out" if left_out else "")
+            + (f"; {left_out:,} files left out by name or kind" if left_out else "")
             + (f"; {found.duplicates:,} listed twice" if found.duplicates else "")
         )
 

@@ -25,13 +25,19 @@ import obstore
 from obstore import exceptions as obx
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
+from batch_inference import names
 from batch_inference.aws_profiles import Profile, profile
 from batch_inference.causes import CREDENTIALS, NO_LINKS, Facts, Failure, facts_of, of_store, said
 from batch_inference.config import JobConfig, StorageConfig
 from batch_inference.errors import UserError
+from batch_inference.names import is_text
+from batch_inference.spellings import AZURE_SCHEMES, azure, of_https, of_pipe
 
 SCHEMES = ("file", "s3", "gs", "az")
 _STAGING_TRIES = 5
+WILDCARDS = re.compile(r"[*?\[]")
+# As in :mod:`containers`.
+_MEMBER = re.compile(r"\.(?:tar|parquet)#", re.IGNORECASE)
 # Where storage.endpoint_url is not set; one for each store, for jobs that use several.
 _ENDPOINT_VARIABLES = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 # Writes of one name that meet are answered with 409 until one has won; S3 asks to send such again.
@@ -53,7 +59,8 @@ class ObjectInfo:
 def canonical_uri(uri: str) -> str:
     """Gives every location one spelling, with its scheme.
 
-    A local path becomes ``file:///absolute/path``. Names are kept as they are, never percent-encoded.
+    A local path becomes ``file:///absolute/path``. Names are kept as they are, never percent-encoded; what is not UTF-8 in a local one
+    is escaped (:mod:`names`).
 
     >>> canonical_uri("s3a://bucket/a.jpg")
     's3://bucket/a.jpg'
@@ -63,17 +70,19 @@ def canonical_uri(uri: str) -> str:
     """
     scheme, sign, rest = uri.partition("://")
     if not sign:
-        try:
-            return "file://" + str(Path(uri).expanduser().absolute())
-        except (RuntimeError, ValueError):
-            raise UserError(
-                f"{uri} begins with the home folder of somebody who is not known here", "Write its path."
-            ) from None
-    scheme = _ALIASES.get(scheme.lower(), scheme.lower())
+        return _canonical_path(uri)
+    scheme = scheme.lower()
+    if scheme in AZURE_SCHEMES and "@" in rest.partition("/")[0]:
+        return azure(uri)
+    scheme = _ALIASES.get(scheme, scheme)
     if scheme not in SCHEMES:
+        if scheme.startswith("pipe:"):
+            raise UserError(f"{uri} is a command, and commands are not run", of_pipe(uri))
+        # Not repeated here: what is printed is logged.
+        shown = uri.partition("?")[0] + "?…" if _SIGNATURE.search(uri) else uri
         raise UserError(
-            f"{uri} has the scheme {scheme}://, which is not supported",
-            "Use a local path or one of " + ", ".join(s + "://" for s in SCHEMES) + ".",
+            f"{shown} has the scheme {scheme}://, which is not supported",
+            of_https(uri) or "Use a local path or one of " + ", ".join(s + "://" for s in SCHEMES) + ".",
         )
     bucket = rest.partition("/")[0]
     # Not repeated here: what is printed is logged.
@@ -88,11 +97,45 @@ def canonical_uri(uri: str) -> str:
             f"a {scheme}:// URI of {bucket} has a signature behind its name",
             "Name the object alone, and give credentials in the environment; a URI is stored with the job and in each row.",
         )
-    if scheme == "file" and not rest.startswith("/"):
-        raise UserError(f"{uri} is not an absolute file URI", f"Write file:///{rest} or a plain path.")
-    if scheme != "file" and not rest.partition("/")[0]:
+    if scheme == "file":
+        return _canonical_file(uri, rest)
+    if not rest.partition("/")[0]:
         raise UserError(f"{uri} names no bucket", f"Write {scheme}://BUCKET/PATH.")
+    if not is_text(rest):
+        raise UserError(f"{uri} is not UTF-8, as names in object stores are", "Correct the location.")
     return f"{scheme}://{rest}"
+
+
+def _canonical_file(uri: str, rest: str) -> str:
+    if rest[:10].lower() == "localhost/":
+        rest = rest[9:]
+    if not rest.startswith("/"):
+        raise UserError(f"{uri} is not an absolute file URI", f"Write file:///{rest} or a plain path.")
+    if "\\x" not in rest and rest.isascii():
+        return f"file://{rest}"
+    try:
+        return f"file://{names.canonical(rest)}"
+    except ValueError:
+        raise UserError(f"{uri!a} holds characters that no file name can have", "Correct the location.") from None
+
+
+def _canonical_path(path: str) -> str:
+    if path[:6].lower() == "file:/":
+        return canonical_uri(f"file://{path[5:]}")
+    if path.startswith("pipe:") and not os.path.lexists(path):
+        raise UserError(f"{path} is a command, and commands are not run", of_pipe(path))
+    try:
+        whole = str(Path(path).expanduser().absolute())
+        # A path is what was typed, unless only the escape that messages and tables show for a name leads to a file.
+        if "\\x" in whole and not os.path.lexists(whole) and os.path.lexists(names.to_path(whole)):
+            return f"file://{names.canonical(whole)}"
+        return f"file://{names.of_path(whole)}"
+    except RuntimeError:
+        raise UserError(
+            f"{path} begins with the home folder of somebody who is not known here", "Write its path."
+        ) from None
+    except ValueError:
+        raise UserError(f"{path!a} holds characters that no file name can have", "Correct the location.") from None
 
 
 def is_local(uri: str) -> bool:
@@ -101,8 +144,39 @@ def is_local(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """The path of a canonical ``file://`` URI."""
-    return uri[len("file://") :]
+    """The path of a canonical ``file://`` URI, as the operating system's functions take it."""
+    return names.to_path(uri[len("file://") :])
+
+
+def file_uri(path: str) -> str:
+    """The canonical URI of an absolute path, as the operating system's functions give it."""
+    return "file://" + names.of_path(path)
+
+
+def located(text: str) -> str:
+    """Return the canonical URI of what is named; raises UserError as :func:`canonical_uri`.
+
+    URIs of local files may have percent escapes, as those of ``Path.as_uri()``. A file whose name is spelt like the URI comes first.
+    Only where there is none, and the decoded name leads to a file, that one is meant. Nothing is asked of the disk where there is no
+    escape, and paths and names in object stores are never decoded.
+    """
+    uri = canonical_uri(text)
+    if "%" not in uri or text[:5].lower() != "file:":
+        return uri
+    decoded = names.percent_decoded(uri)
+    if decoded is None or _leads_somewhere(uri):
+        return uri
+    return decoded if _leads_somewhere(decoded) else uri
+
+
+def _leads_somewhere(uri: str) -> bool:
+    """Return whether there is a file or folder; of a member its file, of a glob the folder before its first wildcard."""
+    found = _MEMBER.search(uri)
+    path = local_path(uri[: found.end() - 1] if found else uri)
+    wildcard = WILDCARDS.search(path)
+    return os.path.lexists(path) or bool(
+        wildcard and os.path.lexists(path[: wildcard.start()].rpartition("/")[0] or "/")
+    )
 
 
 def is_file(uri: str) -> bool:
@@ -112,7 +186,7 @@ def is_file(uri: str) -> bool:
 
 def display(uri: str) -> str:
     """A location as a person would type it: local ones without the scheme."""
-    return local_path(uri) if is_local(uri) else uri
+    return uri[len("file://") :] if is_local(uri) else uri
 
 
 def split_bucket(uri: str) -> tuple[str, str]:
@@ -122,6 +196,19 @@ def split_bucket(uri: str) -> tuple[str, str]:
         return "file://", rest.lstrip("/")
     bucket, _, key = rest.partition("/")
     return f"{scheme}://{bucket}", key
+
+
+_ODD_KEY = re.compile(r"(?:^|/)(?:\.{0,2})(?:/|$)")
+
+
+def odd_key(key: str) -> str:
+    """Return why no request can name a key, "" if one can: its clients would ask for another key, or for none."""
+    if not _ODD_KEY.search(key):
+        return ""
+    return (
+        f"the key {key!r} has a part that is empty, '.' or '..', or a slash at its end, which cannot be asked for; "
+        "copy the object to another name"
+    )
 
 
 def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
@@ -243,17 +330,22 @@ class Store:
         root, key = split_bucket(self.uri)
         self._root = root
         if root == "file://":
-            folder = Path("/" + key)
+            folder = Path(local_path(self.uri) or "/")
+            if not is_text(str(folder)):
+                raise UserError(
+                    f"the name of the folder {display(self.uri)} is not UTF-8",
+                    "Choose a folder whose name is, also those above it.",
+                )
             if must_exist and not folder.is_dir():
-                raise UserError(f"there is no folder {folder}", "Check the location of the output.")
+                raise UserError(f"there is no folder {display(self.uri)}", "Check the location of the output.")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
-                what = f"cannot create the folder {folder}"
+                what = f"cannot create the folder {display(self.uri)}"
                 if isinstance(exc, (FileExistsError, NotADirectoryError, PermissionError)):
                     raise UserError(f"{what}: {exc.strerror}", "Choose a place that you may write to.") from None
                 raise classify(exc, root, storage, verb="write", where=str(folder)).ending(what) from None
-            self._store = open_bucket(root, storage, str(folder))
+            self._store = LocalStore(folder, mkdir=False)
         else:
             self._store = open_bucket(root, storage, key)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Answer, Fetcher, Request, check_size
 from batch_inference.images import describe
+from batch_inference.names import escaped
 from batch_inference.ranges import RangeFile
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
@@ -326,8 +327,8 @@ REPACK = "Unpack it to an uncompressed .tar; images hardly get smaller by compre
 
 
 def _text(name: str) -> str:
-    """A member's name as a column can hold it; its data are found by place, whatever it is called."""
-    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A member's name as a column can hold it, one text for each name; its data are found by place, whatever it is called."""
+    return name if name.isascii() and "\\x" not in name else escaped(name.encode("utf-8", "surrogateescape"))
 
 
 def _hidden(name: str) -> bool:

@@ -17,7 +17,7 @@ import obstore
 
 from batch_inference.config import StorageConfig
 from batch_inference.errors import BatchInferenceError, SystemFault, UserError
-from batch_inference.storage import canonical_uri, classify, is_local, local_path, open_bucket, split_bucket
+from batch_inference.storage import canonical_uri, classify, display, is_local, local_path, open_bucket, split_bucket
 
 _CHUNK = 8 << 20
 # For weights of many gigabytes over a slow line.
@@ -45,7 +45,7 @@ def weights_file(location: str, storage: StorageConfig, sha256: str | None = Non
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "does not exist"
             raise UserError(
-                f"the weights file {path} {what}",
+                f"the weights file {display(uri)} {what}",
                 "Check model.weights; a relative path starts at the current directory.",
             )
         if sha256 is not None:

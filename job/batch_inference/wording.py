@@ -29,6 +29,23 @@ def shown(text: str, most: int = 240) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
 
 
+def describe_skipped(skipped: dict[str, int]) -> list[str]:
+    """Say what was left out, the most first, from counts by file name ending or by kind.
+
+    >>> describe_skipped({".txt": 12, "": 1, "folder markers": 3})
+    ['12 files ending with .txt', '3 folder markers', '1 file ending with nothing']
+    """
+    return [_left_out(kind, n) for kind, n in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _left_out(kind: str, n: int) -> str:
+    if kind == "link":
+        return f"{n:,} links to no image"
+    if kind and not kind.startswith("."):
+        return f"{n:,} {kind}"
+    return f"{n:,} {'file' if n == 1 else 'files'} ending with {kind or 'nothing'}"
+
+
 def last_line(text: str, most: int = 300) -> str:
     r"""The last line with a word in it, where a traceback has its message.
 

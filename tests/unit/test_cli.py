@@ -123,7 +123,7 @@ def test_plan_counts_and_changes_nothing(folder: Path, tmp_path: Path, program: 
     assert said.code == 0, said
     assert "3 images in 2 shards of 2" in said.text
     assert f"file://{folder}/b [x] ü.jpg" in said.out
-    assert "1 files ending with .txt" in said.text
+    assert "1 file ending with .txt" in said.text
     assert "1 inputs listed more than once, done once" in said.text
     assert "resnet18" in said.text
     assert "does not fit" not in said.text
@@ -380,7 +380,7 @@ def test_verify_names_what_is_wrong_and_ends_with_4(tmp_path: Path, program: Cal
 MISTAKES: list[tuple[str, str, str]] = [
     ("plan", "no input is given", "input.uris or input.manifest"),
     ("plan {}/none", "there is no file or folder {}/none", "Check the path"),
-    ("plan {}/notes", "no images in {}/notes: only files with other endings (1 .txt)", "input.extensions"),
+    ("plan {}/notes", "no images in {}/notes: only 1 file ending with .txt", "input.extensions"),
     ("plan {}/photos/*.tif", "nothing was found in {}/photos/*.tif", "Check the location"),
     ("plan ftp://x/y", "the scheme ftp://, which is not supported", "s3://"),
     ("plan {}/list.csv", "{}/list.csv looks like a manifest, not like an image", "Write --manifest {}/list.csv."),

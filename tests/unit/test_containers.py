@@ -508,7 +508,7 @@ def test_columns_of_images_that_cannot_be_told(tmp_path: Path) -> None:
 
 def test_an_archive_without_images_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar({"a.txt": b"1"}))
-    assert "only files with other endings (1 .txt)" in refused(tmp_path / "x.tar").message
+    assert "only 1 file ending with .txt" in refused(tmp_path / "x.tar").message
 
 
 def test_a_manifest_may_name_members(mixed: Path) -> None:

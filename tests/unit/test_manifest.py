@@ -176,11 +176,18 @@ def test_folders_of_odd_names_are_listed(folder: str, tmp_path: Path) -> None:
     assert names(listed(tmp_path / folder), tmp_path) == [f"{folder}/a.jpg"]
 
 
-def test_a_name_that_is_not_utf8_keeps_its_place(tmp_path: Path) -> None:
-    """No column can hold it; the row fails by itself instead of ending the job."""
+def test_a_name_that_is_not_utf8_is_shown_by_an_escape_and_read(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
-    touch(tmp_path, "a.jpg")
-    assert names(listed(tmp_path), tmp_path) == ["a.jpg", "caf\\udce9.jpg"]
+    touch(tmp_path, "a.jpg", "caf\\udce9.jpg", "caf\\xe9.jpg")
+    found = listed(tmp_path)
+    assert names(found, tmp_path) == ["a.jpg", "caf\\udce9.jpg", "caf\\x5cxe9.jpg", "caf\\xe9.jpg"]
+    fetcher = Fetcher(StorageConfig())
+    assert [fetcher.fetch(uri, 1000) for uri in found.table["uri"].to_pylist()] == [
+        b"a.jpg",
+        b"caf\\udce9.jpg",
+        b"caf\\xe9.jpg",
+        b"x",
+    ]
 
 
 def test_the_same_input_listed_twice_is_done_once(tmp_path: Path) -> None:
@@ -228,7 +235,7 @@ def test_messages_say_why_nothing_was_found(tmp_path: Path) -> None:
     assert refused().message == "no input is given"
     error = refused(uris=[str(tmp_path / "docs")])
     assert error.message.startswith(
-        f"no images in {tmp_path}/docs: only files with other endings (2 .txt, 1 without an ending)"
+        f"no images in {tmp_path}/docs: only 2 files ending with .txt, 1 file ending with nothing"
     )
     assert "images end with .jpg, .jpeg" in error.message
     assert refused(uris=[str(tmp_path / "empty")]).message == f"nothing was found in {tmp_path}/empty"
