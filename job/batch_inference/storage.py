@@ -262,6 +262,11 @@ class Store:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
+                if (file := next((p for p in (folder, *folder.parents) if p.is_file()), None)) is not None:
+                    raise UserError(
+                        f"{file} is a file, and an output is a folder",
+                        f"Write another --output, such as {file}-output.",
+                    ) from None
                 raise UserError(
                     f"cannot create the folder {folder}: {exc.strerror}", "Choose a place that you may write to."
                 ) from None
