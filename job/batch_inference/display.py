@@ -267,7 +267,7 @@ def watch_status(read: Callable[[], Status], every_s: float) -> None:
 
 def _status(found: Status) -> list[tuple[str, str]]:
     done = found.predictions + found.errors
-    finished = found.state == "succeeded"
+    finished = found.state == "succeeded" or done == found.rows
     rate = (
         f"{found.images_per_s:,.1f} images/s" if found.images_per_s is not None else "unknown before the second commit"
     )

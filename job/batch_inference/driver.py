@@ -490,6 +490,7 @@ class Attempt:
             tally.add_errors(commit.errors_by)
         self.snapshot.shards_done = len(commits)
         if tally.all_failed:
+            ledger.delete_unnamed(commits, self._retry.generation if self._retry else 0)
             raise self._no_prediction(ledger.store, commits)
         tally.check(self.config.errors)
         if self._load is not None:

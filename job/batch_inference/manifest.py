@@ -133,7 +133,8 @@ def refuse_stream(given: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         if given == "-" or (path.exists() and not (path.is_file() or path.is_dir()) and str(path).startswith(_STREAMS)):
             raise UserError(
-                f"{given} is a pipe, and a job reads its list of inputs more than once (it can be resumed)",
+                ("standard input (-)" if given == "-" else given)
+                + " is a pipe, and a job reads its list of inputs more than once (it can be resumed)",
                 "Write the list to a file first: ls photos/*.jpg > list.txt; batch-inference run --manifest list.txt --output out",
             )
 

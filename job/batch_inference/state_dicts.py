@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ _WRAPPERS = (
     "weights",
     "params",
 )
+# What torch.compile, FSDP and activation checkpoints put into names wherever a part of the network was wrapped.
+_WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _REMEDY = "Save the state dict: torch.save(model.state_dict(), 'weights.pt'), or better safetensors."
 _CLASS = " Or load the file in a predictor class of your own: --set predictor=my_module:MyPredictor."
 
@@ -111,6 +114,9 @@ def without_prefix(network: nn.Module, state: dict[str, torch.Tensor], location:
         UserError: If the file holds several networks that fit.
     """
     own = set(network.state_dict())
+    inner = {_WRAPPED.sub("", key): value for key, value in state.items()}
+    if len(inner) == len(state):
+        state = inner
     if own <= set(state):
         return _extras_apart(own, state, location)
     first = min(own, default="")

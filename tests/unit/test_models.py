@@ -230,7 +230,16 @@ def test_checkpoint_of_a_training_script(tmp_path: Path, state: dict[str, torch.
 
 
 @pytest.mark.parametrize(
-    "prefix", ["_orig_mod.", "model.", "module._orig_mod.", "backbone.", "_forward_module.model.net.", "my_wrapper."]
+    "prefix",
+    [
+        "_orig_mod.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "backbone.",
+        "_forward_module.model.net.",
+        "my_wrapper.",
+    ],
 )
 @pytest.mark.parametrize("classes", [1000, 7])
 def test_a_prefix_of_a_framework_is_taken_off_where_the_rest_fits(
@@ -241,7 +250,8 @@ def test_a_prefix_of_a_framework_is_taken_off_where_the_rest_fits(
     # As Lightning and training scripts write it, with tensors of a loss, and numbers, beside.
     torch.save({"state_dict": {**saved, "loss.weight": torch.ones(3), "step": 7}, "epoch": 3}, tmp_path / "a.ckpt")
     check(ModelConfig(source="file", name="squeezenet1_1", weights=str(tmp_path / "a.ckpt")), network)
-    assert f"begin with {prefix}, which is left out" in "".join(capsys.readouterr())
+    left = prefix.replace("_orig_mod.", "")
+    assert not left or f"begin with {left}, which is left out" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -251,6 +261,11 @@ def test_a_prefix_of_a_framework_is_taken_off_where_the_rest_fits(
         lambda state: {**state, "epoch": 3, "arch": "squeezenet1_1"},
         lambda state: {**state, "loss.weight": torch.ones(3)},
         lambda state: {"network": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: {key.replace(".", "._orig_mod.", 1): value for key, value in state.items()},
+        lambda state: {
+            f"_fsdp_wrapped_module.{key}".replace("features.", "features._checkpoint_wrapped_module."): v
+            for key, v in state.items()
+        },
     ],
 )
 def test_what_lies_beside_the_tensors_is_left_out(tmp_path: Path, state: dict[str, torch.Tensor], data: Any) -> None:
