@@ -49,7 +49,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def exit_codes() -> str:
     """The exit codes: what each exception that ends a job says of itself."""
-    rows = [["0", "done", "Every input is accounted for."]]
+    rows = [["0", "done", "Every input is accounted for, and at least one has a prediction."]]
     for kind in errors.BatchInferenceError.__subclasses__():
         text = re.sub(r" \(exit \d+\)", "", inspect.getdoc(kind) or "").replace("``", "`")
         sentence = re.sub(r"^The user's", "The reader's", text)

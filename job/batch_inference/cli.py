@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from batch_inference.errors import (
     EXIT_USER,
     BatchInferenceError,
     Interrupted,
+    NoPrediction,
     UserError,
 )
 from batch_inference.terminal import plain
@@ -214,7 +216,9 @@ def run_job(
         failure = exc
     else:
         if as_json:
-            typer.echo(json.dumps({"state": "SUCCEEDED", "exit_code": 0, **vars(result)}))
+            typer.echo(
+                json.dumps({"state": "SUCCEEDED", "exit_code": 0, "verdict": verdict_of(result)[0], **vars(result)})
+            )
         else:
             if before_verdict:
                 before_verdict()
@@ -454,6 +458,10 @@ def verify(output: OutputArgument, settings: Settings = None, as_json: Json = Fa
             f"OK: all {found.rows:,} inputs are there exactly once: {found.predictions:,} predictions, {found.errors:,} errors, "
             f"{count_of(found.shards, 'shard')}"
         )
+    elif found.rows and found.errors == found.rows:
+        typer.echo(
+            f"OK: all {found.rows:,} inputs are there exactly once, and every one is an error: there is no prediction at all"
+        )
     else:
         typer.echo(
             f"OK so far: {done:,} of {found.rows:,} inputs are there exactly once, {found.shards_done:,} of {found.shards:,} shards "
@@ -571,6 +579,7 @@ def retry(
     from batch_inference.identity import check_same_job
     from batch_inference.ledger import Ledger
     from batch_inference.startup import EngineAhead
+    from batch_inference.status import status
     from batch_inference.storage import Store
 
     logs.configure(log_format, quiet=quiet)
@@ -590,6 +599,13 @@ def retry(
             check_same_job(config, ahead.result(), ledger.require_job(), ledger.store)
     begun = begin(ledger, stages=stages, error_types=types, retryable=marked, attempt=uuid4().hex[:8])
     if begun is None:
+        done = status(output, config.storage)
+        if done.state == "failed" and done.rows and done.errors == done.rows:
+            # A retry of nothing makes no success of it.
+            raise NoPrediction(
+                done.verdict,
+                f"No failed row is meant. To do all of them again: batch-inference retry {shlex.quote(output)} --all",
+            )
         failed = nothing_meant(ledger)
         typer.echo(
             json.dumps({"state": "NOTHING_TO_RETRY", "exit_code": 0, "failed": failed})

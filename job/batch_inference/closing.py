@@ -174,6 +174,8 @@ class Closing:
 
     def _commit(self, shard: int, errors: pa.Table) -> tuple[Commit, bool]:
         again = self._again.get(shard)
+        # Before anything is written that another job in this output would take for its own.
+        self.ledger.begin_committing()
         try:
             commit = self._writers.close(shard, errors, again)
         except CountsDoNotClose:

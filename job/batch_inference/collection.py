@@ -12,18 +12,22 @@ import pyarrow.compute as pc
 
 from batch_inference import causes, manifest
 from batch_inference.config import ErrorsConfig
+from batch_inference.error_types import remedy_of
 from batch_inference.errors import (
     NOT_TRIED,
     PREDICTOR_ERROR_TYPES,
     STORE_ERROR_TYPES,
     SYSTEMIC_ERROR_TYPES,
     BatchInferenceError,
+    NoPrediction,
     SystemFault,
     ThresholdExceeded,
     UserError,
 )
 from batch_inference.ledger import Commit
 
+#: How the remedies against too many failed rows begin while no failed row is committed.
+START_AGAIN = "Fix the cause and start the same command again"
 ERROR_COLUMNS = ("row", "stage", "error_type", "message", "retryable")
 
 
@@ -82,21 +86,74 @@ class Tally:
             if not self.errors_by[stage]:
                 del self.errors_by[stage]
 
+    @property
+    def all_failed(self) -> bool:
+        """Whether there are rows, and none of them has a prediction."""
+        return self.rows > 0 and not self.predictions
+
+    @property
+    def percent(self) -> float:
+        """Percentage of the rows that failed."""
+        return 100 * self.errors / max(1, self.rows)
+
     def check(self, limits: ErrorsConfig) -> None:
-        """Raises ThresholdExceeded where more rows failed than ``limits`` allow."""
+        """Raise ThresholdExceeded where more rows failed than ``limits`` allow."""
         where = "; ".join(describe_errors(self.errors_by)[:3])
+        failed = ("no prediction at all: " if self.all_failed else "") + f"{self.errors:,} of {self.rows:,} rows failed"
         if limits.max_count is not None and self.errors > limits.max_count:
             raise ThresholdExceeded(
-                f"{self.errors:,} of {self.rows:,} rows failed, more than errors.max_count = {limits.max_count:,} ({where})",
-                "Look at the errors/ table; mend the cause and run batch-inference retry, or raise errors.max_count and run again.",
+                f"{failed}, more than errors.max_count = {limits.max_count:,} ({where})",
+                f"{START_AGAIN}, or raise errors.max_count.",
             )
-        percent = 100 * self.errors / max(1, self.rows)
-        if limits.max_percent is not None and self.rows >= limits.min_sample and percent > limits.max_percent:
+        if self.rows >= limits.min_sample and self._above(limits):
             raise ThresholdExceeded(
-                f"{self.errors:,} of {self.rows:,} rows failed = {percent:.1f} %, more than errors.max_percent = "
-                f"{limits.max_percent:g} ({where})",
-                "Look at the errors/ table; mend the cause and run batch-inference retry, or raise errors.max_percent and run again.",
+                f"{failed} = {self.percent:.1f} %, more than errors.max_percent = {limits.max_percent:g} ({where})",
+                f"{START_AGAIN}, or raise errors.max_percent.",
             )
+
+    def excess(self, limits: ErrorsConfig) -> str:
+        """Return in words that more rows failed than ``errors.max_percent`` where that does not end the job; "" where they did not."""
+        if not self._above(limits):
+            return ""
+        why = f" (not enforced below errors.min_sample = {limits.min_sample:,} rows)"
+        return f"{self.percent:.1f} % errors, more than errors.max_percent = {limits.max_percent:g}" + (
+            why if self.rows < limits.min_sample else ""
+        )
+
+    def _above(self, limits: ErrorsConfig) -> bool:
+        return limits.max_percent is not None and self.percent > limits.max_percent
+
+    @property
+    def most_frequent(self) -> tuple[int, str, str]:
+        """Count, stage and type of the failures that there are most of."""
+        flat = [(count, stage, kind) for stage, kinds in self.errors_by.items() for kind, count in kinds.items()]
+        return max(flat, default=(0, "", ""))
+
+    def no_prediction(self, output: str, example: str = "") -> NoPrediction:
+        """Return what ends a job in which every row failed.
+
+        Args:
+            output: The output folder, as a person types it.
+            example: URI and message of a row of the most frequent kind.
+        """
+        kinds = describe_errors(self.errors_by)
+        more = f", and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
+        count, stage, kind = self.most_frequent
+        which = f"{kind} ({count:,}): " if len(kinds) > 1 else ""
+        return NoPrediction(
+            f"no prediction at all: {all_of(self.rows)} failed ({', '.join(kinds[:3])}{more})"
+            + (f", for example {example}" if example else ""),
+            f"{which}{remedy_of(stage, kind, output)} Every failed row is in {output}/errors.".lstrip(),
+        )
+
+
+def all_of(rows: int) -> str:
+    """Return all rows of a job in words.
+
+    >>> all_of(1), all_of(1200)
+    ('the only row', 'all 1,200 rows')
+    """
+    return "the only row" if rows == 1 else f"all {rows:,} rows"
 
 
 def describe_errors(by: dict[str, dict[str, int]]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from batch_inference.config import (
+    ErrorsConfig,
     InferenceConfig,
     InputConfig,
     JobConfig,
@@ -58,6 +59,8 @@ def demo_config(folder: Path, output: Path) -> JobConfig:
             labels="imagenet-1k",
         ),
         inference=InferenceConfig(actors=1, gpus_per_actor=0, cpus_per_actor=1),
+        # A quarter of the photos is broken on purpose.
+        errors=ErrorsConfig(max_percent=None),
         preprocess=PreprocessConfig(),
         shard_size=8,
     )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _LINE_EVERY_S = 10.0
+_WARN = "yellow"
 _PHASES = {
     "plan": "listing the inputs",
     "start": "starting Ray and the model",
@@ -154,13 +155,13 @@ def verdict_of(result: RunResult) -> list[str]:
     """The five lines that end a good run: what happened, errors, speed, what next, where the output is."""
     where = display(result.output)
     if result.already_done:
-        first = f"SUCCEEDED: this job was done already; {_counts(result)}; nothing was run"
+        first = f"{_success(result)}: this job was done already; {_counts(result)}; nothing was run"
         speed = (
             f"speed: answered in {result.elapsed_s:.1f} s; inputs that have come since are not in it: choose another --output for a run "
             f"anew, or delete {where}"
         )
     else:
-        first = f"SUCCEEDED: {_counts(result)}"
+        first = f"{_success(result)}: {_counts(result)}"
         speed = (
             f"speed: {result.elapsed_s:.1f} s in all, "
             + (f"{result.images_per_s:,.1f} images/s without start-up, " if result.images_per_s is not None else "")
@@ -179,7 +180,15 @@ def verdict_of(result: RunResult) -> list[str]:
 
 
 def _counts(result: RunResult) -> str:
-    return f"{result.rows:,} of {result.rows:,} images accounted for, {result.predictions:,} predictions and {result.errors:,} errors"
+    limit = result.excess.partition(", ")[2]
+    return (
+        f"{result.rows:,} of {count_of(result.rows, 'image')} accounted for, {count_of(result.predictions, 'prediction')} and "
+        f"{count_of(result.errors, 'error')}" + (f", {limit}" if limit else "")
+    )
+
+
+def _success(result: RunResult) -> str:
+    return "SUCCEEDED" + (f" WITH {result.excess.partition(', ')[0].upper()}" if result.excess else "")
 
 
 def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot) -> list[str]:
@@ -208,7 +217,7 @@ def print_verdict(lines: list[str]) -> None:
     console = Console(highlight=False)
     console.soft_wrap = not console.is_terminal
     for place, line in enumerate(lines):
-        style = ("green" if line.startswith("SUCCEEDED") else "red") if place == 0 else ""
+        style = "" if place else "green" if line.startswith("SUCCEEDED:") else _WARN if "SUCCEEDED" in line else "red"
         console.print(Text(plain(line), style=style))
 
 
@@ -258,7 +267,7 @@ def watch_status(read: Callable[[], Status], every_s: float) -> None:
 
 def _status(found: Status) -> list[tuple[str, str]]:
     done = found.predictions + found.errors
-    finished = found.state == "succeeded"
+    finished = found.state == "succeeded" or done == found.rows
     rate = (
         f"{found.images_per_s:,.1f} images/s" if found.images_per_s is not None else "unknown before the second commit"
     )
@@ -308,6 +317,8 @@ def print_comparison(found: Comparison, *, quiet: bool = False) -> None:
 def print_plan(found: Plan, *, for_chart: bool, cost: Cost | None = None) -> None:
     """Prints a plan on stdout; where values of the chart are given, its pods take the place of this machine."""
     notes = [("left out", what) for what in describe_skipped(found.skipped)[:8]]
+    notes += [("can't be read", str(kind)) for kind in found.unreadable]
+    notes += [("note", note) for note in found.notes]
     if found.duplicates:
         notes.append(("duplicates", f"{found.duplicates:,} inputs listed more than once, done once"))
     if found.repeated:

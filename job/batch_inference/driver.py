@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import threading
 import time
@@ -22,22 +23,33 @@ from batch_inference.apart import AFTER_FAILURE, AFTER_SUCCESS, REPORT, Patience
 from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import Demand, connected, is_client_address, wait_until_it_fits
-from batch_inference.collection import Collector
+from batch_inference.collection import START_AGAIN, Collector
 from batch_inference.config import JobConfig
+from batch_inference.destination import check_output
 from batch_inference.environment import RUN_VARIABLE
-from batch_inference.errors import BatchInferenceError, CountsDoNotClose, Interrupted, ThresholdExceeded, UserError
+from batch_inference.errors import (
+    BatchInferenceError,
+    CountsDoNotClose,
+    Interrupted,
+    NoPrediction,
+    ThresholdExceeded,
+    UserError,
+)
+from batch_inference.failures import examples
 from batch_inference.generations import Again, describe, select
-from batch_inference.history import Spent
+from batch_inference.history import Spent, at_work
 from batch_inference.identity import (
     Engine,
     check_columns,
     check_same_job,
+    differences,
     input_notes,
     job_identity,
+    other_output,
     versions,
 )
 from batch_inference.inference import raise_end_of_job
-from batch_inference.ledger import Commit, Job, Ledger, Retry, now
+from batch_inference.ledger import Commit, Job, Ledger, Retry, TakenOver, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
 from batch_inference.preflight import first_step, of_one_actor
@@ -74,6 +86,7 @@ class RunResult:
         limit: What this attempt waited for (see :class:`~batch_inference.balance.Balance`), "" where nothing was run.
         balance: The same as a sentence, with the knob to turn.
         report: Where the report for people is, "" if there is none.
+        excess: That more rows failed than ``errors.max_percent``, where that did not end the job; "" where they did not.
     """
 
     output: str
@@ -90,6 +103,7 @@ class RunResult:
     limit: str = ""
     balance: str = ""
     report: str = ""
+    excess: str = ""
 
 
 def run(
@@ -187,16 +201,31 @@ class Attempt:
     def run(self, address: str | None, dashboard_host: str | None) -> RunResult:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
         self._show("plan")
+        notes = check_output(self.config)
         ledger = Ledger(open_output(self.config))
+        for note in notes:
+            log.warning(note)
         with contextlib.ExitStack() as cluster, EngineAhead(self.config, self._engine) as ahead:
             job = ledger.job()
             done = None if job is None else ledger.success()
             self._retry = None if job is None else ledger.retry()
             if job is not None and done is None and self.run_name and not self._force_retry:
                 refuse_hopeless(ledger, job, self.run_name)
+            replaced: Job | None = None
+            if job is not None and done is None and ledger.untouched(job):
+                # Nothing is committed: what differs is known before anything is started, and makes it another job.
+                differing = differences(self.config, ahead.result(), job)
+                if differing:
+                    self._take_over(ledger, differing)
+                    replaced, job = job, None
+            if job is None and replaced is None:
+                ledger.check_empty()
             # Before anything is started, so that a mistyped path is answered at once.
             found = find_inputs(self.config) if job is None else None
-            early = starts_ray(address) and done is None
+            # Where every shard is committed there may be nothing left to do but to say so.
+            complete = job is not None and done is None and len(ledger.committed()) == job.shards
+            own = starts_ray(address) and done is None
+            early = own and not complete
             if early:
                 # Ray's processes take seconds to come up; meanwhile the model is looked at.
                 try:
@@ -208,14 +237,17 @@ class Attempt:
             if job is not None:
                 check_same_job(self.config, engine, job, ledger.store)
                 if done is not None:
-                    if len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files"):
+                    whole = len(ledger.committed()) == job.shards and ledger.data_files() == done.get("files")
+                    if whole and done.get("predictions") != 0:
                         return self._already_done(ledger.store, job, done)
-                    # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
-                    log.warning("the output is not what _SUCCESS says; taking it up again")
+                    if not whole:
+                        # A file was lost, or a driver was killed after it had lost its last race: recount, sweep, do what is missing.
+                        log.warning("the output is not what _SUCCESS says; taking it up again")
+                    # Earlier versions called a job a success in which every row failed.
                     ledger.store.delete(["_SUCCESS"])
             ledger.store.probe()
             if job is None:
-                job = self._plan(ledger, engine, found or find_inputs(self.config))
+                job = self._plan(ledger, engine, found or find_inputs(self.config), replaced)
             ledger.complete_manifest(job)
             commits = ledger.commits()
             if self._retry and len(commits) < job.shards:
@@ -233,6 +265,10 @@ class Attempt:
                 self.snapshot.tally.check(self.config.errors)
                 if pending or again:
                     self._show("start")
+                    self._load = possible_load(self.config, len(pending) + len(again))
+                    self._write_spent(
+                        ledger.store, "running"
+                    )  # from now on another configuration sees that it is at work
                     telemetry = self._telemetry(job)
                     reporter = self._reporter = Reporter(telemetry.run, self.config.inference.actors, self.snapshot)
                     cluster.callback(reporter.stop)
@@ -244,7 +280,7 @@ class Attempt:
                         cluster.enter_context(self._cluster(address, dashboard_host, config))
                         cluster.callback(reporter.stop)  # before the connection ends
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
-                    cpus = float(os.cpu_count() or 1) if early else math.inf
+                    cpus = float(os.cpu_count() or 1) if own else math.inf
                     if first:
                         self._try_first(ledger.store, job, engine, cpus)
                         if not early:
@@ -253,6 +289,9 @@ class Attempt:
                 cluster.close()
                 return self._finish(ledger, job)
             except BatchInferenceError as exc:
+                taken_over = self._taken_over(ledger, job)
+                if taken_over is not None:
+                    raise taken_over from exc
                 self._failed(ledger, job, exc)
                 raise
             except KeyboardInterrupt:
@@ -275,7 +314,30 @@ class Attempt:
 
     # --- before ---
 
-    def _plan(self, ledger: Ledger, engine: Engine, found: Inputs) -> Job:
+    def _take_over(self, ledger: Ledger, differing: list[str]) -> None:
+        """Say that an output without a commit becomes this job's; raise UserError where an attempt seems to be at work in it."""
+        where = display(ledger.store.uri)
+        age = at_work(ledger.store)
+        if age is not None:
+            raise UserError(
+                f"another job is at work in {where}: its attempt gave a sign of life {age:.0f} s ago; what differs: "
+                + "; ".join(differing),
+                f"Stop it and start again in a minute, or {other_output(self.config)}.",
+            )
+        names = ", ".join(line.partition(":")[0] for line in differing)
+        log.warning(f"took over {where}: an earlier configuration had committed nothing; differs in {names}")
+
+    def _taken_over(self, ledger: Ledger, job: Job) -> TakenOver | None:
+        """Whether another configuration has taken the output over, whatever this attempt failed of because of it."""
+        try:
+            ledger.check_not_taken_over(job)
+        except TakenOver as exc:
+            return exc
+        except (BatchInferenceError, OSError, ValueError):
+            pass
+        return None
+
+    def _plan(self, ledger: Ledger, engine: Engine, found: Inputs, replaced: Job | None = None) -> Job:
         check_columns(self.config, found.table.column_names)
         rows = found.table.num_rows
         job = Job(
@@ -292,10 +354,10 @@ class Attempt:
             repeated=found.repeated,
             passthrough=found.passthrough,
         )
-        job = ledger.create_job(found.table, job, self.attempt)
+        job = ledger.create_job(found.table, job, self.attempt, replaced)
         check_same_job(self.config, engine, job, ledger.store)
         log.info("planned", inputs=job.rows, shards=job.shards, fingerprint=job.fingerprint[:12])
-        for note in input_notes(job):
+        for note in [*input_notes(job), *(str(kind) for kind in found.unreadable)]:
             log.warning(note)
         if job.rows < _FEW:
             log.info(f"{job.rows} images are few: starting Ray and the model will take most of the time")
@@ -433,9 +495,13 @@ class Attempt:
             tally.rows += commit.rows
             tally.add_errors(commit.errors_by)
         self.snapshot.shards_done = len(commits)
+        if tally.all_failed:
+            ledger.delete_unnamed(commits, self._retry.generation if self._retry else 0)
+            raise self._no_prediction(ledger.store, commits)
         tally.check(self.config.errors)
         if self._load is not None:
             self._balance = balance(self._load)
+        excess = tally.excess(self.config.errors)
         totals = {
             "rows": tally.rows,
             "predictions": tally.predictions,
@@ -443,8 +509,9 @@ class Attempt:
             "errors_by": tally.errors_by,
             "shards": job.shards,
             "files": sum(len(commit.files) for commit in commits),
+            "verdict": excess,
         }
-        self._write_summary(ledger, job, commits, "SUCCEEDED", "")
+        self._write_summary(ledger, job, commits, "SUCCEEDED", excess)
         deleted = ledger.finish(job, commits, totals, self._retry.generation if self._retry else 0)
         if deleted:
             log.info("deleted files that no commit names", files=deleted)
@@ -455,8 +522,26 @@ class Attempt:
         self._write_progress(ledger.store, force=True)
         return replace(result, report=self.snapshot.report)
 
+    def _no_prediction(self, store: Store, commits: list[Commit]) -> NoPrediction:
+        """What ends this job, with an example of the kind of failure that is most frequent."""
+        tally = self.snapshot.tally
+        _, stage, kind = tally.most_frequent
+        example = ""
+        with contextlib.suppress(BatchInferenceError, OSError, ValueError, KeyError, pa.ArrowException):
+            found = examples(store, commits, {stage: {kind: 1}}, 1)[0].found
+            example = f"{found[0].uri or 'a line without a URI'}: {found[0].message}" if found else ""
+        return tally.no_prediction(shlex.quote(display(store.uri)), example)
+
     def _failed(self, ledger: Ledger, job: Job, exc: BatchInferenceError) -> None:
         """Leaves the verdict beside the output, if the store still takes it."""
+        if isinstance(exc, ThresholdExceeded) and not isinstance(exc, NoPrediction):
+            with contextlib.suppress(BatchInferenceError, OSError):
+                if any(ledger.store.objects("errors")):
+                    where = shlex.quote(display(ledger.store.uri))
+                    retry = (
+                        f"Fix the cause of the failed rows in {where}/errors, then batch-inference retry {where} --all"
+                    )
+                    exc.remedy = exc.remedy.replace(START_AGAIN, retry)
         self._show(self.snapshot.phase)  # with what was committed last
         self._write_spent(ledger.store, "interrupted" if isinstance(exc, Interrupted) else "failed")
         if isinstance(exc, Interrupted) or ledger.store.get_or_none("_SUCCESS") is not None:
@@ -509,6 +594,7 @@ class Attempt:
             limit=self._balance.limit if self._balance else "",
             balance=self._balance.sentence if self._balance else "",
             report=self.snapshot.report,
+            excess=tally.excess(self.config.errors),
         )
 
     def _write_summary(self, ledger: Ledger, job: Job, commits: list[Commit], state: str, verdict: str) -> None:

@@ -5,6 +5,7 @@ The documents' table is made of it, and a test compares it with the places that 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from batch_inference.errors import Stage
@@ -224,3 +225,13 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "Mend the class; a new job.",
     ),
 )
+
+
+def remedy_of(stage: str, name: str, output: str) -> str:
+    """Return what to do about a kind of failed row, with commands that can be typed.
+
+    >>> remedy_of("fetch", "TIMEOUT", "out")
+    'batch-inference retry out.'
+    """
+    found = next((one.remedy for one in ERROR_TYPES if (one.stage, one.name) == (stage, name)), "")
+    return re.sub(r"`([^`]*)`", r"\1", found.replace("`retry", f"`batch-inference retry {output}"))

@@ -42,9 +42,13 @@ class UserError(BatchInferenceError):
 
 
 class ThresholdExceeded(BatchInferenceError):  # noqa: N818 - named after the fact, as the exit code's table does
-    """More rows failed than ``errors.max_count`` or ``errors.max_percent`` allow (exit 3)."""
+    """More rows failed than ``errors.max_count`` or ``errors.max_percent`` allow, or all did (exit 3)."""
 
     exit_code = EXIT_THRESHOLD
+
+
+class NoPrediction(ThresholdExceeded):
+    """Every row of the job failed (exit 3)."""
 
 
 class CountsDoNotClose(BatchInferenceError):  # noqa: N818

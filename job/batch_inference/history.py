@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 
 from batch_inference.errors import BatchInferenceError
 from batch_inference.ledger import Commit, Ledger
@@ -19,6 +19,8 @@ _LEAST_S = 2.0
 # A silence of so much of the time is a pause between attempts, not slowness.
 _PAUSE = 0.02
 _MOST_ATTEMPTS = 1000
+# An attempt writes its record when it starts, and every ten seconds while it works.
+_SILENT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ def attempts(store: Store) -> list[Spent]:
             continue
         found.append(spent)
     return sorted(found, key=lambda spent: spent.started_at)
+
+
+def at_work(store: Store) -> float | None:
+    """Return the seconds since an attempt that is not known to have ended gave a sign of life; None if there is none of late."""
+    if store.get_or_none("_FAILED") is not None:
+        return None
+    moment = datetime.now(timezone.utc).timestamp()
+    ages = [moment - _seconds(one.updated_at) for one in attempts(store) if one.state == "running"]
+    return min((max(0.0, age) for age in ages if age < _SILENT_S), default=None)
 
 
 @dataclass(frozen=True)

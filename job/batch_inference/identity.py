@@ -6,7 +6,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +19,8 @@ from batch_inference import manifest
 from batch_inference.config import JobConfig, PredictorConfig
 from batch_inference.decoding import EXACT_PATH, FAST_PATH, GPU_PATH
 from batch_inference.errors import UserError
-from batch_inference.ledger import Job, fingerprint
-from batch_inference.storage import Store, canonical_uri, display
+from batch_inference.ledger import Job
+from batch_inference.storage import Store, canonical_uri, display, is_local, local_path
 from batch_inference.transform import Transform
 from batch_inference.wording import describe_skipped
 
@@ -211,11 +213,11 @@ def _source_digest(cls: Any) -> dict[str, str]:
         return {}
 
 
-def check_same_job(config: JobConfig, engine: Engine, job: Job, store: Store) -> None:
-    """Refuses to mix rows of different kinds in one output.
+def differences(config: JobConfig, engine: Engine, job: Job) -> list[str]:
+    """Return what tells a configuration's job from the one in the output, one line for each key; empty if it is the same.
 
     Raises:
-        UserError: With both fingerprints and what differs.
+        UserError: If the manifest file can't be read any more.
     """
     source = ""
     if config.input.manifest:
@@ -223,19 +225,56 @@ def check_same_job(config: JobConfig, engine: Engine, job: Job, store: Store) ->
         source = manifest.source_digest(config)
     identity = job_identity(config, engine, source)
     frozen = {key: value for key, value in job.identity.items() if key != "manifest.sha256"}
-    if identity == frozen:
-        return
-    changed = [
+    return [
         f"{key}: {_short(frozen.get(key))} there, {_short(identity.get(key))} now"
         for key in sorted(identity.keys() | frozen.keys())
         if identity.get(key) != frozen.get(key)
     ]
-    mine = fingerprint({**identity, "manifest.sha256": job.identity.get("manifest.sha256", "")})
+
+
+def check_same_job(config: JobConfig, engine: Engine, job: Job, store: Store) -> None:
+    """Refuse to mix rows of different kinds in one output.
+
+    Raises:
+        UserError: With what differs, and the commands that lead on.
+    """
+    changed = differences(config, engine, job)
+    if not changed:
+        return
     raise UserError(
-        f"{display(store.uri)} belongs to another job: its fingerprint is {job.fingerprint[:12]}, this configuration's is "
-        f"{mine[:12]}; what differs:\n  - " + "\n  - ".join(changed),
-        "Choose another --output for this configuration, or go back to the one the output was made with.",
+        f"{display(store.uri)} belongs to another job (fingerprint {job.fingerprint[:12]}); what differs:"
+        + "".join(f"\n  - {line}" for line in changed),
+        f"To start this job, {other_output(config)}. Or go back to the configuration that the output was made with.",
     )
+
+
+def other_output(config: JobConfig) -> str:
+    """Return what to type where an output is another job's: another output, or how to delete this one."""
+    uri = canonical_uri(config.output.uri).rstrip("/")
+    where = shlex.quote(display(uri))
+    say = f"write --output {shlex.quote(display(_free(uri)))}"
+    # A command that deletes the images as well is not one to print.
+    if any((canonical_uri(given) + "/").startswith(uri + "/") for given in _inputs(config)):
+        return say
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    delete = {
+        "file": f"rm -r {where}",
+        "s3": f"aws s3 rm --recursive {where}",
+        "gs": f"gcloud storage rm --recursive {where}",
+        "az": f"az storage blob delete-batch --source {shlex.quote(bucket)} --pattern {shlex.quote(key + '/*')}",
+    }[scheme]
+    return f"{say}, or delete the other job's rows with: {delete}"
+
+
+def _inputs(config: JobConfig) -> list[str]:
+    return [*config.input.uris, *([config.input.manifest] if config.input.manifest else [])]
+
+
+def _free(uri: str) -> str:
+    """A name for another output beside one."""
+    names = (f"{uri}-{number}" for number in itertools.count(2))
+    return next(name for name in names if not is_local(name) or not Path(local_path(name)).exists())
 
 
 def _short(value: str | None) -> str:

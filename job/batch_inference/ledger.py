@@ -7,6 +7,11 @@ highest generation is the one that counts.
 
 A listing may lag behind what was written, with some stores and some caches before them. A commit that it does not show yet is made once
 more and loses, and what one ledger has seen it does not forget; nothing is called missing before it was asked for by its name.
+
+An output in which nothing is committed may be taken over by another configuration. One object decides, ``_jobs/PLAN.json``, created if
+absent: either a driver of that plan makes it before its first commit, and no other configuration can take the output over any more; or
+another configuration makes it with its own job in it, and the drivers of the old plan can't commit any more. The chain of these records
+is never changed, so that a driver that was slow and writes an old ``_job.json`` changes nothing: :meth:`Ledger.job` follows the chain.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ import tarfile
 import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -32,8 +38,12 @@ from batch_inference.storage import Store, display
 # Requests that are independent of one another go out together; a store answers each in some ten milliseconds.
 _PARALLEL_REQUESTS = 16
 _FORMAT = 1
+_MOST_LOOKED_FOR = 1000
 #: Folder of the marks of tasks under way.
 BEGUN = "_begun"
+# What an output without a commit may hold that another job must not take for its own: folders, and objects.
+_LEFT_FOLDERS = ("_decisions", BEGUN, "_report")
+_LEFT_OBJECTS = ("_FAILED", "_schema.json")
 # Names of a shard's files: shard-00042.json, shard-00042-g1-4f2a91c0.parquet.
 _RETRY = re.compile(r"_retries/[1-9]\d{0,8}\.json$")
 _NAME = re.compile(r"(?:^|/)shard-(\d+)(?:-g(\d+))?(?=[-.]|$)")
@@ -103,7 +113,11 @@ class Commit:
 
 @dataclass(frozen=True)
 class Job:
-    """What ``_job.json`` says: made once, never changed."""
+    """What ``_job.json`` says: made once, never changed, replaced at most while nothing is committed.
+
+    Attributes:
+        replaces: The plan of the job whose output this one took over, "" if it was the first.
+    """
 
     config: dict[str, Any]
     fingerprint: str
@@ -118,6 +132,28 @@ class Job:
     repeated: int = 0
     passthrough: tuple[str, ...] = ()
     format: int = _FORMAT
+    replaces: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``_job.json``."""
+        raw = asdict(self)
+        if not self.replaces:
+            del raw["replaces"]  # earlier versions do not know the key
+        return raw
+
+    @classmethod
+    def from_json(cls, data: bytes | dict[str, Any]) -> Job:
+        """Read what :meth:`to_json` gave; raise ValueError, KeyError, TypeError or AttributeError on anything else."""
+        raw = json.loads(data) if isinstance(data, bytes) else dict(data)
+        if raw.get("format") != _FORMAT:
+            raise ValueError(f"format {raw.get('format')!r}, this version reads {_FORMAT}")
+        raw["passthrough"] = tuple(raw["passthrough"])
+        return cls(**raw)
+
+    @property
+    def record(self) -> str:
+        """Path of the object that says what became of this plan: it has commits, or another job replaced it."""
+        return f"_jobs/{PurePosixPath(self.plan).stem}.json"
 
     def rows_of(self, shard: int) -> int:
         """Number of inputs of a shard."""
@@ -154,6 +190,10 @@ class Retry:
     types: bool = False
 
 
+class TakenOver(UserError):  # noqa: N818 - named after the fact
+    """Another configuration has taken over the output of a job that had committed nothing."""
+
+
 def fingerprint(identity: dict[str, str]) -> str:
     """Digest of everything that makes two rows comparable: SHA-256 of the identity's canonical JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -166,6 +206,8 @@ class Ledger:
         self.store = store
         self._seen: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._job: Job | None = None  # whose rows this ledger commits
+        self._may_commit = False
 
     # --- the job ---
 
@@ -175,16 +217,47 @@ class Ledger:
         if data is None:
             return None
         try:
-            raw = json.loads(data)
-            if raw.get("format") != _FORMAT:
-                raise ValueError(f"format {raw.get('format')!r}, this version reads {_FORMAT}")
-            raw["passthrough"] = tuple(raw["passthrough"])
-            return Job(**raw)
+            job = Job.from_json(data)
+            while after := self._became(job).get("job"):
+                job = Job.from_json(after)
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise UserError(
                 f"{display(self.store.uri)}/_job.json is not a job of this program: {exc}",
                 "Choose another output, or the version of the program that made this one.",
             ) from None
+        return job
+
+    def _became(self, job: Job) -> dict[str, Any]:
+        """What became of a plan: empty, ``{"committing": true}``, or ``{"job": …}`` of the job that replaced it."""
+        data = self.store.get_or_none(job.record) if job.plan else None
+        return {} if data is None else dict(json.loads(data))
+
+    def untouched(self, job: Job) -> bool:
+        """Whether nothing of a job is committed, nor about to be: then another configuration may take its output over."""
+        if self._became(job) or self._success() or self.retry() is not None or self.generations():
+            return False
+        # Of an earlier version of the program, whose commits a listing may not show yet.
+        self.look(range(min(job.shards, _MOST_LOOKED_FOR)))
+        return not self._seen
+
+    def check_empty(self) -> None:
+        """Raise UserError where an output without a job holds what a job would count as its own, or delete."""
+        where = display(self.store.uri)
+        remedy = "Choose another --output, or move these files away."
+        if any(shard >= 0 for shard, _ in self.places()):
+            raise UserError(f"{where} has commits of a job, but its _job.json is gone", f"Restore it. {remedy}")
+        for kind in ("predictions", "errors"):
+            other = next((i.path for i in self.store.objects(kind) if _place(i.path)[0] < 0), None)
+            if other is not None:
+                raise UserError(f"{where}/{other} is not of a job, and a job deletes what is not its own there", remedy)
+
+    def check_not_taken_over(self, job: Job) -> None:
+        """Raise TakenOver where another configuration has taken a job's output over."""
+        if self._became(job).get("job"):
+            raise TakenOver(
+                f"another configuration has taken over {display(self.store.uri)}, in which this job had committed nothing",
+                "Start this job with an --output of its own.",
+            )
 
     def require_job(self) -> Job:
         """The job of this output; raises UserError where there is none."""
@@ -195,14 +268,21 @@ class Ledger:
             )
         return job
 
-    def create_job(self, table: pa.Table, job: Job, attempt: str) -> Job:
-        """Writes manifest and ``_job.json``; where another driver was first, its job holds.
+    def create_job(self, table: pa.Table, job: Job, attempt: str, replaces: Job | None = None) -> Job:
+        """Write the plan and make it the job; where another driver was first, its job holds.
 
         The plan is written under a name of its own before ``_job.json`` makes it *the* plan, so that two drivers that
         listed different inputs at the same moment cannot mix their shards.
 
+        Args:
+            table: The inputs.
+            job: What is known of the job before the plan.
+            attempt: Who creates it.
+            replaces: The job whose output is taken over; nothing of it is committed. Where a driver of it has begun to commit
+                meanwhile, it stays the job.
+
         Returns:
-            The job that holds, ours or the other driver's.
+            The job that holds: ours, or another's.
         """
         digest = hashlib.sha256()
         buffer = io.BytesIO()
@@ -216,8 +296,19 @@ class Ledger:
         plan = f"_manifest/plan-{attempt}.tar"
         self.store.put(plan, buffer.getvalue())
         identity = {**job.identity, "manifest.sha256": digest.hexdigest()}
-        mine = Job(**{**asdict(job), "plan": plan, "identity": identity, "fingerprint": fingerprint(identity)})
-        if not self.store.create("_job.json", json.dumps(asdict(mine), indent=1).encode()):
+        mine = replace(
+            job,
+            plan=plan,
+            identity=identity,
+            fingerprint=fingerprint(identity),
+            replaces=replaces.plan if replaces else "",
+        )
+        if replaces is None:
+            won = self.store.create("_job.json", json.dumps(mine.to_json(), indent=1).encode())
+        else:
+            record = {"replaced_at": now(), "job": mine.to_json()}
+            won = self.store.create(replaces.record, json.dumps(record, indent=1).encode())
+        if not won:
             job = self.require_job()
             # A create whose answer got lost is sent again and meets itself; then the plan is needed.
             if job.plan != plan:
@@ -226,11 +317,17 @@ class Ledger:
         return mine
 
     def complete_manifest(self, job: Job) -> None:
-        """Makes sure that every manifest shard is there, unpacking those that an earlier attempt did not get to.
+        """Make sure that every manifest shard is there, unpacking those that an earlier attempt did not get to.
+
+        From here on, this ledger commits rows of this job alone.
 
         Raises:
             CountsDoNotClose: If shards are missing and the plan they come from is gone.
         """
+        self._job = job
+        if job.replaces and (packed := self.store.get_or_none(job.plan)) is not None:
+            self._replace_manifest(job, packed)
+            return
         present = {_place(info.path)[0] for info in self.store.objects("_manifest") if info.path.endswith(".parquet")}
         missing = set(range(job.shards)) - present
         if not missing:
@@ -242,19 +339,72 @@ class Ledger:
             missing = {_place(path)[0] for path, size in sizes.items() if size is None}
             if not missing:
                 return
+            self.check_not_taken_over(job)
             raise CountsDoNotClose(
                 f"{len(missing)} of {job.shards} manifest shards are missing, the first is {manifest.shard_name(min(missing))}",
                 "Restore _manifest from a backup, or start a new output.",
             )
         with tarfile.open(fileobj=io.BytesIO(packed)) as tar, ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            puts = []
-            for member in tar:
-                content = tar.extractfile(member)
-                if content is not None:
-                    puts.append(pool.submit(self.store.put, f"_manifest/{member.name}", content.read()))
+            # Created, not overwritten: whoever is slow here can't put shards of a plan over those of one that replaced it.
+            puts = [
+                pool.submit(self.store.create, f"_manifest/{member.name}", content.read())
+                for member in tar
+                if (content := tar.extractfile(member)) is not None
+            ]
             for put in puts:
                 put.result()
         self.store.delete([job.plan])
+
+    def _replace_manifest(self, job: Job, packed: bytes) -> None:
+        """Clear away what the job before has left, and put this one's manifest in the place of its."""
+        self._write_job(job)
+        leftovers = [name for name in _LEFT_OBJECTS if self.store.size(name) is not None]
+        leftovers += [
+            i.path
+            for folder in _LEFT_FOLDERS
+            for i in self.store.objects(folder)
+            if not i.path.startswith("_report/logs/")
+        ]
+        leftovers += [
+            i.path
+            for i in self.store.objects("_manifest")
+            if (i.path.endswith(".tar") and i.path != job.plan) or _place(i.path)[0] >= job.shards
+        ]
+
+        def put(path: str, content: bytes) -> None:
+            if not self.store.create(path, content) and self.store.get_or_none(path) != content:
+                self.check_not_taken_over(job)
+                self.store.put(path, content)
+
+        if self.store.size(job.plan) is None:
+            return  # another driver of this job has done all of it, and may be at work
+        self.store.delete(leftovers)
+        with tarfile.open(fileobj=io.BytesIO(packed)) as tar, ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            puts = [
+                pool.submit(put, f"_manifest/{member.name}", content.read())
+                for member in tar
+                if (content := tar.extractfile(member)) is not None
+            ]
+            for each in puts:
+                each.result()
+        self.store.delete([job.plan])
+
+    def _write_job(self, job: Job) -> None:
+        """Write ``_job.json`` of a job that took an output over, for readers that know nothing of the chain."""
+        self.store.put("_job.json", json.dumps(job.to_json(), indent=1).encode())
+
+    def _check_manifest(self, job: Job) -> None:
+        """Raise CountsDoNotClose where the manifest is not the one that the job was planned with."""
+        digest = hashlib.sha256()
+        paths = [f"_manifest/{manifest.shard_name(shard)}.parquet" for shard in range(job.shards)]
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            for data in pool.map(self.store.get_or_none, paths):
+                digest.update(hashlib.sha256(data or b"").digest())
+        if digest.hexdigest() != job.identity.get("manifest.sha256"):
+            raise CountsDoNotClose(
+                "the manifest's files are not those that the job was planned with (digest differs)",
+                "Start a new output; this one was taken over while another driver was writing to it.",
+            )
 
     def _sizes(self, paths: list[str]) -> dict[str, int | None]:
         """The sizes of objects, each asked for by its name; None of one that is not there."""
@@ -308,12 +458,30 @@ class Ledger:
             return list(pool.map(self._read_commit, wanted))
 
     def commit(self, commit: Commit) -> bool:
-        """Commits a shard; False if another driver has committed it."""
+        """Commit a shard; False if another driver has committed it.
+
+        Raises:
+            TakenOver: If another configuration has taken the output over.
+        """
+        self.begin_committing()
         path, data = f"_commits/{shard_name(commit.shard, commit.generation)}.json", commit.to_json()
         # A create whose answer got lost is sent again and meets itself; taken for another's, it would cost its files.
         mine = self.store.create(path, data) or self.store.get(path) == data
         self._see(commit.shard, commit.generation)
         return mine
+
+    def begin_committing(self) -> None:
+        """Make sure, before a driver writes what a job has in common, that no other configuration can take the output over.
+
+        Raises:
+            TakenOver: If one has.
+        """
+        if self._may_commit:
+            return
+        job = self._job or self.require_job()
+        if job.plan and not self.store.create(job.record, b'{"committing": true}'):
+            self.check_not_taken_over(job)
+        self._may_commit = True
 
     def _read_commit(self, place: tuple[int, int]) -> Commit:
         path = f"_commits/{shard_name(*place)}.json"
@@ -378,6 +546,9 @@ class Ledger:
                 if self.generations() == generations:
                     raise
             else:
+                if job.replaces:
+                    self._check_manifest(job)
+                    self._write_job(job)
                 return commits
 
     def check_closed(self, job: Job, commits: list[Commit]) -> None:

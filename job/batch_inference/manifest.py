@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import io
 import os
 import posixpath
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +37,7 @@ from batch_inference.storage import (
     located,
     read_object,
 )
+from batch_inference.unreadable import Unreadable, archive, refuse_all, unreadable
 from batch_inference.wording import describe_skipped
 
 log = structlog.get_logger()
@@ -53,6 +56,8 @@ RESERVED_COLUMNS = (
 _PIECE = 65536
 # Bytes that one Arrow array of strings can hold: about 30 million URIs.
 _SHORT_OFFSETS = 2**31 - 1
+# Where pipes lie that a shell makes: `-`, `/dev/stdin`, `<(ls)`.
+_STREAMS = ("/dev/", "/proc/")
 _MANIFEST_ENDINGS = (".parquet", ".csv", ".jsonl", ".ndjson", ".txt")
 
 
@@ -67,6 +72,7 @@ class Inputs:
         duplicates: Inputs that were listed more than once; each was kept once.
         repeated: URIs that several manifest lines share; those lines are all kept, since their other columns may differ.
         manifest_sha256: Digest of the manifest file that the inputs were read from, "" if there was none.
+        unreadable: Inputs whose URIs say that they can't be read; they are rows all the same, and fail.
     """
 
     table: pa.Table
@@ -74,6 +80,7 @@ class Inputs:
     duplicates: int = 0
     repeated: int = 0
     manifest_sha256: str = ""
+    unreadable: tuple[Unreadable, ...] = ()
 
     @property
     def passthrough(self) -> tuple[str, ...]:
@@ -100,6 +107,8 @@ def find_inputs(config: JobConfig) -> Inputs:
         UserError: If there is nothing, or it can't be read.
     """
     section = config.input
+    for given in (*section.uris, *([section.manifest] if section.manifest else [])):
+        refuse_stream(given)
     if section.manifest:
         found = _from_manifest(section, config.storage)
     elif section.uris:
@@ -109,7 +118,7 @@ def find_inputs(config: JobConfig) -> Inputs:
             "no input is given", "Name folders, globs or images after `run`, or set input.uris or input.manifest."
         )
     if found.table.num_rows == 0:
-        raise UserError(_nothing_found(section, found), "Check the location, input.extensions and input.recursive.")
+        raise UserError(_nothing_found(section, found), _nothing_found_remedy(section, found))
     table = found.table
     if failing := containers.refuse_failed(table):
         log.warning(failing)
@@ -118,7 +127,21 @@ def find_inputs(config: JobConfig) -> Inputs:
         table = table.take(np.sort(chosen))
     if section.limit is not None:
         table = table.slice(0, section.limit)
-    return replace(found, table=table)
+    odd = unreadable(table["uri"])
+    refuse_all(odd, table.num_rows)
+    return replace(found, table=table, unreadable=odd)
+
+
+def refuse_stream(given: str) -> None:
+    """Raise UserError for standard input and other pipes: a job is resumed, and its inputs are read more than once."""
+    path = Path(given.removeprefix("file://"))
+    with contextlib.suppress(OSError, ValueError):
+        if given == "-" or (path.exists() and not (path.is_file() or path.is_dir()) and str(path).startswith(_STREAMS)):
+            raise UserError(
+                ("standard input (-)" if given == "-" else given)
+                + " is a pipe, and a job reads its list of inputs more than once (it can be resumed)",
+                "Write the list to a file first: ls photos/*.jpg > list.txt; batch-inference run --manifest list.txt --output out",
+            )
 
 
 def source_digest(config: JobConfig) -> str:
@@ -219,7 +242,8 @@ def _from_listing(section: InputConfig, storage: StorageConfig) -> Inputs:
     packed: list[str] = []
     places = 0
     for place in [one for given in section.uris for one in alternatives(located(given), storage)]:
-        containers.refuse_compressed(place)
+        if not (is_local(place) and os.path.isdir(local_path(place))):
+            containers.refuse_compressed(place)
         if containers.split_member(place) and not is_file(place):
             members.append(place)
             continue
@@ -323,11 +347,21 @@ def _interleaved(objects: pa.Table, tables: dict[str, pa.Table]) -> pa.Table:
 
 def _nothing_found(section: InputConfig, found: Inputs) -> str:
     if section.manifest:
-        return f"the manifest {section.manifest} has no lines"
+        return f"the manifest {section.manifest} has no lines, so that there is nothing to do"
     where = ", ".join(section.uris)
     if not found.skipped:
         return f"nothing was found in {where}"
     return f"no images in {where}: only {', '.join(describe_skipped(found.skipped)[:5])}; images end with {', '.join(section.extensions)}"
+
+
+def _nothing_found_remedy(section: InputConfig, found: Inputs) -> str:
+    if section.manifest:
+        where = shlex.quote(str(section.manifest))
+        return f"Write one URI a line. In a script that may find nothing new: [ -s {where} ] && batch-inference run --manifest {where} …"
+    archives = [kind for ending in found.skipped if (kind := archive("x" + ending))]
+    if archives:
+        return f"{archives[0][1]} Or check the location, input.extensions and input.recursive."
+    return "Check the location, input.extensions and input.recursive."
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------------

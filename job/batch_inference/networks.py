@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import sys
 import urllib.error
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from torch import nn
 from batch_inference.config import ModelConfig, StorageConfig
 from batch_inference.errors import SystemFault, UserError
 from batch_inference.exported import ExportedNetwork, Logits
-from batch_inference.state_dicts import fill, other_classes, read_state_dict
+from batch_inference.state_dicts import fill, other_classes, read_state_dict, without_prefix
 from batch_inference.storage import exc_line
 from batch_inference.torchvision_models import torchvision_models
 from batch_inference.weights import cache_folder, node_lock, weights_file
 
 _TIMM_PREFIX = "timm/"
+_WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pt2", ".tar", ".onnx", ".h5")
 
 
 def load_model(model: ModelConfig, storage: StorageConfig) -> nn.Module:
@@ -54,7 +56,7 @@ def load_model(model: ModelConfig, storage: StorageConfig) -> nn.Module:
         else:
             network = build_from_package(model)
             if path is not None:
-                fill(network, read_state_dict(path), str(path))
+                fill(network, without_prefix(network, read_state_dict(path), str(path)), str(path))
     return Logits(network).eval()
 
 
@@ -147,6 +149,11 @@ def torchvision_weights(name: str, member: str | None) -> Any:
     # `ResNet50_Weights.DEFAULT` is how Python code spells it.
     short = member.rpartition(".")[2]
     if short not in members:
+        if _names_a_file(member):
+            raise UserError(
+                f"{name} has no weights {member!r}, which looks like a file",
+                f"Add --set model.source=file, to load it: --model {name} --weights {member} --set model.source=file.",
+            )
         raise UserError(
             f"{name} has no weights {member!r}",
             f"Choose one of {', '.join(members)}." if members else "It has none at all.",
@@ -160,11 +167,35 @@ def check_torchvision(name: str) -> None:
 
     known = models.list_models(module=models)
     if name not in known:
+        elsewhere = _elsewhere(name)
+        if elsewhere:
+            raise UserError(f"torchvision has no classification network named {name!r}", elsewhere)
         close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.4)
         raise UserError(
             f"torchvision has no classification network named {name!r}",
             f"Did you mean {' or '.join(close)}?" if close else f"Choose one of {', '.join(known)}.",
         )
+
+
+def _names_a_file(name: str) -> bool:
+    """Whether a name is that of a weights file rather than of a network or of published weights."""
+    return name.lower().endswith(_WEIGHTS_ENDINGS) or "://" in name or name.startswith(("./", "../", "/", "~"))
+
+
+def _elsewhere(name: str) -> str:
+    """What to type for a name that is not torchvision's, but a file's, timm's or Hugging Face's; "" for any other."""
+    if _names_a_file(name):
+        return f"It looks like a weights file: --model ARCHITECTURE --weights {name} --set model.source=file, such as --model resnet18."
+    short = re.sub(r"^(hf[-_]hub:)?timm/", "", name)
+    if short != name or re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name):
+        return f"It is a name of timm's: --model {short} --set model.source=timm"
+    if "/" in name or name.startswith(("hf-hub:", "hf_hub:")):
+        hub = re.sub(r"^hf[-_]hub:", "", name)
+        return (
+            "It looks like a model of Hugging Face's, which a predictor class loads: in my_module.py write a class MyPredictor whose "
+            f"__init__ calls transformers.pipeline('image-classification', {hub!r}), then --set predictor=my_module:MyPredictor"
+        )
+    return ""
 
 
 def timm_config(name: str, tag: str | None) -> tuple[str, dict[str, Any]]:
@@ -174,7 +205,7 @@ def timm_config(name: str, tag: str | None) -> tuple[str, dict[str, Any]]:
         UserError: If timm is missing, or has no such network or tag.
     """
     timm = import_timm()
-    base, _, inline = name.removeprefix(_TIMM_PREFIX).partition(".")
+    base, _, inline = re.sub(r"^(hf[-_]hub:)?timm/", "", name).partition(".")
     check_timm(base)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*") if full.partition(".")[0] == base]
     if tag is None:
@@ -287,6 +318,7 @@ def _load_timm(model: ModelConfig) -> nn.Module:
 def _load_architecture(name: str, state: dict[str, torch.Tensor], path: Path) -> nn.Module:
     """A torchvision or timm architecture with as many classes as the state dict has."""
     network = _build(name, None)
+    state = without_prefix(network, state, str(path))
     classes = other_classes(network, state)
     if classes is not None:
         network = _build(name, classes)

@@ -98,17 +98,29 @@ def _what(facts: Facts) -> str:
 
 def _verdict(facts: Facts) -> dict[str, Any]:
     tally, rows = facts.tally, facts.job.rows
-    counted = f"{tally.predictions:,} predictions and {tally.errors:,} errors"
+    counted = f"{count_of(tally.predictions, 'prediction')} and {count_of(tally.errors, 'error')}"
+    accounted = "the only image is accounted for" if rows == 1 else f"all {rows:,} images are accounted for"
+    if facts.state == "succeeded" and facts.verdict:
+        share, _, limit = facts.verdict.partition(", ")
+        return {
+            "word": f"Succeeded with {share}",
+            "tone": "wait",
+            "sign": "!",
+            "headline": f"Succeeded with {share}: {counted}, {limit}",
+            "lines": [f"{accounted[0].upper()}{accounted[1:]}; each image has exactly one row."],
+            "remedy": "Look at the errors below before you use the predictions.",
+        }
     if facts.state == "succeeded":
         return {
             "word": "Succeeded",
             "tone": "good",
             "sign": "✓",
-            "headline": f"Succeeded: all {count_of(rows, 'image')} are accounted for",
+            "headline": f"Succeeded: {accounted}",
             "lines": [f"{counted}; each image has exactly one row."],
             "remedy": "",
         }
-    done = f"{tally.rows:,} of {count_of(rows, 'image')} are committed, {counted}. They stay."
+    done = f"{tally.rows:,} of {count_of(rows, 'image')} {'is' if tally.rows == 1 else 'are'} committed, {counted}."
+    done += (" It stays." if tally.rows == 1 else " They stay.") if tally.rows else ""
     if facts.state == "failed":
         failed = facts.failed
         return {

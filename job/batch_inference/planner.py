@@ -16,10 +16,12 @@ import pyarrow.compute as pc
 from batch_inference.capacity import Capacity, Cluster, capacity
 from batch_inference.cluster import Demand, local_gpus
 from batch_inference.config import JobConfig, read_yaml
+from batch_inference.destination import check_output
 from batch_inference.errors import UserError
 from batch_inference.identity import check_columns, resolve_engine
 from batch_inference.manifest import find_inputs
 from batch_inference.scheduler import filled_in
+from batch_inference.unreadable import Unreadable
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -63,6 +65,8 @@ class Plan:
         skipped: Files left out, by ending or kind.
         duplicates: Inputs listed more than once, done once.
         repeated: Manifest lines that share their URI with another.
+        unreadable: Inputs whose URIs say that they can't be read, by reason; they end as failed rows.
+        notes: What is worth a warning about where the output lies.
         passthrough: Manifest columns that go to the output.
         engine: Parts of the fingerprint that say what would run.
         actors: Size of the actor pool.
@@ -88,6 +92,8 @@ class Plan:
     available: dict[str, float]
     problems: tuple[str, ...] = field(default_factory=tuple)
     kubernetes: Capacity | None = None
+    unreadable: tuple[Unreadable, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For ``plan --json``."""
@@ -172,6 +178,7 @@ def plan(config: JobConfig, values: Mapping[str, Any] | None = None) -> Plan:
     Raises:
         UserError: If the input, the model or the values are not as they must be.
     """
+    notes = check_output(config)
     kubernetes = pods(config, values or {})
     engine = resolve_engine(config)
     found = find_inputs(config)
@@ -197,4 +204,6 @@ def plan(config: JobConfig, values: Mapping[str, Any] | None = None) -> Plan:
         available={"cpus": cpus, "gpus": gpus},
         problems=tuple(problems),
         kubernetes=kubernetes,
+        unreadable=found.unreadable,
+        notes=tuple(notes),
     )

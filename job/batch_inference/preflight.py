@@ -20,6 +20,7 @@ from batch_inference.balance import possible_load
 from batch_inference.checks import Check
 from batch_inference.cluster import Demand, connected
 from batch_inference.config import JobConfig
+from batch_inference.destination import check_output
 from batch_inference.errors import BatchInferenceError, SystemFault, UserError
 from batch_inference.forecast import Forecast, Measured, forecast
 from batch_inference.golden import golden_samples
@@ -118,9 +119,10 @@ class _Preflight:
         self._config, self._one_actor = config, one_actor
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._checks: list[Check] = []
+        self._notes: list[str] = []
 
     def run(self) -> Preflight:
-        store = self._try("output", lambda: open_output(self._config), lambda s: self._output(s))
+        store = self._try("output", self._open_output, self._output)
         found = self._try("input", lambda: find_inputs(self._config), self._inputs)
         engine = self._try("model", lambda: resolve_engine(self._config), self._engine)
         if store and engine:
@@ -181,6 +183,10 @@ class _Preflight:
         self._checks += [*trial.checks, *([failure] if failure else [])]
         return measured
 
+    def _open_output(self) -> Store:
+        self._notes = check_output(self._config)
+        return open_output(self._config)
+
     def _output(self, store: Store) -> str:
         begun = time.perf_counter()
         path = f"_probe/{uuid4().hex}"
@@ -196,7 +202,8 @@ class _Preflight:
                 "Use a store that is consistent after a write (S3, GCS, Azure, a local disk).",
             )
         store.probe()
-        return f"{display(store.uri)}: write, list, read, delete and put-if-absent work ({time.perf_counter() - begun:.2f} s)"
+        works = f"{display(store.uri)}: write, list, read, delete and put-if-absent work ({time.perf_counter() - begun:.2f} s)"
+        return "; ".join([works, *self._notes])
 
     def _inputs(self, found: Inputs) -> str:
         check_columns(self._config, found.table.column_names)
@@ -206,6 +213,7 @@ class _Preflight:
             f"{rows:,} images, {-(-rows // self._config.shard_size):,} shards"
             + (f"; {left_out:,} files left out by name or kind" if left_out else "")
             + (f"; {found.duplicates:,} listed twice" if found.duplicates else "")
+            + "".join(f"; {kind}" for kind in found.unreadable)
         )
 
     def _engine(self, engine: Engine) -> str:

@@ -7,7 +7,6 @@ job is, and no part of the job's outcome: what of it can't be made is said in it
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from batch_inference.collection import Tally
 from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError
 from batch_inference.ledger import Commit, Job, Ledger
-from batch_inference.status import state_of
+from batch_inference.status import Outcome, outcome
 from batch_inference.storage import Store, display
 from batch_inference.thumbnails import Thumbnail, thumbnails
 
@@ -61,6 +60,7 @@ class Facts:
         config: Its configuration, with what changes no row as it is now.
         state: See :class:`Report`.
         failed: What ``_FAILED`` says.
+        verdict: Of a job that succeeded: that more rows failed than ``errors.max_percent``, "" where they did not.
         commits: The commits that count.
         tally: Their counts.
         spent: The attempts.
@@ -85,6 +85,7 @@ class Facts:
     failures: list[failures.Kind] = field(default_factory=list)
     pictures: dict[tuple[int, int], Thumbnail] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    verdict: str = ""
     made_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
 
@@ -137,18 +138,16 @@ def gather(
             commits = ledger.commits()
     tally = Tally()
     tally.add_commits(commits)
-    failed: dict[str, Any] = {}
-    done = False
-    with contextlib.suppress(BatchInferenceError, ValueError, TypeError):
-        failed = dict(json.loads(store.get_or_none("_FAILED") or b"{}"))
+    found = Outcome("unfinished" if commits else "planned", "", {})
     with contextlib.suppress(BatchInferenceError):
-        done = ledger.success() is not None
+        found = outcome(ledger, job, tally, config.errors)
     facts = Facts(
         output=display(store.uri),
         job=job,
         config=config,
-        state=state_of(done=done, failed=bool(failed), begun=bool(commits)),
-        failed={} if done else failed,
+        state=found.state,
+        failed=found.failed,
+        verdict=found.verdict,
         commits=commits,
         tally=tally,
         notes=notes,

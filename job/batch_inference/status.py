@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from batch_inference.collection import Tally
-from batch_inference.config import StorageConfig
-from batch_inference.ledger import Commit, Ledger
-from batch_inference.storage import Store
+from batch_inference.config import ErrorsConfig, StorageConfig
+from batch_inference.ledger import Commit, Job, Ledger
+from batch_inference.storage import Store, display
 
 # The rate is that of the last minutes, so that pauses between attempts do not count.
 _WINDOW_S = 600.0
@@ -37,7 +39,7 @@ class Status:
         images_per_s: Rate over the last ten minutes before the last commit, or None with fewer than two commits.
         eta_s: Seconds left at that rate, or None.
         last_commit_age_s: Seconds since the last commit, or None.
-        verdict: Of the last attempt that failed, "" if none did.
+        verdict: Of the last attempt that failed; of a job that is done, that more rows failed than ``errors.max_percent``; else "".
         balance: What limited the attempt that finished the job, with the knob to turn; "" before.
     """
 
@@ -66,9 +68,48 @@ class Status:
         return dict(vars(self))
 
 
-def state_of(*, done: bool, failed: bool, begun: bool) -> str:
-    """A job's state by whether its ledger has ``_SUCCESS``, ``_FAILED`` and commits; the first that it has counts."""
-    return "succeeded" if done else "failed" if failed else "unfinished" if begun else "planned"
+@dataclass(frozen=True)
+class Outcome:
+    """What the output says of how a job stands.
+
+    Attributes:
+        state: See :class:`Status`.
+        verdict: See :class:`Status`.
+        failed: What ``_FAILED`` says, empty where the job has not failed.
+    """
+
+    state: str
+    verdict: str
+    failed: dict[str, Any]
+
+
+def outcome(ledger: Ledger, job: Job, tally: Tally, limits: ErrorsConfig) -> Outcome:
+    """Return a job's state by ``_SUCCESS``, ``_FAILED`` and commits; the first that there is counts.
+
+    A job in which every row failed is none that succeeded, also where an earlier version has called it so.
+
+    Args:
+        ledger: Of the output.
+        job: The job.
+        tally: Counts of all commits.
+        limits: What is too many where ``_SUCCESS`` is of an earlier version and does not say it.
+
+    Raises:
+        CountsDoNotClose: If ``_SUCCESS`` can't be read.
+    """
+    done = ledger.success()
+    failed: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, TypeError):
+        failed = dict(json.loads(ledger.store.get_or_none("_FAILED") or b"{}"))
+    whole = tally.all_failed and tally.rows == job.rows
+    if done is not None and not whole:
+        return Outcome("succeeded", str(done.get("verdict", tally.excess(limits))), {})
+    if done is not None or (whole and not failed):
+        exc = tally.no_prediction(shlex.quote(display(ledger.store.uri)))
+        failed = {"exit_code": exc.exit_code, "verdict": exc.message, "remedy": exc.remedy}
+    if failed:
+        return Outcome("failed", str(failed.get("verdict", "")), failed)
+    return Outcome("unfinished" if tally.rows else "planned", "", {})
 
 
 def status(output: str, storage: StorageConfig | None = None) -> Status:
@@ -81,13 +122,14 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
     ledger = Ledger(Store(output, storage or StorageConfig(), must_exist=True))
     job = ledger.require_job()
     commits = ledger.commits()
-    failed = ledger.store.get_or_none("_FAILED")
-    done = ledger.success() is not None
     tally = Tally()
     tally.add_commits(commits)
+    limits = ErrorsConfig.model_validate(job.config.get("errors", {}))
+    found = outcome(ledger, job, tally, limits)
+    done = found.state == "succeeded"
     rate, age = _rate(commits)
     return Status(
-        state=state_of(done=done, failed=bool(failed), begun=bool(commits)),
+        state=found.state,
         fingerprint=job.fingerprint,
         rows=job.rows,
         predictions=tally.predictions,
@@ -99,7 +141,7 @@ def status(output: str, storage: StorageConfig | None = None) -> Status:
         images_per_s=rate,
         eta_s=None if done or not rate else (job.rows - tally.rows) / rate,
         last_commit_age_s=age,
-        verdict=json.loads(failed).get("verdict", "") if failed and not done else "",
+        verdict=found.verdict,
         balance=_balance(ledger.store) if done else "",
     )
 

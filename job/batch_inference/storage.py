@@ -341,8 +341,13 @@ class Store:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
+                if (file := next((p for p in (folder, *folder.parents) if p.is_file()), None)) is not None:
+                    raise UserError(
+                        f"{file} is a file, and an output is a folder",
+                        f"Write another --output, such as {file}-output.",
+                    ) from None
                 what = f"cannot create the folder {display(self.uri)}"
-                if isinstance(exc, (FileExistsError, NotADirectoryError, PermissionError)):
+                if isinstance(exc, PermissionError):
                     raise UserError(f"{what}: {exc.strerror}", "Choose a place that you may write to.") from None
                 raise classify(exc, root, storage, verb="write", where=str(folder)).ending(what) from None
             self._store = LocalStore(folder, mkdir=False)

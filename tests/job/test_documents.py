@@ -91,7 +91,7 @@ def test_guide(reader: Reader) -> None:
     assert len(re.findall(r"^image-\d+\.jpg: .+ \(\d+\.\d%\)$", said["1"], re.MULTILINE)) == 2
     assert len(re.findall(r"^file://\S+ .+ \(\d+\.\d%\)$", said["2"], re.MULTILINE)) == 11
     assert "z-broken.jpg decode UNKNOWN_FORMAT" in said["2"]
-    assert "11 predictions and 1 errors" in said["3"] and "OK: all 12 inputs are there exactly once" in said["3"]
+    assert "11 predictions and 1 error," in said["3"] and "OK: all 12 inputs are there exactly once" in said["3"]
     assert "this job was done already" in said["3"]
     # In the image, the class is found by PYTHONPATH.
     (reader.folder / "elsewhere").mkdir()

@@ -479,7 +479,11 @@ def test_a_mistake_is_a_fact_and_a_remedy(
     [
         ("run {}/photos", "no output is given", "--output"),
         ("run {}/none -o {}/out", "there is no file or folder {}/none", "Check the path"),
-        ("run {}/photos -o {}/list.csv", "cannot create the folder {}/list.csv", "Choose a place"),
+        (
+            "run {}/photos -o {}/list.csv",
+            "{}/list.csv is the name of a file, and an output is a folder",
+            "; afterwards: python -c",
+        ),
         ("run {}/photos -o {}/out --model resnet15", "no classification network named 'resnet15'", "Did you mean"),
         ("run {}/photos -o {}/foreign", "_job.json is not a job of this program", "Choose another output"),
     ],

@@ -27,7 +27,7 @@ from batch_inference.closing import Closing, Writers
 from batch_inference.collection import OpenShard
 from batch_inference.config import StorageConfig
 from batch_inference.errors import CountsDoNotClose, SystemFault, UserError
-from batch_inference.ledger import Commit, DataFile, Job, Ledger, fingerprint
+from batch_inference.ledger import Commit, DataFile, Job, Ledger, TakenOver, fingerprint
 from batch_inference.storage import ObjectInfo, Store
 from batch_inference.verifier import verify
 from tests.unit.outputs import (
@@ -132,6 +132,88 @@ def test_a_job_whose_answer_got_lost_keeps_its_plan(tmp_path: Path) -> None:
     assert store.fired
     Ledger(store).complete_manifest(job)
     assert [manifest.read_shard(store, s).num_rows for s in range(3)] == [2, 2, 1]
+
+
+# --- another configuration takes an output over ----------------------------------------------------------------------------
+
+OTHER = ["s3://b/other-0.jpg", "s3://b/other-1.jpg", "s3://b/bad-other.jpg"]
+
+
+def taken_over(ledger: Ledger, before: Job, uris: list[str] = OTHER, attempt: str = "second") -> Job:
+    table = table_of(uris)
+    job = ledger.create_job(table, job_of(table, 2, {"model.name": "other"}), attempt, replaces=before)
+    ledger.complete_manifest(job)
+    return job
+
+
+def test_an_output_without_a_commit_is_taken_over_and_nothing_of_the_job_before_stays(tmp_path: Path) -> None:
+    ledger, before = planned(str(tmp_path), URIS, 2)
+    for path in ("_decisions/precision.json", "_schema.json", "_FAILED", "_report/attempts/first.json", "_begun/x"):
+        ledger.store.put(path, b"{}")
+    ledger.store.put("_report/logs/first.txt", b"why it failed")
+    ledger.store.put("predictions/shard-00000-first.parquet", b"no commit names it")
+    assert ledger.untouched(before)
+    other = Ledger(Store(str(tmp_path), CONFIG))
+    job = taken_over(other, before)
+    assert (job.replaces, job.rows) == (before.plan, 3)
+    assert other.job() == job == Ledger(ledger.store).job()
+    assert json.loads((tmp_path / "_job.json").read_bytes())["fingerprint"] == job.fingerprint
+    assert {o.path for o in other.store.objects()} == {
+        "_job.json", "_jobs/plan-first.json", "_manifest/shard-00000.parquet", "_manifest/shard-00001.parquet",
+        "_report/logs/first.txt", "predictions/shard-00000-first.parquet",
+    }  # fmt: skip
+    assert manifest.read_shard(other.store, 0)["uri"].to_pylist() == OTHER[:2]
+    commits = [commit_shard(other.store, shard) for shard in range(2)]
+    assert other.closed(job) == commits
+    other.finish(job, commits, totals_of(job, commits))
+    assert verify(str(tmp_path)).ok
+
+
+def test_a_driver_whose_output_was_taken_over_commits_nothing(tmp_path: Path) -> None:
+    ledger, before = planned(str(tmp_path), URIS, 2)
+    writer, errors = write(ledger.store, 0, "first")
+    taken_over(Ledger(Store(str(tmp_path), CONFIG)), before)
+    with (
+        pytest.raises(TakenOver, match="another configuration has taken over") as caught,
+        Closing(ledger, Writers(writer, []), lambda *_: None) as closing,
+    ):
+        closing.add(0, OpenShard(pa.array([]), [errors]))
+        closing.wait()
+    assert "--output" in caught.value.remedy
+    assert list(ledger.store.objects("_commits")) == []
+    assert list(ledger.store.objects("predictions")) == []
+
+
+def test_an_output_with_a_commit_is_not_taken_over(tmp_path: Path) -> None:
+    ledger, before = planned(str(tmp_path), URIS, 2)
+    commit_shard(ledger.store, 1)
+    assert not ledger.untouched(before)
+    # A driver that had looked before that commit comes too late as well.
+    assert taken_over(Ledger(Store(str(tmp_path), CONFIG)), before) == before
+    assert manifest.read_shard(ledger.store, 0)["uri"].to_pylist() == URIS[:2]
+    assert not list(ledger.store.objects("_manifest/plan-second.tar"))
+
+
+def test_of_two_configurations_that_take_an_output_over_one_wins(tmp_path: Path) -> None:
+    ledger, before = planned(str(tmp_path), URIS, 2)
+    first = taken_over(Ledger(ledger.store), before)
+    assert taken_over(Ledger(Store(str(tmp_path), CONFIG)), before, URIS[:1], "third") == first
+    # A job that took over is taken over itself, and an old `_job.json` that a slow driver writes changes nothing.
+    last = taken_over(Ledger(Store(str(tmp_path), CONFIG)), first, URIS[:1], "fourth")
+    ledger.store.put("_job.json", json.dumps(first.to_json()).encode())
+    assert ledger.job() == last
+
+
+def test_the_end_of_a_job_that_took_over_reads_its_manifest_again(tmp_path: Path) -> None:
+    ledger, before = planned(str(tmp_path), URIS, 2)
+    late = ledger.store.get("_manifest/shard-00000.parquet")
+    other = Ledger(Store(str(tmp_path), CONFIG))
+    job = taken_over(other, before)
+    for shard in range(2):
+        commit_shard(other.store, shard)
+    other.store.put("_manifest/shard-00000.parquet", late)
+    with pytest.raises(CountsDoNotClose, match="not those that the job was planned with"):
+        other.closed(job)
 
 
 def test_commits_survive_their_own_spelling() -> None:
@@ -336,7 +418,7 @@ def test_names_of_outputs_are_made_of_nothing_that_an_input_says(tmp_path: Path)
     finished(str(folder), hostile, 2)
     found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if not file.is_dir()}
     name = re.compile(
-        r"above/out/(_job\.json|_schema\.json|_SUCCESS|_commits/shard-\d{5}\.json|_manifest/shard-\d{5}\.parquet|(predictions|errors)/shard-\d{5}-first\.parquet)"
+        r"above/out/(_job\.json|_schema\.json|_SUCCESS|_jobs/plan-first\.json|_commits/shard-\d{5}\.json|_manifest/shard-\d{5}\.parquet|(predictions|errors)/shard-\d{5}-first\.parquet)"
     )
     assert [path for path in found if not name.fullmatch(path)] == []
     rows = [uri for file in folder.glob("[pe]r*/*") for uri in pq.read_table(file)["uri"].to_pylist()]
@@ -537,17 +619,21 @@ class LedgerMachine(RuleBasedStateMachine):
 
         def race() -> None:
             for other, number in rivals:
-                others[other % len(others)].go_on(number)
+                if (rival := others[other % len(others)]) in self.drivers:
+                    self.goes_on(rival, number)
 
         if fault is not None:
             driver.store.arm(fault[1], (race if others else None) if fault[0] == "race" else fault[0])
         try:
-            driver.go_on(shard)
+            self.goes_on(driver, shard)
         except Crash:
             self.crashed.add(driver.attempt)
             self.drivers.remove(driver)
         driver.store.arm(0, None)
         self.drivers = [d for d in self.drivers if not d.finished]
+
+    def goes_on(self, driver: Driver, shard: int) -> None:
+        driver.go_on(shard)
 
     # --- what must hold at every moment ---
 
@@ -632,6 +718,9 @@ class LedgerMachine(RuleBasedStateMachine):
         before = dict(self.commits)
         driver = self.start("late")
         driver.plan()
+        self.end_of(driver, before)
+
+    def end_of(self, driver: Driver, before: dict[int, bytes]) -> None:
         assert set(driver.pending).isdisjoint(before)
         while not driver.finished:
             driver.go_on(0)
@@ -650,3 +739,91 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=20, suppress_health_check=list(HealthCheck))
+
+
+class Another(Driver):
+    """A driver with a configuration of its own, which takes the output over where nothing of another one's is committed."""
+
+    def plan(self) -> None:
+        ledger, job, before = self.ledger, self.ledger.job(), None
+        if job is not None and job.identity["model.name"] != self.identity["model.name"]:
+            if not ledger.untouched(job):
+                raise UserError("belongs to another job")
+            before, job = job, None
+        if job is None:
+            table = table_of(self.uris)
+            job = ledger.create_job(table, job_of(table, SHARD_SIZE, self.identity), self.attempt, before)
+            if job.identity["model.name"] != self.identity["model.name"]:
+                raise UserError("belongs to another job")
+        ledger.complete_manifest(job)
+        self.pending = sorted(set(range(job.shards)) - {c.shard for c in ledger.commits()})
+        self.job = job
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"model.name": self.attempt.rstrip("0123456789")}
+
+
+CONFIGURATIONS = {
+    "one": ["s3://b/0.jpg", "s3://b/bad-1.jpg", "s3://b/2.jpg", "s3://b/3.jpg", "s3://b/bad-4.jpg"],
+    "two": ["s3://b/two-0.jpg", "s3://b/two-1.jpg", "s3://b/bad-two.jpg"],
+    "three": ["s3://b/three-0.jpg", "s3://b/0.jpg", "s3://b/bad-1.jpg", "s3://b/2.jpg", "s3://b/x.jpg", "s3://b/y.jpg"],
+}
+
+
+class TakeoverMachine(LedgerMachine):
+    """Drivers of three configurations on one output, with everything that happens to those of one.
+
+    The model: which configuration's job it is may change until the first commit, and never afterwards.
+    """
+
+    def start(self, listing: str) -> Driver:
+        listing = {"early": "one", "late": "two"}.get(listing, listing)
+        self.started += 1
+        driver = Another(f"{listing}{self.started}", CONFIGURATIONS[listing], Faulty(str(self.folder), CONFIG))
+        self.drivers.append(driver)
+        return driver
+
+    @rule(listing=st.sampled_from(sorted(CONFIGURATIONS)))
+    def another_driver_starts(self, listing: str) -> None:
+        if len(self.drivers) < 4:
+            self.start(listing)
+
+    def goes_on(self, driver: Driver, shard: int) -> None:
+        try:
+            driver.go_on(shard)
+        except Crash:
+            raise
+        except Exception as exc:
+            # Refused, or taken over. As the program does, one that fails of anything else looks whether it is that.
+            if not isinstance(exc, UserError):
+                assert driver.job is not None, "a driver failed that had no job"
+                with pytest.raises(TakenOver):
+                    Ledger(self.plain).check_not_taken_over(driver.job)
+            if driver in self.drivers:
+                self.drivers.remove(driver)
+
+    def one_job_holds(self) -> None:
+        job = Ledger(self.plain).job()
+        if job is None:
+            assert self.job is None
+            return
+        holds = json.dumps(job.to_json()).encode()
+        if holds != self.job:
+            assert self.commits == {}, "the job changed after a commit"
+            self.job = holds
+            self.uris = CONFIGURATIONS[job.plan.partition("plan-")[2].partition(".")[0].rstrip("0123456789")]
+
+    def the_next_attempt_brings_it_to_its_end(self) -> None:
+        """The command of the configuration that holds."""
+        before = dict(self.commits)
+        job = Ledger(self.plain).job()
+        driver = self.start("one" if job is None else job.identity["model.name"])
+        driver.plan()
+        self.end_of(driver, before)
+
+
+TestTakeoverMachine = TakeoverMachine.TestCase
+TestTakeoverMachine.settings = settings(
+    max_examples=60, stateful_step_count=20, suppress_health_check=list(HealthCheck)
+)

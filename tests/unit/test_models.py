@@ -229,6 +229,108 @@ def test_checkpoint_of_a_training_script(tmp_path: Path, state: dict[str, torch.
     check(ModelConfig(source="file", name="squeezenet1_1", weights=str(tmp_path / "a.pt")), squeezenet(state))
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "backbone.",
+        "_forward_module.model.net.",
+        "my_wrapper.",
+    ],
+)
+@pytest.mark.parametrize("classes", [1000, 7])
+def test_a_prefix_of_a_framework_is_taken_off_where_the_rest_fits(
+    tmp_path: Path, prefix: str, classes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = networks._build("squeezenet1_1", classes)
+    saved = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+    # As Lightning and training scripts write it, with tensors of a loss, and numbers, beside.
+    torch.save({"state_dict": {**saved, "loss.weight": torch.ones(3), "step": 7}, "epoch": 3}, tmp_path / "a.ckpt")
+    check(ModelConfig(source="file", name="squeezenet1_1", weights=str(tmp_path / "a.ckpt")), network)
+    left = prefix.replace("_orig_mod.", "")
+    assert not left or f"begin with {left}, which is left out" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda state: {"net": state, "acc": 93.1, "epoch": 3},
+        lambda state: {**state, "epoch": 3, "arch": "squeezenet1_1"},
+        lambda state: {**state, "loss.weight": torch.ones(3)},
+        lambda state: {"network": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: {key.replace(".", "._orig_mod.", 1): value for key, value in state.items()},
+        lambda state: {
+            f"_fsdp_wrapped_module.{key}".replace("features.", "features._checkpoint_wrapped_module."): v
+            for key, v in state.items()
+        },
+    ],
+)
+def test_what_lies_beside_the_tensors_is_left_out(tmp_path: Path, state: dict[str, torch.Tensor], data: Any) -> None:
+    torch.save(data(state), tmp_path / "a.pt")
+    check(ModelConfig(source="file", name="squeezenet1_1", weights=str(tmp_path / "a.pt")), squeezenet(state))
+
+
+def test_of_two_networks_in_a_file_none_is_chosen(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state.items()}
+    torch.save(both, tmp_path / "a.pt")
+    text = refused(ModelConfig(source="file", name="squeezenet1_1", weights=str(tmp_path / "a.pt")))
+    assert "2 networks that fit, with names that begin with student. and teacher." in text
+    assert "k.removeprefix('student.')" in text
+
+
+def test_a_prefix_with_something_missing_is_not_the_network(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    saved = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("classifier")}
+    torch.save(saved, tmp_path / "a.pt")
+    text = refused(ModelConfig(source="file", name="squeezenet1_1", weights=str(tmp_path / "a.pt")))
+    assert "begin with 'backbone.', and without it some are still missing" in text
+
+
+def test_layers_that_the_network_does_not_have_are_of_another(tmp_path: Path) -> None:
+    torch.save(networks._build("resnet34", None).state_dict(), tmp_path / "a.pt")
+    text = refused(ModelConfig(source="file", name="resnet18", weights=str(tmp_path / "a.pt")))
+    assert "unexpected (layer1.2." in text
+
+
+def test_a_torchscript_program_is_named_with_both_ways_on(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "a.pt")
+    text = refused(ModelConfig(source="file", name="resnet18", weights=str(tmp_path / "a.pt")), load=True)
+    assert "is a TorchScript program" in text
+    assert "torch.jit.load('model.pt').state_dict()" in text and "--set predictor=my_module:MyPredictor" in text
+    assert "weights_only" not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"name": "resnet18", "weights": "my.pt"}, "--model resnet18 --weights my.pt --set model.source=file"),
+        ({"name": "resnet18", "weights": "s3://b/w"}, "--weights s3://b/w --set model.source=file"),
+        ({"name": "./my.pt"}, "--weights ./my.pt --set model.source=file"),
+        ({"name": "my.safetensors"}, "--weights my.safetensors --set model.source=file"),
+        (
+            {"name": "google/vit-base-patch16-224"},
+            "transformers.pipeline('image-classification', 'google/vit-base-patch16-224')",
+        ),
+        ({"name": "hf-hub:org/net"}, "transformers.pipeline('image-classification', 'org/net')"),
+        ({"name": "hf-hub:timm/resnet18.a1_in1k"}, "--model resnet18.a1_in1k --set model.source=timm"),
+        ({"name": "timm/resnet18.a1_in1k"}, "--model resnet18.a1_in1k --set model.source=timm"),
+        ({"name": "resnet18.a1_in1k"}, "--model resnet18.a1_in1k --set model.source=timm"),
+    ],
+)
+def test_names_of_other_places_are_answered_with_the_line_that_works(model: dict[str, Any], says: str) -> None:
+    assert says in refused(ModelConfig(**model))
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "hf_hub:timm/resnet18.a1_in1k"]
+)
+def test_timm_takes_the_names_of_the_hub(name: str) -> None:
+    identity = describe_model(ModelConfig(source="timm", name=name), STORAGE).identity
+    assert (identity["name"], identity["weights"]) == ("resnet18", "a1_in1k")
+
+
 @pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v3_small", "timm/resnet18"])
 def test_number_of_classes_comes_from_the_file(tmp_path: Path, name: str) -> None:
     network = networks._build(name, 7)

@@ -206,7 +206,11 @@ def test_it_says_where_a_job_stands(tmp_path: Path) -> None:
     job = ledger.require_job()
     ledger.finish(job, commits, outputs.totals_of(job, commits))
     assert make(str(tmp_path), config).state == "succeeded"
-    assert "Succeeded: all 30 images are accounted for" in parsed(tmp_path)[1]
+    html = parsed(tmp_path)[1]
+    limit = "more than errors.max_percent = 5 (not enforced below errors.min_sample = 1,000 rows)"
+    assert f"Succeeded with 26.7 % errors: 22 predictions and 8 errors, {limit}" in html
+    assert "All 30 images are accounted for" in html
+    assert "\N{CHECK MARK}" not in html
 
 
 def test_what_is_broken_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_folder_that_must_exist_is_not_made(tmp_path: Path) -> None:
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in ("file", "file/below"):
-        with pytest.raises(UserError, match="cannot create the folder"):
+        with pytest.raises(UserError, match="/file is a file, and an output is a folder"):
             Store(str(tmp_path / place), CONFIG)
 
 
