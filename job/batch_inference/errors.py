@@ -74,22 +74,26 @@ class RowError:
         error_type: Machine-readable kind in capitals, such as ``TRUNCATED``.
         message: One line for a person.
         retryable: Whether the same input may well succeed another time (a timeout may, a truncated file does not).
+        traceback: Where a predictor class raised, of bounded length; None for anything else.
     """
 
     stage: Stage
     error_type: str
     message: str
     retryable: bool = False
+    traceback: str | None = None
 
 
 class RowFailure(Exception):  # noqa: N818
     """Carries a :class:`RowError` out of nested calls; never leaves the task that handles the row."""
 
-    def __init__(self, stage: Stage, error_type: str, message: str, retryable: bool = False) -> None:
+    def __init__(
+        self, stage: Stage, error_type: str, message: str, retryable: bool = False, traceback: str | None = None
+    ) -> None:
         super().__init__(message)
         # One line, of bounded length: messages of libraries can hold whole documents.
         line = " ".join(message.split())
-        self.error = RowError(stage, error_type, line[:500], retryable)
+        self.error = RowError(stage, error_type, line[:500], retryable, traceback)
 
 
 # A row that no attempt was made for, after too many others of its shard had failed for one of the reasons below.
