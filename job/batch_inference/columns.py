@@ -28,6 +28,7 @@ class WrongCount(RowFailure):
     """A column has not as many values as there are images.
 
     Attributes:
+        name: The column's.
         values: How many it has.
         images: How many images there are.
     """
@@ -38,7 +39,7 @@ class WrongCount(RowFailure):
             "OUTPUT_MISMATCH",
             f"the predictor's column {name!r} has {values:,} values for {images:,} images. {_ONE_EACH.format(name=name)}",
         )
-        self.values, self.images = values, images
+        self.name, self.values, self.images = name, values, images
 
 
 def columns_table(answer: Any, batch: Mapping[str, Any], rows: int, passthrough: Sequence[str] = ()) -> pa.Table:

@@ -168,7 +168,7 @@ class CustomFactory:
         """
         predictor = self._made()
         if not callable(predictor):
-            raise UserError(f"predictor {self.spec.path} has no __call__", how_to_call(self.cls))
+            raise not_callable(self.spec.path, self.cls)
         worked = False
 
         def predict(images: Any, uris: list[str]) -> pa.Table:
@@ -211,19 +211,22 @@ class CustomFactory:
         )
 
 
-def how_to_call(cls: Any) -> str:
-    """Say what to add to a class that cannot be called with a batch."""
+def not_callable(path: str, cls: Any) -> UserError:
+    """Return the error for a class without ``__call__``, with the lines to add where it has a method of another name."""
+    fact, remedy = f"predictor {path} has no __call__", "Give it __call__(self, batch) -> dict of columns"
     method = next((name for name in ("predict_batch", "predict", "forward", "infer") if hasattr(cls, name)), None)
     if method is None:
-        return "Give it __call__(self, batch) -> dict of columns."
-    return (
-        "Give it __call__(self, batch) -> dict of columns, for example:\n"
-        "    def __call__(self, batch):\n"
-        "        # images: RGB uint8 arrays of shape (height, width, 3)\n"
-        "        from PIL import Image\n"
-        '        images = [Image.fromarray(image) for image in batch["image"]]\n'
-        f"        results = self.{method}(images)\n"
-        '        return {"prediction": list(results)}  # one value for each image'
+        return UserError(fact, f"{remedy}.")
+    lines = (
+        "    def __call__(self, batch):",
+        "        # RGB uint8 arrays of shape (height, width, 3)",
+        "        from PIL import Image",
+        '        images = [Image.fromarray(image) for image in batch["image"]]',
+        f"        results = self.{method}(images)",
+        '        return {"prediction": list(results)}  # one value for each image',
+    )
+    return UserError(
+        "\n".join([f"{fact}; around its {method} it might be:", *lines]), f"{remedy}, such as the lines above."
     )
 
 

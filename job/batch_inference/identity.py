@@ -200,9 +200,9 @@ def _load_class(spec: PredictorConfig) -> Any:
                 "Name one of them after the colon.",
             )
     if inspect.isclass(found) and not _has_call(found):
-        from batch_inference.factories import how_to_call
+        from batch_inference.factories import not_callable
 
-        raise UserError(f"predictor {spec.path} has no __call__", how_to_call(found))
+        raise not_callable(spec.path, found)
     if inspect.ismodule(found) or not callable(found):
         raise UserError(
             f"predictor {spec.path} is one {type(found).__name__}, neither a class nor a function",

@@ -102,16 +102,17 @@ def check(call: Call, images: Sequence[Any], uris: Sequence[str], rows: pa.Table
     """
     try:
         return _Check(call, images, uris).run(_rows(rows))
-    except WrongCount as exc:
+    except _ByChance as exc:
         return Check(
-            NAME,
-            "FAIL",
-            f"the predictor returned one value an image for {batch:,} images only by chance: of some of them, {exc.error.message}",
-            _REMEDY,
+            NAME, "FAIL", f"that the predictor returned {batch:,} values for {batch:,} images is chance: {exc}", _REMEDY
         )
     except RowFailure as exc:
         # A class may refuse batches of another size, which says nothing about its rows.
         return Check(NAME, "WARN", f"rows alone and in a batch were not compared: {exc.error.message}")
+
+
+class _ByChance(Exception):  # noqa: N818
+    """The number of values is not that of the images, of some that were in a batch whose number was right."""
 
 
 class _Check:
@@ -166,13 +167,15 @@ class _Check:
         # Copies, since a class may write into its images.
         parts = [np.array(self._images[place]) for place in places]
         alike = len({part.shape for part in parts}) == 1
-        return self._call(np.stack(parts) if alike else parts, [self._uris[place] for place in places])
+        try:
+            return self._call(np.stack(parts) if alike else parts, [self._uris[place] for place in places])
+        except WrongCount as exc:
+            of = f"{_short(self._uris[places[0]])} alone" if len(places) == 1 else f"{len(places)} of them"
+            raise _ByChance(f"its column {exc.name!r} has {exc.values:,} for {of}") from None
 
     def _alone(self, place: int, one: _Seen) -> None:
         try:
             one.alone = _rows(self._predicted([place]))[0]
-        except WrongCount:
-            raise
         except RowFailure as exc:
             self._alone_failure = exc.error.message
 

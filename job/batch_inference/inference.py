@@ -321,7 +321,7 @@ class InferenceActor:
         """Predict the images at ``indices``; halve the batch as long as the predictor raises.
 
         Raises:
-            _Mixed: If it answers several images with what cannot be told apart.
+            _Mixed: If it answers several images with what cannot be told apart, or one with another number of values.
         """
         if not indices:
             return {}, None
@@ -334,10 +334,11 @@ class InferenceActor:
         except RowFailure as exc:
             failure = exc
         if len(indices) == 1:
-            if isinstance(failure, WrongCount) and failure.values > 1:
-                self._several = self._several or f"{uris[indices[0]]}: {failure.error.message}"
-                if not self._alone and len(uris) > 1:
-                    raise _Mixed(failure)
+            if isinstance(failure, WrongCount):
+                if failure.values > 1:
+                    self._several = self._several or f"{uris[indices[0]]}: {failure.error.message}"
+                if not self._alone:
+                    raise _Mixed(failure)  # of a half that was accepted, too, the counts may agree by chance
             return {indices[0]: failure.error}, None
         if failure.error.error_type == "OUTPUT_MISMATCH":
             raise _Mixed(failure)
