@@ -59,7 +59,7 @@ def test_0_and_nothing_of_rays_own_words_on_the_terminal(
         (["--set", "predictor=predictors:Nobody"], "predictors has no 'Nobody'; its classes: .*MeanColor", "Name one"),
         (["--set", "predictor=nowhere:X"], "there is no module 'nowhere'", "nowhere.py"),
         (["--set", "predictor=predictors:CannotStart"], "could not be constructed: FileNotFoundError: weights.bin", "__init__"),
-        (["--set", "predictor=predictors:FailsOnEverything"], r"with PREDICTOR_ERROR: KeyError: 'pixels'\n  File .*predictors\.py", "predictor"),
+        (["--set", "predictor=predictors:FailsOnEverything"], r"with PREDICTOR_ERROR: KeyError: 'pixels'\n  File .*\.py", "predictor"),
         (["--set", "predictor=predictors:Flattened"], "is chance: its column 'box' has 2 for .* alone", "depends_on_batch=true"),
         (["--set", "inference.gpus_per_actor=1"], "need 1 GPUs .*there are 0", "."),
         (["--set", "predictor=null", "--model", "resnet1"], "resnet1", "."),
