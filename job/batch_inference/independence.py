@@ -39,8 +39,9 @@ _ROUNDING = 0.05
 _CLOSER, _APART = 0.01, 1e-3
 _MOST_NUMBERS, _MOST_TEXTS = 1 << 16, 256
 _REMEDY = (
-    "Compute each row from its own image: a list of boxes for each image instead of all boxes of the batch in one list, and "
-    "model.eval() for a network with batch normalization. If rows depend on the batch on purpose, set predictor.depends_on_batch=true."
+    "Compute each row from its own image: a list of boxes for each image instead of one for the batch, model.eval() for a network "
+    "with batch normalization, one size for all images instead of that of the largest in the batch. If rows depend on the batch on "
+    "purpose, set predictor.depends_on_batch=true."
 )
 
 Call = Callable[[Any, list[str]], pa.Table]

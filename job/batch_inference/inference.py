@@ -515,5 +515,5 @@ def _free_memory() -> None:
 
 def _is_broken_device(exc: BaseException) -> bool:
     """Whether a CUDA error is of the kind after which every later call of the process fails too."""
-    text = str(exc)
+    text = named(exc)
     return "CUDA error" in text and "out of memory" not in text

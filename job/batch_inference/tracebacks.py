@@ -47,7 +47,10 @@ def _leave_out(found: traceback.TracebackException | None) -> None:
 
 def named(exc: BaseException) -> str:
     """Return one line for an exception: its type and message, and what a class means by ending the process."""
-    text = f"{type(exc).__name__}: {exc}"
+    try:
+        text = f"{type(exc).__name__}: {exc}"
+    except Exception:  # a class of the user's own, whose __str__ raises
+        text = type(exc).__name__
     if isinstance(exc, SystemExit):
         return f"the predictor calls sys.exit ({text.rstrip(': ')})"
     if isinstance(exc, _ENDINGS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,10 @@ def test_an_answer_is_a_dict_of_columns_or_a_table(whole: Any) -> None:
     assert columns_table(whole, Batch(), 2).to_pydict() == {"a": [1, 2], "b": ["x", "y"]}
 
 
+async def _generator() -> AsyncIterator[int]:
+    yield 1
+
+
 async def _coroutine() -> None:
     return None
 
@@ -139,6 +143,7 @@ async def _coroutine() -> None:
         (lambda: torch.ones(1), "Tensor", 'Give it a name: `return {"score": scores}`'),
         (lambda: (1, 2), "tuple", "Give it a name"),
         (lambda: (x for x in "ab"), "generator", "instead of `yield`"),
+        (_generator, "async_generator", "instead of `yield`"),
         (_coroutine, "coroutine", "Write `def __call__`, without `async`"),
         (lambda: None, "NoneType", "End __call__ with `return"),
         (lambda: "ab", "str", "Return a dict"),

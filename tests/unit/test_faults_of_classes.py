@@ -281,6 +281,24 @@ def test_a_class_that_ends_its_process_fails_on_its_image_alone(module: Any, nam
     assert 'faulty_classes.py", line ' in table["traceback"][1].as_py()
 
 
+def test_an_exception_that_cannot_be_printed_costs_its_image_only() -> None:
+    class Unprintable(Exception):  # noqa: N818
+        def __init__(self, needed: str) -> None:
+            super().__init__()
+
+        def __str__(self) -> str:
+            raise KeyError
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        if any(i[0, 0, 0] == 1 for i in batch["image"]):
+            raise Unprintable("x")
+        return {"x": [1] * len(batch["image"])}
+
+    table = rows(actor_of(lambda: call), range(3))
+    assert table["message"].to_pylist() == [None, "Unprintable", None]
+    assert place(table["traceback"][1].as_py())
+
+
 def test_names_of_exceptions() -> None:
     assert named(SystemExit()) == "the predictor calls sys.exit (SystemExit)"
     assert named(ValueError("x")) == "ValueError: x"

@@ -65,6 +65,12 @@ def trained(batch: dict[str, Any], net: torch.nn.Module = network(torch.nn.Batch
     return {"features": net(tensors(batch))}
 
 
+def padded(batch: dict[str, Any]) -> dict[str, Any]:
+    """The mean of each image, with a margin up to the size of the largest of the batch."""
+    most = max(image.size for image in batch["image"])
+    return {"mean": [float(image.sum()) / most for image in batch["image"]]}
+
+
 def labels_shifted(batch: dict[str, Any]) -> dict[str, Any]:
     found = [f"class {int(10 * mean) % 7}" for mean in means(batch)]
     return {"label": found[1:] + found[:1]}
@@ -80,6 +86,8 @@ DEPENDENT = {
     "in training mode": trained,
     "share of the batch": lambda b: {"share": means(b) / means(b).sum(), "rank": means(b).argsort().argsort()},
     "labels shifted": labels_shifted,
+    "the first image's for all": lambda b: {"mean": [means(b)[0]] * len(b["image"])},
+    "padded to the largest": padded,
     "dicts shifted": lambda b: {"found": [{"score": m, "box": [m, 1.0]} for m in np.roll(means(b), 1)]},
     "reversed, beside a random column": lambda b: {"r": np.random.rand(len(b["image"])), "mean": means(b)[::-1].copy()},
     "grouped by size": lambda b: {"mean": [float(i.mean()) for i in sorted(b["image"], key=lambda i: i.shape)]},
@@ -88,7 +96,7 @@ DEPENDENT = {
 
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_rows_that_depend_on_their_neighbors_end_the_job_with_both_side_by_side(name: str) -> None:
-    images = SIZES if name == "grouped by size" else ALIKE
+    images = SIZES if name in ("grouped by size", "padded to the largest") else ALIKE
     with pytest.raises(
         UserError, match=r"the predictor's rows depend on the other images of their batch; column '"
     ) as caught:
