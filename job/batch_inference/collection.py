@@ -25,10 +25,11 @@ from batch_inference.errors import (
     UserError,
 )
 from batch_inference.ledger import Commit
+from batch_inference.tracebacks import with_place
 
 #: How the remedies against too many failed rows begin while no failed row is committed.
 START_AGAIN = "Fix the cause and start the same command again"
-ERROR_COLUMNS = ("row", "stage", "error_type", "message", "retryable")
+ERROR_COLUMNS = ("row", "stage", "error_type", "message", "retryable", "traceback")
 
 
 @dataclass
@@ -162,11 +163,15 @@ def describe_errors(by: dict[str, dict[str, int]]) -> list[str]:
     return [f"{stage} {kind} {count:,}" for count, stage, kind in sorted(flat, key=lambda i: (-i[0], i[1], i[2]))]
 
 
-def failure_of_all(where: str, stage: str, kind: str, message: str) -> BatchInferenceError:
+def failure_of_all(
+    where: str, stage: str, kind: str, message: str, traceback: str | None = None
+) -> BatchInferenceError:
     """What ends a job in which everything fails for one reason that is the system's."""
-    fact = f"{where} failed at {stage} with {kind}: {message}"
+    fact = with_place(f"{where} failed at {stage} with {kind}: {message}", traceback)
     if stage in ("infer", "postprocess"):
-        return UserError(fact, "Mend the predictor; try it on one image first.")
+        return UserError(
+            fact, "Fix the predictor; `batch-inference preflight` with the same options tries it on a few images."
+        )
     return causes.of_rows(fact, kind, message)
 
 
@@ -250,7 +255,7 @@ class Collector:
         # Whether each of the last rows failed of the store, and of those that came to the predictor whether of that.
         self._store: deque[bool] = deque(maxlen=self.WINDOW)
         self._predictor: deque[bool] = deque([False] * worked, maxlen=self.WINDOW)
-        self._last: dict[str, tuple[str, str, str]] = {}
+        self._last: dict[str, tuple[str, str, str, str | None]] = {}
         self.tally = tally
 
     def add(self, table: pa.Table) -> list[tuple[int, OpenShard]]:
@@ -356,7 +361,12 @@ class Collector:
         for place, kind in enumerate(kinds):
             if kind in SYSTEMIC_ERROR_TYPES and kind != NOT_TRIED:
                 whose = "store" if kind in STORE_ERROR_TYPES else "predictor"
-                self._last[whose] = (stages[place], kind, table["message"][place].as_py())
+                self._last[whose] = (
+                    stages[place],
+                    kind,
+                    table["message"][place].as_py(),
+                    table["traceback"][place].as_py(),
+                )
         if self._hopeless:
             raise self._stop()
 
@@ -383,5 +393,5 @@ class Collector:
             whose, where = "predictor", "every image that could be read"
         else:
             whose, where = "store", "everything"
-        stage, kind, message = self._last.get(whose) or ("fetch", "STORE_UNREACHABLE", "")
-        return failure_of_all(where, stage, kind, message)
+        stage, kind, message, traceback = self._last.get(whose) or ("fetch", "STORE_UNREACHABLE", "", None)
+        return failure_of_all(where, stage, kind, message, traceback)

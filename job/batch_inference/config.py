@@ -189,17 +189,36 @@ class PredictorConfig(_Section):
     """A predictor class of one's own, used instead of `model`."""
 
     path: str = Field(
-        description="`module:Class`; the module is looked for in the current directory, then among installed packages."
+        description="`module:Class`, or a function; the module is looked for in the current directory, then among installed packages."
     )
     args: tuple[Any, ...] = Field((), description="Positional arguments of the constructor.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the constructor.")
+    depends_on_batch: bool = Field(
+        False,
+        description="Whether rows depend on the other images of their batch on purpose, as batch statistics do. False: a few images are "
+        "predicted alone, in a batch and in another order, and the job ends (exit code 2) where that changes their rows.",
+    )
 
     @field_validator("path")
     @classmethod
     def _module_and_class(cls, value: str) -> str:
+        module, _, name = value.partition(":")
+        # A file in the current directory is the module of that name.
+        value = f"{module.removesuffix('.py')}:{name}" if name and "/" not in module else value
         if not MODULE_PATH.match(value):
-            raise ValueError(f"{value!r} is not of the form module:Class, such as my_module:MyPredictor")
+            raise ValueError(f"{value!r} is not of the form module:Class, {_as_module_path(value)}")
         return value
+
+
+def _as_module_path(value: str) -> str:
+    """What to write in place of a path to a class, as far as that is clear."""
+    location, _, name = value.partition(":")
+    folder, _, file = location.rpartition("/")
+    if folder and file.endswith(".py") and name:
+        return f"such as {file.removesuffix('.py')}:{name}, with PYTHONPATH={folder} before the command"
+    if not name and "." in value and re.fullmatch(r"[\w.]+", value):
+        return f"such as {':'.join(value.removesuffix('.py').rsplit('.', 1))}"
+    return "such as my_module:MyPredictor"
 
 
 class InferenceConfig(_Section):

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import structlog
 
 from batch_inference import logs
@@ -48,7 +49,7 @@ from batch_inference.identity import (
     other_output,
     versions,
 )
-from batch_inference.inference import raise_end_of_job
+from batch_inference.inference import notes, raise_end_of_job
 from batch_inference.ledger import Commit, Job, Ledger, Retry, TakenOver, now
 from batch_inference.manifest import Inputs, find_inputs
 from batch_inference.pipeline import explain_ray_failure, results
@@ -58,6 +59,7 @@ from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
 from batch_inference.storage import Store, canonical_uri, display, open_output
 from batch_inference.telemetry import Telemetry
+from batch_inference.tracebacks import place, with_place
 from batch_inference.unify import unify
 
 log = structlog.get_logger()
@@ -65,6 +67,8 @@ log = structlog.get_logger()
 _PROGRESS_EVERY_S = 10.0
 # Below this start-up outweighs the work (the article's figure, and ours).
 _FEW = 100
+# Faults of a predictor class that are told with their tracebacks; all are in errors/.
+_MOST_FAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,8 @@ class Attempt:
         self.run_name = os.environ.get(RUN_VARIABLE, "")
         self._force_retry = force_retry
         self._stopping = threading.Event()
+        self._faults_told: set[tuple[str, str]] = set()
+        self._notes_told: set[str] = set()
         self.started = time.monotonic()
         self._started_at = now()
         self._working_from = ""
@@ -413,7 +419,16 @@ class Attempt:
         with (
             Closing(ledger, writers, self._committed, again, self.snapshot.tally) as closing,
             contextlib.closing(
-                results(ledger.store, self.config, engine, rows, writers.handles, self.attempt, chosen, telemetry)
+                results(
+                    ledger.store,
+                    self.config,
+                    engine.beside(job.passthrough),
+                    rows,
+                    writers.handles,
+                    self.attempt,
+                    chosen,
+                    telemetry,
+                )
             ) as tables,
             _explained(),
         ):
@@ -425,6 +440,7 @@ class Attempt:
         for table in tables:
             moment = time.monotonic()
             raise_end_of_job(table)
+            self._tell(table)
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             writers.keep(table)
@@ -447,6 +463,23 @@ class Attempt:
         else:
             collector.finish()
         closing.wait()
+
+    def _tell(self, table: pa.Table) -> None:
+        """Log the actors' notes, and where a predictor class raised, once for each type and place."""
+        for note in notes(table):
+            if note not in self._notes_told:
+                self._notes_told.add(note)
+                log.warning(note)
+        if table["traceback"].null_count == table.num_rows or len(self._faults_told) >= _MOST_FAULTS:
+            return
+        bad = table.filter(pc.is_valid(table["traceback"]))
+        for kind, message, traceback in zip(
+            *(bad[name].to_pylist() for name in ("error_type", "message", "traceback")), strict=True
+        ):
+            fault = (kind, place(traceback))
+            if fault not in self._faults_told and len(self._faults_told) < _MOST_FAULTS:
+                self._faults_told.add(fault)
+                log.warning(with_place(f"an image failed with {kind}: {message}", traceback))
 
     def _measure(self, driver_s: float, commit_s: float) -> None:
         """Keeps what this attempt has measured about itself so far."""

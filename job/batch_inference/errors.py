@@ -78,12 +78,14 @@ class RowError:
         error_type: Machine-readable kind in capitals, such as ``TRUNCATED``.
         message: One line for a person.
         retryable: Whether the same input may well succeed another time (a timeout may, a truncated file does not).
+        traceback: Where a predictor class raised, of bounded length; None for anything else.
     """
 
     stage: Stage
     error_type: str
     message: str
     retryable: bool = False
+    traceback: str | None = None
 
 
 class RowFailure(Exception):  # noqa: N818
@@ -95,14 +97,24 @@ class RowFailure(Exception):  # noqa: N818
         message: The fact.
         retryable: Whether the same input may well succeed another time.
         remedy: What to do in this case, where the remedy of the error type does not say it; the row's message ends with it.
+        traceback: Where a predictor class failed.
     """
 
-    def __init__(self, stage: Stage, error_type: str, message: str, retryable: bool = False, remedy: str = "") -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        error_type: str,
+        message: str,
+        retryable: bool = False,
+        remedy: str = "",
+        traceback: str | None = None,
+    ) -> None:
         super().__init__(message)
         # One line, of bounded length: messages of libraries can hold whole documents.
         self.fact = " ".join(message.split())[:500]
         self.remedy = remedy
-        self.error = RowError(stage, error_type, f"{self.fact}. {remedy}" if remedy else self.fact, retryable)
+        text = f"{self.fact}. {remedy}" if remedy else self.fact
+        self.error = RowError(stage, error_type, text, retryable, traceback)
 
 
 # A row that no attempt was made for, after too many others of its shard had failed for one of the reasons below.

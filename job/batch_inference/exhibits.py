@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_inference import charts, failures
 from batch_inference.census import BINS, MOST_CLASSES, Census, Sample
+from batch_inference.tracebacks import MOST, place
 from batch_inference.wording import NO_NUMBER, figure, name_of, percent, shown, whole
 
 if TYPE_CHECKING:
@@ -175,6 +176,17 @@ def _failed_card(facts: Facts, one: failures.Failure) -> dict[str, str]:
     }
 
 
+def _with_traces(found: list[failures.Failure]) -> list[tuple[failures.Failure, str]]:
+    """Failures and their tracebacks, each fault's once."""
+    told: set[str] = set()
+    out = []
+    for one in found:
+        where = place(one.traceback)
+        out.append((one, shown(one.traceback or "", MOST) if where not in told else ""))
+        told.add(where)
+    return out
+
+
 def errors(facts: Facts) -> dict[str, Any]:
     """Failed rows by stage and type, and a wall of them."""
     kinds, tally = facts.failures, facts.tally
@@ -185,8 +197,8 @@ def errors(facts: Facts) -> dict[str, Any]:
             "count": f"{kind.count:,}",
             "percent": percent(kind.count, tally.errors),
             "examples": [
-                {"uri": shown(one.uri, 300) or "no URI", "message": shown(one.message, 400)}
-                for one in kind.found[: failures.EXAMPLES]
+                {"uri": shown(one.uri, 300) or "no URI", "message": shown(one.message, 400), "trace": trace}
+                for one, trace in _with_traces(kind.found[: failures.EXAMPLES])
             ],
         }
         for kind in kinds[:_MOST_ERROR_ROWS]

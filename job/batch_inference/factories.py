@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from batch_inference.columns import Batch, columns_table
 from batch_inference.config import JobConfig, PredictorConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, UserError
 from batch_inference.storage import Store
+from batch_inference.tracebacks import FAULTS, named, told, with_place
 from batch_inference.transform import Transform
 
 if TYPE_CHECKING:
@@ -142,34 +146,109 @@ class CustomFactory:
     """Makes a predictor of the user's in the actor's process.
 
     Attributes:
-        cls: The class; pickled by value where it is not installed, so that workers need no copy of the file.
+        cls: The class, or a function; pickled by value where it is not installed, so that workers need no copy of the file.
         spec: Its arguments.
+        passthrough: Columns of the input that the output has beside the predictor's, which may have none of their names.
     """
 
     cls: Any
     spec: PredictorConfig
+    passthrough: tuple[str, ...] = ()
+
+    @property
+    def checks_rows(self) -> bool:
+        """Whether an image's row has to be the same whatever else is in its batch."""
+        return not self.spec.depends_on_batch
 
     def __call__(self) -> Predict:
-        """Constructs the predictor; returns the function that predicts a batch."""
-        try:
-            predictor = self.cls(*self.spec.args, **self.spec.kwargs)
-        except BatchInferenceError:
-            raise
-        except Exception as exc:
-            raise UserError(
-                f"predictor {self.spec.path} could not be constructed: {type(exc).__name__}: {exc}",
-                "Mend its __init__, or predictor.args and predictor.kwargs.",
-            ) from exc
+        """Construct the predictor; return the function that predicts a batch.
+
+        Raises:
+            UserError: If its constructor fails, or it cannot be called with a batch.
+        """
+        predictor = self._made()
         if not callable(predictor):
-            raise UserError(
-                f"predictor {self.spec.path} has no __call__", "Give it __call__(self, batch) -> dict of columns."
-            )
+            raise not_callable(self.spec.path, self.cls)
+        worked = False
 
         def predict(images: Any, uris: list[str]) -> pa.Table:
-            batch = {"image": _batch_of(images), "uri": np.array(uris, dtype=object)}
-            return _columns_table(predictor(dict(batch)), batch, len(images))
+            nonlocal worked
+            batch = Batch(image=_batch_of(images), uri=np.array(uris, dtype=object))
+            try:
+                answer = predictor(Batch(batch))
+            except (RowFailure, BatchInferenceError):
+                raise
+            except Exception as exc:
+                if worked or not _is_network(predictor):
+                    raise
+                fault = with_place(named(exc), told(exc))
+            else:
+                worked = True
+                return columns_table(answer, batch, len(images), self.passthrough)
+            raise UserError(
+                f"predictor {self.spec.path} is a torch.nn.Module, and its forward does not take a batch, a dict of numpy arrays: {fault}",
+                "Run a network itself by `--set predictor=null --set model.source=package --set model.weights=null "
+                f"--model {self.spec.path}`, or write a class whose __call__(self, batch) makes tensors of "
+                'batch["image"], calls the network, and returns a dict of columns.',
+            )
 
         return predict
+
+    def _made(self) -> Any:
+        """The predictor: an instance, or a function with its arguments."""
+        args, kwargs = self.spec.args, self.spec.kwargs
+        if _takes_batch(self.cls, args, kwargs):
+            return lambda batch: self.cls(batch, *args, **kwargs)
+        try:
+            return self.cls(*args, **kwargs)
+        except BatchInferenceError:
+            raise
+        except FAULTS as exc:
+            fault = with_place(named(exc), told(exc))
+        raise UserError(
+            f"predictor {self.spec.path} could not be constructed: {fault}",
+            "Fix its __init__, or predictor.args and predictor.kwargs, such as --set predictor.kwargs.path=weights.pt.",
+        )
+
+
+def not_callable(path: str, cls: Any) -> UserError:
+    """Return the error for a class without ``__call__``, with the lines to add where it has a method of another name."""
+    fact, remedy = f"predictor {path} has no __call__", "Give it __call__(self, batch) -> dict of columns"
+    method = next((name for name in ("predict_batch", "predict", "forward", "infer") if hasattr(cls, name)), None)
+    if method is None:
+        return UserError(fact, f"{remedy}.")
+    lines = (
+        "    def __call__(self, batch):",
+        "        # RGB uint8 arrays of shape (height, width, 3)",
+        "        from PIL import Image",
+        '        images = [Image.fromarray(image) for image in batch["image"]]',
+        f"        results = self.{method}(images)",
+        '        return {"prediction": list(results)}  # one value for each image',
+    )
+    return UserError(
+        "\n".join([f"{fact}; around its {method} it might be:", *lines]), f"{remedy}, such as the lines above."
+    )
+
+
+def _takes_batch(found: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function is itself what predicts a batch, rather than what makes a predictor."""
+    if inspect.isclass(found):
+        return False
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # built in
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return True
+    return False
+
+
+def _is_network(predictor: Any) -> bool:
+    """Whether it is a torch module that is called as such, by its forward."""
+    torch = sys.modules.get("torch")
+    return torch is not None and type(predictor).__call__ is torch.nn.Module.__call__
 
 
 def _decisions(config: JobConfig) -> Decisions:
@@ -217,44 +296,3 @@ def _classifier_table(found: dict[str, np.ndarray], names: pa.Array | None) -> p
         ],
         schema=CLASSIFIER_SCHEMA,
     )
-
-
-def _columns_table(columns: Any, batch: dict[str, np.ndarray], rows: int) -> pa.Table:
-    """A predictor's answer as a table, checked to have one value a row in every column."""
-
-    def wrong(message: str) -> RowFailure:
-        return RowFailure("postprocess", "OUTPUT_MISMATCH", message)
-
-    if not isinstance(columns, dict):
-        raise wrong(f"the predictor returned {type(columns).__name__}, not a dict of columns")
-    out: dict[str, pa.Array] = {}
-    for name, values in columns.items():
-        # Predictors that add to their batch and return it do not mean to store the images.
-        if batch.get(name) is values:
-            continue
-        if name in ("shard", "row", "uri"):
-            raise wrong(f"the predictor's column {name!r} has the name of one of the output's own; rename it")
-        try:
-            out[str(name)] = _array(values)
-        except Exception as exc:
-            raise wrong(f"the predictor's column {name!r} cannot be stored: {exc}") from exc
-        if len(out[str(name)]) != rows:
-            raise wrong(f"the predictor's column {name!r} has {len(out[str(name)])} values for {rows} images")
-    if not out:
-        raise wrong("the predictor returned no columns")
-    return pa.table(out)
-
-
-def _array(values: Any) -> pa.Array:
-    """Numbers, texts, lists, numpy arrays or torch tensors of any rank as an Arrow array, first axis first."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    if isinstance(values, np.ndarray) and values.dtype != object:
-        if values.ndim == 1:
-            return pa.array(values)
-        array = pa.array(values.reshape(-1))
-        for size in reversed(values.shape[1:]):
-            length = len(array) // size if size else len(values)
-            array = pa.ListArray.from_arrays(pa.array(np.arange(length + 1) * size, pa.int32()), array)
-        return array
-    return pa.array([v.tolist() if hasattr(v, "tolist") else v for v in values])

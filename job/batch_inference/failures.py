@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_inference import manifest
@@ -25,6 +26,7 @@ class Failure:
     stage: str
     error_type: str
     message: str
+    traceback: str | None = None
 
 
 @dataclass
@@ -71,7 +73,7 @@ def examples(store: Store, commits: Iterable[Commit], by: dict[str, dict[str, in
         path = next((file.path for file in commit.files if file.path.startswith("errors/")), None)
         if not here or path is None:
             continue
-        table = manifest.read_parquet(store.get(path), ["uri", "shard", "row", "stage", "error_type", "message"])
+        table = _read(store.get(path))
         for one in here:
             mine = table.filter(
                 pc.and_(pc.equal(table["stage"], one.stage), pc.equal(table["error_type"], one.error_type))
@@ -79,6 +81,14 @@ def examples(store: Store, commits: Iterable[Commit], by: dict[str, dict[str, in
             for row in mine.slice(0, most - len(one.found)).to_pylist():
                 one.found.append(Failure(**{**row, "message": str(row["message"])[:2000], "uri": row["uri"] or ""}))
     return kinds
+
+
+def _read(data: bytes) -> pa.Table:
+    columns = ["uri", "shard", "row", "stage", "error_type", "message"]
+    try:
+        return manifest.read_parquet(data, [*columns, "traceback"])
+    except KeyError:  # written by an earlier version
+        return manifest.read_parquet(data, columns)
 
 
 def wall(kinds: Iterable[Kind], most: int) -> list[Failure]:

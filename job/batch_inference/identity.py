@@ -10,6 +10,7 @@ import itertools
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ from batch_inference.decoding import EXACT_PATH, FAST_PATH, GPU_PATH
 from batch_inference.errors import UserError
 from batch_inference.ledger import Job
 from batch_inference.storage import Store, canonical_uri, display, is_local, local_path
+from batch_inference.tracebacks import FAULTS, named, told, with_place
 from batch_inference.transform import Transform
 from batch_inference.wording import describe_skipped
 
@@ -44,6 +46,12 @@ class Engine:
     identity: dict[str, str]
     custom: bool
     decoder: Any = None
+
+    def beside(self, columns: Iterable[str]) -> Engine:
+        """Return the same engine, told which columns of the input the output has beside its own."""
+        return (
+            replace(self, factory=replace(self.factory, passthrough=tuple(columns))) if self.transform is None else self
+        )
 
     def for_images(self, images: int) -> Engine:
         """The same, told about how many images each actor will get; what pays on long jobs only depends on it."""
@@ -178,9 +186,13 @@ def _load_class(spec: PredictorConfig) -> Any:
         raise UserError(
             f"predictor {spec.path}: {what}", f"Put {module_name}.py into {here}, or install the package it is in."
         ) from None
-    except Exception as exc:
+    except FAULTS as exc:
+        # A module that calls sys.exit, such as a script that parses its arguments, would end this program without a word.
         raise UserError(
-            f"predictor {spec.path}: importing {module_name} failed: {type(exc).__name__}: {exc}", "Mend the module."
+            with_place(f"predictor {spec.path}: importing {module_name} failed: {named(exc)}", told(exc)),
+            'Put what the module does as a script below `if __name__ == "__main__":`.'
+            if isinstance(exc, SystemExit)
+            else "Fix the module.",
         ) from None
     found: Any = module
     for part in attribute.split("."):
@@ -191,12 +203,26 @@ def _load_class(spec: PredictorConfig) -> Any:
                 f"predictor {spec.path}: {module_name} has no {attribute!r}; its classes: {', '.join(names) or 'none'}",
                 "Name one of them after the colon.",
             )
+    if inspect.isclass(found) and not _has_call(found):
+        from batch_inference.factories import not_callable
+
+        raise not_callable(spec.path, found)
+    if inspect.ismodule(found) or not callable(found):
+        raise UserError(
+            f"predictor {spec.path} is one {type(found).__name__}, neither a class nor a function",
+            "Name one of these after the colon.",
+        )
     if not _is_installed(module):
         # Workers on other machines do not have the file, so the class travels whole.
         import ray.cloudpickle as cloudpickle
 
         cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     return found
+
+
+def _has_call(cls: type) -> bool:
+    """Whether instances can be called, as far as the class says; __new__ and __getattr__ may give anything."""
+    return any({"__call__", "__getattr__"} & vars(one).keys() for one in cls.__mro__) or "__new__" in vars(cls)
 
 
 def _is_installed(module: Any) -> bool:

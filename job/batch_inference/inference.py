@@ -16,7 +16,10 @@ import pyarrow.compute as pc
 import structlog
 
 from batch_inference import errors as error_classes
+from batch_inference import independence
 from batch_inference.batching import is_out_of_memory
+from batch_inference.checks import Check
+from batch_inference.columns import WrongCount
 from batch_inference.errors import BatchInferenceError, RowError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, Predict
 from batch_inference.marks import Journal
@@ -24,6 +27,7 @@ from batch_inference.metrics import meter
 from batch_inference.output_schema import beside, distinct_columns
 from batch_inference.storage import Store
 from batch_inference.telemetry import Telemetry
+from batch_inference.tracebacks import FAULTS, named, told, with_place
 
 # What travels from the actors to the driver for each row; the built-in classifier's columns come behind these.
 RESULT_SCHEMA = pa.schema(
@@ -40,6 +44,7 @@ RESULT_SCHEMA = pa.schema(
         ("infer_s", pa.float32()),
         ("retries", pa.int32()),
         ("image_damage", pa.string()),
+        ("traceback", pa.string()),
     ]
 )
 #: Column of the predictions that says what is wrong with an image, where ``preprocess.damaged: accept`` lets it pass.
@@ -49,6 +54,15 @@ END_OF_JOB = "END_OF_JOB"
 _TRIES_ALONE = 2
 # So many images that each kill the process, with none between them that does not, are not a matter of single images any more.
 _HOPELESS_CRASHES = 4
+_BATCHES_TO_CHECK = 8
+
+
+class _Mixed(Exception):  # noqa: N818
+    """An answer to several images that does not say which value is whose."""
+
+    def __init__(self, failure: RowFailure) -> None:
+        super().__init__(failure.error.message)
+        self.failure = failure
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,11 @@ def with_failures(table: pa.Table, failures: dict[int, RowError]) -> dict[str, p
 class InferenceActor:
     """One member of the actor pool; Ray Data calls it with tables of prepared rows.
 
-    A batch that the predictor fails on is tried again in halves, down to single images, so that one image costs no other
-    its prediction. A batch that a process has died of is done image by image, and an image that two processes die of alone
-    is a failed row: Ray starts a process again, and gives it what it had, as often as it takes.
+    A batch that the predictor raises on is tried again in halves, down to single images, so that one image costs no other
+    its prediction; one whose answer has not one value an image is tried again image by image. A predictor class is checked in
+    the first batch: an image's row may not depend on its neighbors. A batch that a process has died of is done image by image,
+    and an image that two processes die of alone is a failed row: Ray starts a process again, and gives it what it had, as often
+    as it takes.
 
     Args:
         factory: Makes the predict function; called once.
@@ -128,6 +144,13 @@ class InferenceActor:
             telemetry.begin()
         self._journal: Journal | None = None
         self._failure: BatchInferenceError | None = None
+        # Whether answers to several images are not accepted any more, whether any was so far, and an image of several values.
+        self._alone, self._accepted, self._several = False, False, ""
+        # What the driver should tell.
+        self._note = ""
+        # Batches that may still be looked at for images to check the class's rows with: those of the first ones may all be alike.
+        self._checks_left = _BATCHES_TO_CHECK if getattr(factory, "checks_rows", False) else 0
+        self.rows_check: Check | None = None
         try:
             self._journal = keeping.journal() if keeping else None
             if keeping and self._journal and self._journal.fatal >= _HOPELESS_CRASHES and keeping.gives_up:
@@ -135,7 +158,7 @@ class InferenceActor:
                     f"the process that runs the predictor died of {self._journal.fatal} images one after the other, each alone, on "
                     f"node {platform.node()}",
                     "Look in the actors' logs for what it died of: a GPU that does not work, or too little memory, ends with the "
-                    "node, and the same command resumes; a fault of the predictor's own has to be mended.",
+                    "node, and the same command resumes; a fault of the predictor's own, such as os._exit, has to be fixed in the class.",
                 )
             self._predict = factory()
             self._decode = decoder() if decoder else None
@@ -143,9 +166,10 @@ class InferenceActor:
             meter.add("out_of_memory_splits", 0)
         except BatchInferenceError as exc:
             self._failure = exc
-        except Exception as exc:
+        except FAULTS as exc:
             self._failure = UserError(
-                f"the model could not be loaded: {type(exc).__name__}: {exc}", "Check model.* in the configuration."
+                f"the model could not be loaded: {with_place(named(exc), told(exc))}",
+                "Check model.* in the configuration.",
             )
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -202,7 +226,10 @@ class InferenceActor:
         start = time.perf_counter()
         places, images = _images(table)
         uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
-        errors, predictions = self._isolate(list(range(len(places))), images, uris)
+        errors, predictions = self._attributed(images, uris)
+        if self._checks_left and not self._alone and predictions is not None and predictions.num_rows > 1:
+            good = [place for place in range(len(uris)) if place not in errors]
+            self._check_rows(images, uris, good, predictions, (time.perf_counter() - start) / len(uris))
         busy = time.perf_counter() - start
         if len(places):
             meter.add("actor_busy_seconds", busy, device=self._device)
@@ -210,7 +237,10 @@ class InferenceActor:
         seconds = busy / max(1, len(places))
         infer = np.zeros(table.num_rows, np.float32)
         infer[places] = seconds
-        return _result(table, {int(places[index]): error for index, error in errors.items()}, infer), predictions
+        result = _result(table, {int(places[index]): error for index, error in errors.items()}, infer)
+        if self._note and len(errors) < len(places):
+            result, self._note = _with_note(result, self._note), ""
+        return result, predictions
 
     def _carefully(self, table: pa.Table, journal: Journal) -> tuple[pa.Table, pa.Table | None]:
         """The same, in a way that a process which dies of it leaves word.
@@ -250,38 +280,119 @@ class InferenceActor:
             results.append(result)
         return pa.concat_tables(results), _joined(predictions)
 
-    def _isolate(self, indices: list[int], images: Any, uris: list[str]) -> tuple[dict[int, RowError], pa.Table | None]:
-        """Predicts the images at ``indices``; halves the batch as long as it fails."""
-        if not indices:
-            return {}, None
+    def _attributed(self, images: Any, uris: list[str]) -> tuple[dict[int, RowError], pa.Table | None]:
+        """Predict images so that each value is certain to be that of its image.
+
+        Once a batch's answer could not be told apart, no answer of this process to several images is accepted: that the counts
+        of another batch, or of a half, agree would be a coincidence, and alone there is nothing to mix up. That costs speed and
+        no rows, and a class that only leaves out an image now and then is served. It does not help where images have several
+        values: 0 of one and 2 of another agree, and batches accepted before may hold such rows, here or on other actors. That
+        ends the job.
+
+        Raises:
+            UserError: If an image alone has several values, and others had one.
+        """
+        every = list(range(len(uris)))
+        reason = ""
+        if not self._alone:
+            try:
+                return self._judged(*self._isolate(every, images, uris))
+            except _Mixed as exc:
+                self._alone = True
+                reason = exc.failure.error.message
+        parts = [self._isolate([place], images, uris) for place in every]
+        errors = {place: error for part, _ in parts for place, error in part.items()}
+        predictions = _joined([table for _, table in parts])
+        if reason and predictions is not None:
+            self._note = (
+                f"from now on an actor predicts each image alone, which is slow: in a batch of {len(uris)}, {reason}"
+            )
+        return self._judged(errors, predictions)
+
+    def _judged(
+        self, errors: dict[int, RowError], predictions: pa.Table | None
+    ) -> tuple[dict[int, RowError], pa.Table | None]:
+        self._accepted |= predictions is not None and predictions.num_rows > 0
+        if self._several and self._accepted:
+            raise UserError(
+                f"values of the predictor's columns cannot be told apart: alone, {self._several}, while others have one each; in a batch "
+                "they would stand beside other images",
+                'Return one value for each image, where there are several as a list: {"boxes": [[…], [], […]]}.',
+            )
+        return errors, predictions
+
+    def _call(self, images: Any, uris: list[str]) -> pa.Table:
+        """Predict; raise RowFailure for what the predictor raises, with its traceback, or what ends the job."""
         try:
-            if len(indices) == len(uris):
-                return self._checked(indices, self._predict(images, uris))
-            # Indices are neighbours.
-            part = slice(indices[0], indices[-1] + 1)
-            return self._checked(indices, self._predict(images[part], uris[part]))
-        except RowFailure as exc:
-            failure = exc
-        except BatchInferenceError:
+            return self._predict(images, uris)
+        except (RowFailure, BatchInferenceError):
             raise
-        except Exception as exc:
+        except FAULTS as exc:
             if _is_broken_device(exc):
                 raise SystemFault(
                     f"a GPU does not work any more: {exc}", "Look at the node's GPU, then start the same command again."
                 ) from exc
             kind = "OUT_OF_MEMORY" if is_out_of_memory(exc) else "PREDICTOR_ERROR"
-            failure = RowFailure("infer", kind, f"{type(exc).__name__}: {exc}", retryable=kind == "OUT_OF_MEMORY")
+            failure = RowFailure("infer", kind, named(exc), kind == "OUT_OF_MEMORY", told(exc))
+        # Here, since the exception's frames hold on to what did not fit.
         if failure.error.error_type == "OUT_OF_MEMORY":
-            # Here, since the exception's frames held on to what did not fit.
             _free_memory()
+        raise failure
+
+    def _isolate(self, indices: list[int], images: Any, uris: list[str]) -> tuple[dict[int, RowError], pa.Table | None]:
+        """Predict the images at ``indices``; halve the batch as long as the predictor raises.
+
+        Raises:
+            _Mixed: If it answers several images with what cannot be told apart, or one with another number of values.
+        """
+        if not indices:
+            return {}, None
+        try:
+            if len(indices) == len(uris):
+                return self._checked(indices, self._call(images, uris))
+            # Indices are neighbours.
+            part = slice(indices[0], indices[-1] + 1)
+            return self._checked(indices, self._call(images[part], uris[part]))
+        except RowFailure as exc:
+            failure = exc
         if len(indices) == 1:
+            if isinstance(failure, WrongCount):
+                if failure.values > 1:
+                    self._several = self._several or f"{uris[indices[0]]}: {failure.error.message}"
+                if not self._alone:
+                    raise _Mixed(failure)  # of a half that was accepted, too, the counts may agree by chance
             return {indices[0]: failure.error}, None
+        if failure.error.error_type == "OUTPUT_MISMATCH":
+            raise _Mixed(failure)
         if failure.error.error_type == "OUT_OF_MEMORY":
             meter.add("out_of_memory_splits")
         middle = len(indices) // 2
         errors, left = self._isolate(indices[:middle], images, uris)
         errors_right, right = self._isolate(indices[middle:], images, uris)
         return errors | errors_right, _joined([left, right])
+
+    def _check_rows(self, images: Any, uris: list[str], good: list[int], predictions: pa.Table, seconds: float) -> None:
+        """Compare rows of a few images alone and in batches, once in a process.
+
+        Raises:
+            UserError: If they depend on their neighbors.
+        """
+        some = independence.chosen(images, good, seconds)
+        self._checks_left -= 1
+        if len(some) < 2:
+            return
+        self._checks_left = 0
+        found = self.rows_check = independence.check(
+            self._call,
+            [images[i] for i in some],
+            [uris[i] for i in some],
+            predictions.take(pa.array([good.index(i) for i in some])),
+            len(uris),
+        )
+        if found.state == "FAIL":
+            raise UserError(found.finding, found.remedy)
+        if found.state == "WARN":
+            self._note = f"rows of the predictor: {found.finding}"
 
     @staticmethod
     def _checked(indices: list[int], table: pa.Table) -> tuple[dict[int, RowError], pa.Table]:
@@ -318,8 +429,31 @@ def _result(table: pa.Table, failures: dict[int, RowError], infer_s: np.ndarray)
         *with_failures(table, failures).values(),
         table["bytes"], table["fetch_s"], table["decode_s"], pa.array(infer_s), table["retries"],
         table["image_damage"],
+        _tracebacks(table.num_rows, failures),
     ]  # fmt: skip
     return pa.Table.from_arrays(arrays, schema=RESULT_SCHEMA)
+
+
+def _with_note(result: pa.Table, note: str) -> pa.Table:
+    """Rows of :data:`RESULT_SCHEMA` with a note for the driver in the message of the first one without an error."""
+    messages = result["message"].to_pylist()
+    messages[pc.index(result["error_type"].is_null(), True).as_py()] = note
+    place = RESULT_SCHEMA.get_field_index("message")
+    return result.set_column(place, RESULT_SCHEMA.field(place), pa.array(messages, pa.string()))
+
+
+def notes(table: pa.Table) -> list[str]:
+    """Return what actors have to say to the driver besides rows of :data:`RESULT_SCHEMA`."""
+    if table["message"].null_count == table["error_type"].null_count:
+        return []
+    said: list[str] = table["message"].filter(table["error_type"].is_null()).drop_null().to_pylist()
+    return said
+
+
+def _tracebacks(rows: int, failures: dict[int, RowError]) -> pa.Array:
+    if not any(error.traceback for error in failures.values()):
+        return pa.nulls(rows, pa.string())
+    return pa.array([failures[row].traceback if row in failures else None for row in range(rows)], pa.string())
 
 
 def _joined(tables: list[pa.Table | None]) -> pa.Table | None:
@@ -397,7 +531,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _is_broken_device(exc: Exception) -> bool:
+def _is_broken_device(exc: BaseException) -> bool:
     """Whether a CUDA error is of the kind after which every later call of the process fails too."""
-    text = str(exc)
+    text = named(exc)
     return "CUDA error" in text and "out of memory" not in text

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from batch_inference import charts, exhibits, history
 from batch_inference.progress import duration
+from batch_inference.tracebacks import MOST
 from batch_inference.wording import (
     NO_NUMBER,
     breakable,
@@ -117,18 +118,21 @@ def _verdict(facts: Facts) -> dict[str, Any]:
             "sign": "✓",
             "headline": f"Succeeded: {accounted}",
             "lines": [f"{counted}; each image has exactly one row."],
+            "more": "",
             "remedy": "",
         }
     done = f"{tally.rows:,} of {count_of(rows, 'image')} {'is' if tally.rows == 1 else 'are'} committed, {counted}."
     done += (" It stays." if tally.rows == 1 else " They stay.") if tally.rows else ""
     if facts.state == "failed":
         failed = facts.failed
+        fact, _, more = str(failed.get("verdict", "no reason given")).partition("\n")
         return {
             "word": "Failed",
             "tone": "bad",
             "sign": "✕",
             "headline": f"Failed (exit code {shown(str(failed.get('exit_code', '?')), 10)})",
-            "lines": [shown(str(failed.get("verdict", "no reason given")), 1500), done],
+            "lines": [shown(fact, 1500), done],
+            "more": shown(more, MOST),
             "remedy": shown(str(failed.get("remedy", "")), 600),
         }
     return {
@@ -136,6 +140,7 @@ def _verdict(facts: Facts) -> dict[str, Any]:
         "tone": "wait",
         "sign": "…",
         "headline": f"Not finished: {percent(tally.rows, rows)} of the images are done",
+        "more": "",
         "lines": [done + " The job is under way, or was stopped."],
         "remedy": "If it is not running, the same command again goes on with the rest.",
     }

@@ -27,6 +27,7 @@ from batch_inference.pipeline import STUCK_S
 from batch_inference.prefixes import Prefixes
 from batch_inference.preparation import Preparation
 from batch_inference.storage import display
+from batch_inference.tracebacks import with_place
 
 GIB = 1 << 30
 # Batches are repeated for so long, after one that does not count.
@@ -187,7 +188,7 @@ class Trial:
             resources={} if kind is None else {kind: 0.001},
             max_restarts=0,
         )(TrialActor).remote(
-            without_output(self._engine, self._config).factory,
+            without_output(self._engine, self._config).beside(self._passthrough).factory,
             self._engine.decoder,
             self._config.preprocess.damaged == "accept",
         )
@@ -198,14 +199,18 @@ class Trial:
             failed = first.filter(first["error_type"].is_valid())
             if failed.num_rows:
                 why = f"{failed['error_type'][0]}: {failed['message'][0]}"
+                trace = failed["traceback"][0].as_py()
                 none = failed.num_rows == batch
-                remedy = "Mend the predictor, or model.* in the configuration." if none else _ROWS
+                remedy = "Fix the predictor, or model.* in the configuration." if none else _ROWS
                 finding = f"{failed.num_rows} of {batch} images failed{where} with {why}"
-                self._add("forward pass", "FAIL" if none else "WARN", finding, remedy)
+                self._add("forward pass", "FAIL" if none else "WARN", with_place(finding, trace), remedy)
             else:
                 self._add("forward pass", "OK", f"a batch of {batch} gave {batch} predictions{where}")
             if failed.num_rows == batch:
                 return None
+            rows_check: Check | None = _get(actor.rows_check.remote())
+            if rows_check is not None:
+                self.checks.append(replace(rows_check, finding=rows_check.finding + where))
             if expected is not None and golden is not None:
                 self.checks.append(self._compared(expected, golden, actor, where))
             measured: Measured = _get(actor.measure.remote(rows, batch, _MEASURE_S))
@@ -289,6 +294,10 @@ class TrialActor:
     def predict(self, rows: pa.Table, batch: int | None) -> pa.Table:
         """Predicts so many rows at once, some of them several times where there are fewer; None: all as they are."""
         return self._actor(rows if batch is None else _full(rows, batch))
+
+    def rows_check(self) -> Check | None:
+        """Return whether rows depended on their neighbors; None where that was not tried."""
+        return self._actor.rows_check
 
     def measure(self, rows: pa.Table, batch: int, seconds: float) -> Measured:
         """Predicts the same batch for so many seconds; raises what a job would end with."""

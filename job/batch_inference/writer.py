@@ -36,6 +36,7 @@ ERRORS_SCHEMA = pa.schema(
         ("message", pa.string()),
         ("retryable", pa.bool_()),
         ("attempts", pa.int32()),
+        ("traceback", pa.string()),
     ]
 )
 
@@ -71,7 +72,7 @@ class ShardWriter:
 
         Args:
             shard: Its number.
-            errors: Its failed rows: ``row``, ``stage``, ``error_type``, ``message``, ``retryable``.
+            errors: Its failed rows: ``row``, ``stage``, ``error_type``, ``message``, ``retryable``, ``traceback``.
             again: The rows that were done, where these were not all; the commit before accounts for the others.
 
         Returns:
@@ -246,6 +247,8 @@ def _error_rows(shard: int, errors: pa.Table, inputs: pa.Table) -> pa.Table:
         "shard": pa.array([shard] * count, pa.int32()),
         "attempts": pa.array([1] * count, pa.int32()),
     }
+    if "traceback" not in errors.column_names:
+        fixed["traceback"] = pa.nulls(count, pa.string())
     table = pa.Table.from_arrays(
         [fixed[f.name] if f.name in fixed else errors[f.name].cast(f.type) for f in ERRORS_SCHEMA], schema=ERRORS_SCHEMA
     )
@@ -261,4 +264,6 @@ def _merged(again: Again, before: pa.Table, failed: pa.Table) -> pa.Table:
     place = failed.column_names.index("attempts")
     attempts = pa.array([tries[row] + 1 for row in failed["row"].to_pylist()], pa.int32())
     failed = failed.set_column(place, failed.schema.field(place), attempts)
-    return pa.concat_tables([before.filter(pc.invert(mine)), failed]).sort_by("row")
+    # Errors of an earlier version have no traceback.
+    kept = before.filter(pc.invert(mine))
+    return pa.concat_tables([kept, failed], promote_options="default").select(failed.column_names).sort_by("row")

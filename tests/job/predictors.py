@@ -71,6 +71,14 @@ class FailsOnEverything:
         raise KeyError("pixels")
 
 
+class Flattened:
+    """Puts the boxes of a batch into one list, which has as many as there are images: two of each, then the first of these."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[list[float]]]:
+        boxes = [[float(image.mean()), float(number)] for image in batch["image"] for number in range(2)]
+        return {"box": boxes[: max(2, len(batch["image"]))]}
+
+
 class CannotStart:
     """A predictor whose constructor fails."""
 

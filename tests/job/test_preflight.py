@@ -58,7 +58,7 @@ def test_what_fails_is_named_with_its_remedy_and_ends_with_2(
     text = " ".join(done.stdout.split())
     assert "FAIL forward pass" in text
     assert "PREDICTOR_ERROR" in text
-    assert "remedy: Mend the predictor" in text
+    assert "remedy: Fix the predictor" in text
     assert "Traceback" not in text
 
 

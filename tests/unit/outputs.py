@@ -16,7 +16,7 @@ from batch_inference.writer import ShardWriter
 
 CONFIG = StorageConfig()
 ERRORS = pa.schema(
-    list(zip(ERROR_COLUMNS, (pa.int32(), pa.string(), pa.string(), pa.string(), pa.bool_()), strict=True))
+    list(zip(ERROR_COLUMNS, (pa.int32(), pa.string(), pa.string(), pa.string(), pa.bool_(), pa.string()), strict=True))
 )
 
 
@@ -49,7 +49,7 @@ def write(store: Store, shard: int, attempt: str) -> tuple[ShardWriter, pa.Table
         rows = pa.array([r["row"] for r in good], pa.int32())
         values = pa.array([value_of(r["uri"]) for r in good])
         writer.add(shard, pa.table({"shard": pa.array([shard] * len(good), pa.int32()), "row": rows, "value": values}))
-    bad = [(r["row"], "decode", "TRUNCATED", "cut off", False) for r in inputs if fails(r["uri"])]
+    bad = [(r["row"], "decode", "TRUNCATED", "cut off", False, None) for r in inputs if fails(r["uri"])]
     return writer, pa.Table.from_arrays(
         [pa.array([b[i] for b in bad], f.type) for i, f in enumerate(ERRORS)], schema=ERRORS
     )

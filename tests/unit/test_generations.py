@@ -35,7 +35,7 @@ URIS = [f"s3://b/{'bad-' if i % 3 == 1 else ''}{i}.jpg" for i in range(11)]
 BAD = [uri for uri in URIS if fails(uri)]
 SHARD_SIZE = 4
 _ERRORS = pa.schema(
-    list(zip(ERROR_COLUMNS, (pa.int32(), pa.string(), pa.string(), pa.string(), pa.bool_()), strict=True))
+    list(zip(ERROR_COLUMNS, (pa.int32(), pa.string(), pa.string(), pa.string(), pa.bool_(), pa.string()), strict=True))
 )
 
 
@@ -53,7 +53,7 @@ def write_again(store: Store, shard: int, again: Again, attempt: str) -> tuple[S
         values = pa.array([value_of(uris[row]) for row in good])
         rows = pa.array(good, pa.int32())
         writer.add(shard, pa.table({"shard": pa.array([shard] * len(good), pa.int32()), "row": rows, "value": values}))
-    bad = [(row, "fetch", "TIMEOUT", "too slow", True) for row in uris if row not in good]
+    bad = [(row, "fetch", "TIMEOUT", "too slow", True, None) for row in uris if row not in good]
     return writer, pa.Table.from_arrays(
         [pa.array([b[i] for b in bad], f.type) for i, f in enumerate(_ERRORS)], schema=_ERRORS
     )
@@ -124,7 +124,7 @@ def test_only_what_is_meant_is_done_again(tmp_path: Path) -> None:
     assert again.errors_by == {"decode": {"TIMEOUT": 2}}
     writer.add(0, pa.table({"shard": pa.array([0], pa.int32()), "row": pa.array([3], pa.int32()), "value": [7]}))
     errors = pa.Table.from_pylist(
-        [dict(zip(ERROR_COLUMNS, (1, "fetch", "GONE", "m", False), strict=True))], schema=_ERRORS
+        [dict(zip(ERROR_COLUMNS, (1, "fetch", "GONE", "m", False, None), strict=True))], schema=_ERRORS
     )
     assert ledger.commit(writer.close(0, errors, again))
     end(ledger, 1)

@@ -364,7 +364,7 @@ def test_files_have_the_columns_of_the_contract(tmp_path: Path) -> None:
     bad = pq.read_table(io.BytesIO(store.get(files["errors"].path)))
     assert bad.to_pylist() == [
         {"uri": URIS[4], "shard": 0, "row": 4, "stage": "decode", "error_type": "TRUNCATED", "message": "cut off"}
-        | {"retryable": False, "attempts": 1, "id": "004"}
+        | {"retryable": False, "attempts": 1, "traceback": None, "id": "004"}
     ]
     assert commit.errors_by == {"decode": {"TRUNCATED": 1}}
     for file in commit.files:
