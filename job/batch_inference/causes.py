@@ -14,8 +14,6 @@ import json
 import os
 import re
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -671,6 +669,9 @@ def _free(path: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _region(root: str, endpoint: str | None) -> str:
     """Ask a bucket for its region, once and without credentials; "" where it does not say."""
+    import urllib.error
+    import urllib.request
+
     base = (endpoint or "https://s3.us-east-1.amazonaws.com").rstrip("/")
     if not base.startswith(("http://", "https://")):
         return ""
