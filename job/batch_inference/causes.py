@@ -14,8 +14,6 @@ import json
 import os
 import re
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +38,10 @@ CREDENTIALS = {
 }
 _RIGHTS = " They must allow list and read on the input, and list, read, write and delete on the output."
 _PAYER = " A requester-pays bucket of S3 needs AWS_REQUEST_PAYER=true."
+PUT_IF_ABSENT = (
+    "Use a store that supports If-None-Match on PUT (S3, GCS, Azure, a recent MinIO or SeaweedFS, a local disk); without it two "
+    "drivers could both commit a shard. Inputs may stay where they are."
+)
 _AGAIN = "start the same command again; it resumes."
 
 
@@ -339,8 +341,7 @@ STORES: tuple[Cause, ...] = (
     # --- put-if-absent --------------------------------------------------------------------------------------------------------
     _user(
         "the store does not honor put-if-absent",
-        "Use a store that supports If-None-Match on PUT (S3, GCS, Azure, a recent MinIO or SeaweedFS, a local disk); without it two "
-        "drivers could both commit a shard. Inputs may stay where they are.",
+        PUT_IF_ABSENT,
         When(statuses=_set(405, 501), verbs=_set("create"), schemes=_REMOTE),
         When(
             codes=_set(
@@ -671,6 +672,9 @@ def _free(path: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _region(root: str, endpoint: str | None) -> str:
     """Ask a bucket for its region, once and without credentials; "" where it does not say."""
+    import urllib.error
+    import urllib.request
+
     base = (endpoint or "https://s3.us-east-1.amazonaws.com").rstrip("/")
     if not base.startswith(("http://", "https://")):
         return ""

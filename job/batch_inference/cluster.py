@@ -261,7 +261,7 @@ def _unusable(folder: str) -> str | None:
     there = Path(folder)
     while not there.exists():
         there = there.parent
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return f"{there} may not be written to"
     return None
 

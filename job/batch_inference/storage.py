@@ -27,7 +27,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from batch_inference import names
 from batch_inference.aws_profiles import Profile, profile
-from batch_inference.causes import CREDENTIALS, NO_LINKS, Facts, Failure, facts_of, of_store, said
+from batch_inference.causes import CREDENTIALS, NO_LINKS, PUT_IF_ABSENT, Facts, Failure, facts_of, of_store, said
 from batch_inference.config import JobConfig, StorageConfig
 from batch_inference.errors import UserError
 from batch_inference.names import is_text
@@ -538,8 +538,7 @@ class Store:
             raise UserError(
                 f"{display(self.uri)} does not honor put-if-absent: a second create of the same object "
                 f"{'succeeded' if second else 'failed at the first try' if not first else 'changed its content'}",
-                "Use a store that supports If-None-Match on PUT (S3, GCS, Azure, a recent MinIO or SeaweedFS, a local disk); "
-                "without it two drivers could both commit a shard.",
+                PUT_IF_ABSENT,
             )
 
     def _error(self, verb: str, path: str, exc: Exception) -> Exception:
