@@ -192,6 +192,13 @@ def test_a_guess_that_was_right_costs_nothing(tmp_path: Path) -> None:
             [0.5, math.inf],
             "is double here and float in this job",
         ),
+        (
+            pa.array([0.5] * 3, pa.float16()),
+            pa.array([0.5, 0.1, None], pa.float32()),
+            [0.5, None],
+            "is float here and halffloat in",
+        ),
+        ([1, 2, 3], [2.0, math.nan, 4.0], [], "is double here and int64 in this job"),
         (["a"] * 3, [1, None, 2], [None], "is int64 here and string in this job"),
         ([1, 2, 3], ["1", "2", "3"], [], "is string here and int64 in this job"),
         ([True] * 3, [1, 0, 1], [], "is int64 here and bool in this job"),
@@ -208,7 +215,7 @@ def test_a_guess_that_was_right_costs_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_that_would_lose_something_is_an_error_row(
-    first: Any, later: list[Any], kept: list[Any], said: str, tmp_path: Path
+    first: Any, later: Any, kept: list[Any], said: str, tmp_path: Path
 ) -> None:
     run(tmp_path, first, later)
     assert values(tmp_path)[3:] == kept
