@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from batch_inference.config import InferenceConfig, JobConfig
+from batch_inference.cpus import available_cpus
 from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
 from batch_inference.wording import last_line
@@ -198,7 +199,7 @@ def _start(config: JobConfig, dashboard_host: str | None) -> Any:
     import ray
 
     demand = Demand.of(config)
-    cpus = os.cpu_count() or 1
+    cpus = available_cpus()
     problems = demand.problems(math.inf, local_gpus())
     if problems:
         raise UserError("the job does not fit into this machine: " + "; ".join(problems), "Change these and run again.")

@@ -24,6 +24,7 @@ from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import Demand, connected, is_client_address, wait_until_it_fits
 from batch_inference.collection import Collector
 from batch_inference.config import JobConfig
+from batch_inference.cpus import available_cpus
 from batch_inference.environment import RUN_VARIABLE
 from batch_inference.errors import BatchInferenceError, CountsDoNotClose, Interrupted, ThresholdExceeded, UserError
 from batch_inference.generations import Again, describe, select
@@ -243,7 +244,7 @@ class Attempt:
                         cluster.enter_context(self._cluster(address, dashboard_host, config))
                         cluster.callback(reporter.stop)  # before the connection ends
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
-                    cpus = float(os.cpu_count() or 1) if early else math.inf
+                    cpus = float(available_cpus()) if early else math.inf
                     if first:
                         self._try_first(ledger.store, job, engine, cpus)
                         if not early:

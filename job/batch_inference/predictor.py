@@ -16,6 +16,7 @@ from torch import nn
 from batch_inference import allocation
 from batch_inference.batching import CPU_BATCH, BatchSize
 from batch_inference.config import InferenceConfig, ModelConfig, StorageConfig
+from batch_inference.cpus import available_cpus
 from batch_inference.decisions import Decisions
 from batch_inference.errors import UserError
 from batch_inference.execution import Execution
@@ -209,13 +210,15 @@ class TorchEmbedder(TorchPredictor):
 
 
 def actor_device(inference: InferenceConfig) -> torch.device:
-    """The device of an actor; on the CPU it gets as many threads as it has CPUs, which are set here.
+    """Return the device of an actor. On the CPU it gets as many threads as it has CPUs, which are set here.
+
+    More threads than there are CPUs only wait for each other: an actor on one CPU of a container has one, whatever it asks for.
 
     Raises:
         UserError: If a GPU is asked for and there is none.
     """
     # Without it every actor would start as many threads as the node has cores.
-    torch.set_num_threads(max(1, math.ceil(inference.cpus_per_actor)))
+    torch.set_num_threads(min(available_cpus(), max(1, math.ceil(inference.cpus_per_actor))))
     if inference.gpus_per_actor == 0 or inference.device == "cpu":
         allocation.for_network()
         return torch.device("cpu")
