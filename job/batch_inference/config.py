@@ -255,7 +255,12 @@ class PreprocessConfig(_Section):
     max_pixels: PositiveInt = Field(
         178956970, description="Images of more pixels (width times height) become error rows, before they are decoded."
     )
-    decode_timeout_s: float = Field(120, gt=0, description="An image whose decoding takes longer becomes an error row.")
+    decode_timeout_s: float = Field(
+        120,
+        gt=0,
+        description="An image whose decoding takes more seconds of CPU time becomes an error row; a decoder that hangs without using "
+        "the CPU ends after 10 times as many seconds.",
+    )
     decode_memory_mib: PositiveInt = Field(
         4096,
         description="Memory for decoding one image alone, which is done where a task has died: images that need more become error rows.",
