@@ -756,7 +756,11 @@ def _driver_is_gone(ending: supervision.Ending) -> int:
         "Look for what was killed (dmesg, the container's memory limit, Ray's logs in /tmp/ray); then start the same command "
         "again, it resumes.",
     )
-    return _fail(failure, ending.told) if "output" in ending.told else _refuse(failure)
+    if "output" in ending.told:
+        # This process has been up as long as the job: its modules may have been replaced meanwhile.
+        with contextlib.suppress(Exception):
+            return _fail(failure, ending.told)
+    return _refuse(failure)
 
 
 def _fail(failure: BatchInferenceError, told: dict[str, Any]) -> int:

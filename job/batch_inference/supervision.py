@@ -75,6 +75,8 @@ def tell(**facts: Any) -> None:
 def supervised(explain: Callable[[Ending], int]) -> None:
     """Fork. Return in the child, which goes on as the driver; in the parent wait for it, and never return.
 
+    Where the system has no process to spare, return without a parent.
+
     The child ends with its parent, however that ends: ``kill -9`` of the process that was started leaves no driver behind. Both are
     in one process group, so that a terminal's signals reach both; those that a process sends are passed on.
 
@@ -89,7 +91,14 @@ def supervised(explain: Callable[[Ending], int]) -> None:
     waited_for = {signal.SIGCHLD, *_PASSED_ON}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some programs leave it, children vanish without a code
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        # As many processes as the user may have; the driver goes on by itself, and soon says what it can't start.
+        os.close(read)
+        os.close(write)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
     if child == 0:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != this:  # it has ended before the line above

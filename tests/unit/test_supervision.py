@@ -195,6 +195,17 @@ def test_nothing_is_told_where_there_is_no_parent() -> None:
     supervision.tell(exit_code=1)
 
 
+def test_without_a_process_to_spare_the_driver_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    supervision.supervised(lambda ending: 5)
+    assert not supervision.is_supervised()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 def told(output: str) -> dict[str, Any]:
     return {
         "output": output,
@@ -256,6 +267,16 @@ def test_before_there_is_a_job_the_verdict_needs_none(
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 2)
     assert "error: the driver's process ended with exit code 1" in said.err
+
+
+def test_a_parent_whose_modules_are_gone_says_it_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upgraded in place while a job of days is under way, the package may not fit what is loaded."""
+    monkeypatch.setattr(sys, "argv", ["batch-inference", "run"])
+    monkeypatch.setitem(sys.modules, "batch_inference.display", None)
+    assert cli._driver_is_gone(Ending(1, told(lost(tmp_path)))) == 5
+    assert "error: the driver's process ended with exit code 1" in capsys.readouterr().err
 
 
 def test_a_job_that_was_done_stays_done(tmp_path: Path) -> None:
