@@ -215,7 +215,8 @@ class InferenceConfig(_Section):
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Images in a forward pass; `auto`: 16 on a CPU, on a GPU what a doubling search finds, remembered in the job.",
+        description="Images in a forward pass; `auto`: 16 on a CPU, on a GPU what a doubling search finds, remembered in the job. "
+        "A predictor class gets 32 at once, or this many; no batch has more than 256 MiB of pixels.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

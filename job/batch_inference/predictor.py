@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from batch_inference import allocation
-from batch_inference.batching import CPU_BATCH, BatchSize
+from batch_inference.batching import CPU_BATCH, BatchSize, rows_within
 from batch_inference.config import InferenceConfig, ModelConfig, StorageConfig
 from batch_inference.cpus import available_cpus
 from batch_inference.decisions import Decisions
@@ -111,7 +111,7 @@ class TorchPredictor:
             precision=inference.precision,
             compile=None if inference.compile == "auto" else inference.compile,
             top_k=inference.top_k,
-            batch_size=inference.batch_size,
+            batch_size=batch_size_of(inference, transform),
             images=images,
         )
 
@@ -207,6 +207,15 @@ class TorchEmbedder(TorchPredictor):
 
     def _best(self, output: Any) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         return (_tensor(output).to(self._output),)
+
+
+def batch_size_of(inference: InferenceConfig, transform: Transform) -> int | Literal["auto"]:
+    """Return the batch size of a configuration, as far as :data:`~batch_inference.batching.BATCH_BYTES` allows it.
+
+    More would never come, and a batch that is not full is filled up on a GPU.
+    """
+    size = inference.batch_size
+    return size if size == "auto" else rows_within(size, 3 * transform.crop**2)
 
 
 def actor_device(inference: InferenceConfig) -> torch.device:

@@ -69,6 +69,7 @@ class Preparation:
         block_bytes: A table is passed on when its pixels have so many bytes.
         prefixes: Where inputs may lie; None: anywhere.
         hang_s: Seconds by the clock after which a decoder that hangs is ended; None: as :class:`~batch_inference.isolation.Helper` says.
+        batch_rows: Rows that Ray joins for a call of the predictor, where images come at their own size; None: it need not be known.
     """
 
     storage: StorageConfig
@@ -77,6 +78,7 @@ class Preparation:
     block_bytes: int = BLOCK_BYTES
     prefixes: Prefixes | None = None
     hang_s: float | None = None
+    batch_rows: int | None = None
 
     def rows(
         self, shard: int, uris: list[str], places: pa.Table | None = None, *, careful: bool = False
