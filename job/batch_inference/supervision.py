@@ -123,6 +123,7 @@ def supervised(explain: Callable[[Ending], int]) -> None:
         signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.kill(this, -code)
+        raise SystemExit(128 - code)  # the first process of a container, which no signal ends
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     raise SystemExit(explain(Ending(code, told)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,28 @@ def test_a_driver_that_does_not_answer_a_signal_yet_ends_as_ever() -> None:
     process.terminate()
     assert ended(process) == (-signal.SIGTERM, "")
     assert gone(driver)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+def test_the_first_process_of_a_container_ends_with_the_signal_s_code(tmp_path: Path) -> None:
+    """No signal ends it that it has no handler for."""
+    script = tmp_path / "driver.py"
+    script.write_text(PROGRAM.format(driver="time.sleep(60)"))
+    in_a_container = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable, str(script)]
+    process = subprocess.Popen(
+        in_a_container,
+        env=os.environ | {"PYTHONPATH": JOB},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    word = process.stdout.readline()
+    if not word.startswith("driver "):
+        pytest.skip(f"no namespaces here: {word}")
+    (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(first), signal.SIGTERM)
+    assert ended(process) == (128 + signal.SIGTERM, "")
 
 
 def test_a_driver_that_someone_else_terminates_has_no_verdict() -> None:
