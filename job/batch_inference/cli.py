@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from batch_inference import logs
+from batch_inference import logs, supervision
 from batch_inference.config import JobConfig, json_schema, load_config
 from batch_inference.errors import (
     EXIT_COUNTS,
@@ -26,9 +28,10 @@ from batch_inference.errors import (
     BatchInferenceError,
     Interrupted,
     NoPrediction,
+    SystemFault,
     UserError,
 )
-from batch_inference.terminal import plain
+from batch_inference.terminal import legible_output, plain
 from batch_inference.wording import count_of
 
 if TYPE_CHECKING:
@@ -750,14 +753,66 @@ def _failure_json(exc: BatchInferenceError) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: turns every exception into its exit code and a message without a traceback."""
+    legible_output()
+    # Only where this process is the program, whose descendants end with it.
+    if argv is None and supervision.is_needed(sys.argv[1:], os.environ):
+        supervision.supervised(_driver_is_gone)
+    try:
+        _main_of(argv)
+    except SystemExit as exc:
+        # What the verdict says has to be out before the parent hears that there is one.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+        supervision.tell(exit_code=exc.code if isinstance(exc.code, int) else int(exc.code is not None))
+        raise
+
+
+def _driver_is_gone(ending: supervision.Ending) -> int:
+    """Give the verdict in place of a driver that could not, and return the exit code."""
+    cause = (
+        "as the system ends a process where memory runs out"
+        if ending.code == -signal.SIGKILL
+        else "as Ray's native code ends it where one of Ray's own processes on this machine, the raylet or the GCS, was killed"
+    )
+    failure = SystemFault(
+        f"the driver's process {ending.how} and without a verdict, {cause}",
+        "Look for what was killed (dmesg, the container's memory limit, Ray's logs in /tmp/ray); then start the same command "
+        "again, it resumes.",
+    )
+    if "output" in ending.told:
+        # This process has been up as long as the job: its modules may have been replaced meanwhile.
+        with contextlib.suppress(Exception):
+            return _fail(failure, ending.told)
+    return _refuse(failure)
+
+
+def _fail(failure: BatchInferenceError, told: dict[str, Any]) -> int:
+    from batch_inference.display import print_verdict, show_cursor, verdict_of_failure
+    from batch_inference.driver import close_for_lost_driver
+
+    show_cursor()
+    logs.configure("text", quiet=True)
+    last = close_for_lost_driver(told, failure)
+    if "--json" in sys.argv:
+        typer.echo(json.dumps(_failure_json(failure)))
+    else:
+        print_verdict(verdict_of_failure(failure, told["output"], last))
+    return failure.exit_code
+
+
+def _refuse(exc: BatchInferenceError, argv: list[str] | None = None) -> int:
+    if (argv is not None and "--json" in argv) or "--json" in sys.argv:
+        typer.echo(json.dumps(_failure_json(exc)))
+    else:
+        typer.echo(plain(f"error: {exc.message}\nremedy: {exc.remedy}"), err=True)
+    return exc.exit_code
+
+
+def _main_of(argv: list[str] | None) -> None:
     try:
         app(argv)
     except BatchInferenceError as exc:
-        if (argv is not None and "--json" in argv) or "--json" in sys.argv:
-            typer.echo(json.dumps(_failure_json(exc)))
-        else:
-            typer.echo(plain(f"error: {exc.message}\nremedy: {exc.remedy}"), err=True)
-        raise SystemExit(exc.exit_code) from None
+        raise SystemExit(_refuse(exc, argv)) from None
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
     except Exception:

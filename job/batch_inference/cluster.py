@@ -19,6 +19,7 @@ import structlog
 
 from batch_inference import causes
 from batch_inference.config import InferenceConfig, JobConfig
+from batch_inference.cpus import available_cpus
 from batch_inference.environment import WAIT_VARIABLE
 from batch_inference.errors import SystemFault, UserError
 from batch_inference.wording import last_line
@@ -203,7 +204,7 @@ def _start(config: JobConfig, dashboard_host: str | None) -> Any:
     import ray
 
     demand = Demand.of(config)
-    cpus = os.cpu_count() or 1
+    cpus = available_cpus()
     problems = demand.problems(math.inf, local_gpus())
     if problems:
         raise UserError("the job does not fit into this machine: " + "; ".join(problems), "Change these and run again.")

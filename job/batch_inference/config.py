@@ -236,7 +236,8 @@ class InferenceConfig(_Section):
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Images in a forward pass; `auto`: 16 on a CPU, on a GPU what a doubling search finds, remembered in the job.",
+        description="Images in a forward pass; `auto`: 16 on a CPU, on a GPU what a doubling search finds, remembered in the job. "
+        "A predictor class gets 32 at once, or this many; no batch has more than 256 MiB of pixels.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -281,7 +282,12 @@ class PreprocessConfig(_Section):
     max_pixels: PositiveInt = Field(
         178956970, description="Images of more pixels (width times height) become error rows, before they are decoded."
     )
-    decode_timeout_s: float = Field(120, gt=0, description="An image whose decoding takes longer becomes an error row.")
+    decode_timeout_s: float = Field(
+        120,
+        gt=0,
+        description="An image whose decoding takes more seconds of CPU time becomes an error row; a decoder that hangs without using "
+        "the CPU ends after 10 times as many seconds.",
+    )
     decode_memory_mib: PositiveInt = Field(
         4096,
         description="Memory for decoding one image alone, which is done where a task has died: images that need more become error rows.",

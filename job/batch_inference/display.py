@@ -210,6 +210,11 @@ def verdict_of_failure(exc: BatchInferenceError, output: str, snapshot: Snapshot
     ]
 
 
+def show_cursor() -> None:
+    """Give a terminal back the cursor that a live display, whose process is gone, has hidden."""
+    Console(stderr=True).show_cursor(True)
+
+
 def print_verdict(lines: list[str]) -> None:
     """Prints the verdict to stdout, after everything that is on its way to stderr."""
     sys.stderr.flush()

@@ -25,7 +25,8 @@ from batch_inference.balance import Balance, Load, balance, possible_load
 from batch_inference.closing import Closing, Writers
 from batch_inference.cluster import Demand, connected, is_client_address, wait_until_it_fits
 from batch_inference.collection import START_AGAIN, Collector
-from batch_inference.config import JobConfig
+from batch_inference.config import JobConfig, load_config
+from batch_inference.cpus import available_cpus
 from batch_inference.destination import check_output
 from batch_inference.environment import RUN_VARIABLE
 from batch_inference.errors import (
@@ -58,6 +59,7 @@ from batch_inference.progress import Snapshot
 from batch_inference.reporter import Reporter
 from batch_inference.startup import EngineAhead, starts_ray
 from batch_inference.storage import Store, canonical_uri, display, open_output
+from batch_inference.supervision import is_supervised, tell
 from batch_inference.telemetry import Telemetry
 from batch_inference.tracebacks import place, with_place
 from batch_inference.unify import unify
@@ -65,6 +67,10 @@ from batch_inference.unify import unify
 log = structlog.get_logger()
 
 _PROGRESS_EVERY_S = 10.0
+# What is sent to the whole process group comes twice: the parent passes on what it has got, too (:mod:`.supervision`). The second
+# would interrupt what the first one leads to.
+_SAME_SIGNAL_S = 2.0
+_stopped_at: dict[int, float] = {}
 # Below this start-up outweighs the work (the article's figure, and ours).
 _FEW = 100
 # Faults of a predictor class that are told with their tracebacks; all are in errors/.
@@ -169,6 +175,29 @@ def refuse_hopeless(ledger: Ledger, job: Job, run_name: str) -> None:
         )
 
 
+def close_for_lost_driver(told: dict[str, Any], failure: BatchInferenceError) -> Snapshot:
+    """Leave the verdict beside the output of a driver that ended without one, as far as the store takes it.
+
+    Args:
+        told: What the driver said of itself (:func:`~batch_inference.supervision.tell`).
+        failure: The verdict.
+
+    Returns:
+        What the ledger holds; nothing where it cannot be read.
+    """
+    snapshot = Snapshot()
+    # The verdict is given in any case; what the store says against it is no news.
+    with contextlib.suppress(Exception):
+        place = {"output": {"uri": told["output"]}, "storage": told["storage"]}
+        ledger = Ledger(Store(told["output"], load_config(None, place).storage, must_exist=True))
+        job = ledger.require_job()
+        attempt = Attempt(load_config(job.config, place), lambda snapshot: None)
+        attempt.attempt, attempt.started = told["attempt"], told["started"]
+        attempt.close_for_lost(ledger, job, failure)
+        snapshot = attempt.snapshot
+    return snapshot
+
+
 class Attempt:
     """One start of the program on a job."""
 
@@ -208,6 +237,12 @@ class Attempt:
         """Plans or resumes, works, and finishes; raises what :func:`run` says."""
         self._show("plan")
         notes = check_output(self.config)
+        tell(
+            output=self.config.output.uri,
+            storage=self.config.storage.model_dump(mode="json"),
+            attempt=self.attempt,
+            started=self.started,
+        )
         ledger = Ledger(open_output(self.config))
         for note in notes:
             log.warning(note)
@@ -286,7 +321,7 @@ class Attempt:
                         cluster.enter_context(self._cluster(address, dashboard_host, config))
                         cluster.callback(reporter.stop)  # before the connection ends
                     # Of more CPUs than there are, which a Ray of our own may pretend to have, nothing is done faster.
-                    cpus = float(os.cpu_count() or 1) if own else math.inf
+                    cpus = float(available_cpus()) if own else math.inf
                     if first:
                         self._try_first(ledger.store, job, engine, cpus)
                         if not early:
@@ -594,6 +629,11 @@ class Attempt:
         self._report(ledger.store, AFTER_FAILURE)
         self._show(self.snapshot.phase)
 
+    def close_for_lost(self, ledger: Ledger, job: Job, exc: BatchInferenceError) -> None:
+        """Do what :meth:`run` does at a failure, in another process than the one that is gone."""
+        self._resume(job, ledger.commits(), {})
+        self._failed(ledger, job, exc)
+
     def _report(
         self, store: Store, patience: Patience, commits: list[Commit] | None = None, *, anew: bool = True
     ) -> None:
@@ -747,6 +787,10 @@ def interruptible() -> Iterator[None]:
     received: list[str] = []
 
     def stop(number: int, frame: Any) -> None:
+        moment = time.monotonic()
+        again, _stopped_at[number] = moment - _stopped_at.get(number, -math.inf) < _SAME_SIGNAL_S, moment
+        if again and is_supervised():
+            return
         received.append(signal.Signals(number).name)
         # Of all exceptions this is the one that Ray's native code lets through while it waits; another becomes a SystemError.
         raise KeyboardInterrupt

@@ -186,7 +186,7 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
     ErrorType(
         "decode",
         "DECODE_TIMEOUT",
-        "it took longer than `preprocess.decode_timeout_s`",
+        "it took more CPU time than `preprocess.decode_timeout_s`, or the decoder hangs",
         "`retry --error-type DECODE_TIMEOUT --set preprocess.decode_timeout_s=…`.",
     ),
     ErrorType("decode", "DECODER_CRASH", "the decoder's process died of it", "Convert it; do not trust it."),

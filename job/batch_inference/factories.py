@@ -116,7 +116,7 @@ class EmbedderFactory:
     def __call__(self) -> Predict:
         """Loads the model; returns the function that embeds a batch."""
         from batch_inference.networks import load_features
-        from batch_inference.predictor import TorchEmbedder, actor_device
+        from batch_inference.predictor import TorchEmbedder, actor_device, batch_size_of
 
         section = self.config.inference
         device = actor_device(section)
@@ -127,7 +127,7 @@ class EmbedderFactory:
             device=device,
             precision=section.precision,
             compile=None if section.compile == "auto" else section.compile,
-            batch_size=section.batch_size,
+            batch_size=batch_size_of(section, self.transform),
             images=self.images,
             dtype=section.embedding_dtype,
         )

@@ -17,7 +17,7 @@ import structlog
 
 from batch_inference import errors as error_classes
 from batch_inference import independence
-from batch_inference.batching import is_out_of_memory
+from batch_inference.batching import BATCH_BYTES, NO_ROW, is_out_of_memory, parts_within
 from batch_inference.checks import Check
 from batch_inference.columns import WrongCount
 from batch_inference.errors import BatchInferenceError, RowError, RowFailure, SystemFault, UserError
@@ -186,7 +186,9 @@ class InferenceActor:
         if table.num_rows:
             structlog.contextvars.bind_contextvars(shard=table["shard"][0].as_py())
         try:
-            result, predictions = self._carefully(table, self._journal) if self._journal else self._predicted(table)
+            result, predictions = self._in_parts(table)
+            if pc.any(pc.equal(result["row"], NO_ROW)).as_py():
+                result = result.filter(pc.not_equal(result["row"], NO_ROW))
             good = result["error_type"].is_null().to_numpy()
             if predictions is not None:
                 predictions = self._marked(predictions, result["image_damage"].filter(pa.array(good)))
@@ -195,7 +197,7 @@ class InferenceActor:
         if self._writers:
             self._send(result.select(["shard", "row"]).filter(pa.array(good)), predictions)
             return result
-        if predictions is not None and predictions.num_rows == table.num_rows:
+        if predictions is not None and predictions.num_rows == result.num_rows:
             for field, column in zip(predictions.schema, predictions.columns, strict=True):
                 result = result.append_column(field, column)
             return result
@@ -219,6 +221,16 @@ class InferenceActor:
             )
         return predictions.append_column(pa.field(DAMAGED, pa.string()), damage)
 
+    def _in_parts(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
+        """The same for a table of any size, of which the predictor gets at most ``BATCH_BYTES`` of pixels at once."""
+        sizes = pc.fill_null(pc.binary_length(table["pixels"]), 0).to_numpy()
+        # Slices, and no copies.
+        parts = [table.slice(part.start, part.stop - part.start) for part in parts_within(sizes.tolist())]
+        done = [self._carefully(part, self._journal) if self._journal else self._predicted(part) for part in parts]
+        if len(done) == 1:
+            return done[0]
+        return pa.concat_tables([result for result, _ in done]), _joined([predictions for _, predictions in done])
+
     def _predicted(self, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
         """Rows of ``RESULT_SCHEMA``, and the predictions of those without an error, in their order."""
         if self._decode is not None:
@@ -233,7 +245,7 @@ class InferenceActor:
         busy = time.perf_counter() - start
         if len(places):
             meter.add("actor_busy_seconds", busy, device=self._device)
-            meter.observe("batch_fill", len(places) / max(len(places), self._batch_size or 0))
+            meter.observe("batch_fill", self._fill(len(places), table["pixels"]))
         seconds = busy / max(1, len(places))
         infer = np.zeros(table.num_rows, np.float32)
         infer[places] = seconds
@@ -242,6 +254,11 @@ class InferenceActor:
             result, self._note = _with_note(result, self._note), ""
         return result, predictions
 
+    def _fill(self, images: int, pixels: pa.ChunkedArray) -> float:
+        """How full a batch is, of its rows or of its bytes, whichever it has more of."""
+        by_rows = images / max(images, self._batch_size or 0)
+        return max(by_rows, min(1.0, (pc.sum(pc.binary_length(pixels)).as_py() or 0) / BATCH_BYTES))
+
     def _carefully(self, table: pa.Table, journal: Journal) -> tuple[pa.Table, pa.Table | None]:
         """The same, in a way that a process which dies of it leaves word.
 
@@ -249,7 +266,11 @@ class InferenceActor:
         """
         if not table.num_rows:
             return self._predicted(table)
-        batch = f"batch {table['shard'][0]} {table['row'][0]} {table.num_rows}"
+        # By its first row with a number.
+        first = pc.index(pc.not_equal(table["row"], NO_ROW), True).as_py()
+        if first < 0:
+            return self._predicted(table)
+        batch = f"batch {table['shard'][first]} {table['row'][first]} {table.num_rows}"
         if journal.deaths(batch):
             return self._one_by_one(table, journal)
         journal.begin(batch)
@@ -437,7 +458,8 @@ def _result(table: pa.Table, failures: dict[int, RowError], infer_s: np.ndarray)
 def _with_note(result: pa.Table, note: str) -> pa.Table:
     """Rows of :data:`RESULT_SCHEMA` with a note for the driver in the message of the first one without an error."""
     messages = result["message"].to_pylist()
-    messages[pc.index(result["error_type"].is_null(), True).as_py()] = note
+    good = pc.and_(result["error_type"].is_null(), pc.not_equal(result["row"], NO_ROW))
+    messages[pc.index(good, True).as_py()] = note
     place = RESULT_SCHEMA.get_field_index("message")
     return result.set_column(place, RESULT_SCHEMA.field(place), pa.array(messages, pa.string()))
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from batch_inference.fetcher import Answer
     from batch_inference.parquet_files import Pages, Value
 
+#: A decoder may take ``decode_timeout_s`` of CPU time, and this many times as long by the clock. Its CPU time is its own, however
+#: busy the node is; by the clock an image that is only slow there would fail. A decoder that sleeps or waits uses no CPU, and ends
+#: by the clock: ten times is more than a node's other processes, or its swapping, make of any image that is fast enough elsewhere.
+HANG_FACTOR = 10
 # Beyond the limit that the kernel enforces; then something is wrong with the helper itself.
 _GRACE_S = 30.0
 # What the helper is asked to do, and its word that all values have been sent.
@@ -50,11 +54,13 @@ class Helper:
     Args:
         preprocess: Limits; ``decode_timeout_s`` and ``decode_memory_mib`` among them.
         transform: What the model expects, or None for images at their own size.
+        hang_s: Seconds by the clock after which a decoder that hangs is ended; None for :data:`HANG_FACTOR` times its CPU time.
     """
 
-    def __init__(self, preprocess: PreprocessConfig, transform: Transform | None) -> None:
+    def __init__(self, preprocess: PreprocessConfig, transform: Transform | None, hang_s: float | None = None) -> None:
         self._preprocess = preprocess
         self._transform = transform
+        self._limits = _Limits.of(preprocess.decode_timeout_s, hang_s)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
 
@@ -138,7 +144,7 @@ class Helper:
         connection = self._connection
         assert connection is not None  # noqa: S101
         try:
-            if connection.poll(self._preprocess.decode_timeout_s + _GRACE_S):
+            if connection.poll(self._limits.clock_s + _GRACE_S):
                 return connection.recv()
         except (EOFError, OSError):
             pass
@@ -174,7 +180,7 @@ class Helper:
             there.close()
         # One that has ended already shows when it is asked.
         with contextlib.suppress(OSError):
-            here.send_bytes(pickle.dumps((sys.path, self._preprocess, self._transform)))
+            here.send_bytes(pickle.dumps((sys.path, self._preprocess, self._transform, self._limits)))
         self._connection = here
         return here
 
@@ -195,14 +201,34 @@ class Helper:
     def _death(self, number: int, doing: str, what: str) -> RowFailure:
         """Args: a signal, or minus an exit code; and what was done to what, such as "decod" (...ing, ...ed) to "the image"."""
         config = self._preprocess
-        if number == signal.SIGALRM:
-            limit = f"preprocess.decode_timeout_s = {config.decode_timeout_s:g}"
+        if number == signal.SIGPROF:
+            limit = f"preprocess.decode_timeout_s = {config.decode_timeout_s:g} seconds of CPU time"
             return RowFailure("decode", "DECODE_TIMEOUT", f"{doing}ing {what} did not end within {limit}")
+        if number == signal.SIGALRM:
+            limit = f"{self._limits.clock_s:g} s, in which it used less CPU time than preprocess.decode_timeout_s"
+            return RowFailure("decode", "DECODE_TIMEOUT", f"{doing}ing {what} hangs: it did not end within {limit}")
         process = f"the process that {doing}ed {what} alone"
         if number == signal.SIGKILL:
             return RowFailure("decode", "DECODE_MEMORY", f"{process} was killed, as when memory ends")
         how = signal.Signals(number).name if number > 0 else f"exit code {-number}"
         return RowFailure("decode", "DECODER_CRASH", f"{process} died: {how}")
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How long one image may take.
+
+    Attributes:
+        cpu_s: Seconds of CPU time.
+        clock_s: Seconds by the clock.
+    """
+
+    cpu_s: float
+    clock_s: float
+
+    @classmethod
+    def of(cls, cpu_s: float, clock_s: float | None) -> _Limits:
+        return cls(cpu_s, HANG_FACTOR * cpu_s if clock_s is None else clock_s)
 
 
 def _failure(error: RowError) -> RowFailure:
@@ -212,11 +238,11 @@ def _failure(error: RowError) -> RowFailure:
 def serve(descriptor: int) -> None:
     """The helper: forks a process that answers, and another whenever one has died, until nobody asks any more."""
     connection: Connection[Any, Any] = Connection(descriptor)
-    sys.path[:], preprocess, transform = pickle.loads(connection.recv_bytes())  # noqa: S301 - from :class:`Helper`
+    sys.path[:], preprocess, transform, limits = pickle.loads(connection.recv_bytes())  # noqa: S301 - from :class:`Helper`
     while True:
         child = os.fork()
         if child == 0:
-            _answer(connection, preprocess, transform)
+            _answer(connection, preprocess, transform, limits)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
             return
@@ -226,9 +252,12 @@ def serve(descriptor: int) -> None:
             return
 
 
-def _answer(connection: Connection[Any, Any], preprocess: PreprocessConfig, transform: Transform | None) -> None:
+def _answer(
+    connection: Connection[Any, Any], preprocess: PreprocessConfig, transform: Transform | None, limits: _Limits
+) -> None:
     _limit_memory(preprocess.decode_memory_mib)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
     while True:
         try:
             kind, data = connection.recv()
@@ -236,9 +265,9 @@ def _answer(connection: Connection[Any, Any], preprocess: PreprocessConfig, tran
             os._exit(0)
         answer: Any
         if kind == _PAGES:
-            answer = _unpack(connection, data, preprocess)
+            answer = _unpack(connection, data, preprocess, limits)
         else:
-            with _timed(preprocess.decode_timeout_s):
+            with _timed(limits):
                 answer = _decode(data, preprocess, transform)
         connection.send(answer)
 
@@ -255,7 +284,9 @@ def _decode(data: bytes, preprocess: PreprocessConfig, transform: Transform | No
         return RowFailure("preprocess", "UNEXPECTED", f"{type(exc).__name__}: {exc}").error
 
 
-def _unpack(connection: Connection[Any, Any], data: bytes, preprocess: PreprocessConfig) -> str | RowError:
+def _unpack(
+    connection: Connection[Any, Any], data: bytes, preprocess: PreprocessConfig, limits: _Limits
+) -> str | RowError:
     """Sends each value as soon as it is there, and None where it needs the next bytes of the file."""
     _limit_memory(None)
     from batch_inference.parquet_files import failure_of, unpacked
@@ -264,19 +295,20 @@ def _unpack(connection: Connection[Any, Any], data: bytes, preprocess: Preproces
     _limit_memory(preprocess.decode_memory_mib)
 
     def take() -> Answer:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        # Fetching has limits of its own, and is none of the decoder's time.
+        _set_timers(0, 0)
         connection.send(None)
         try:
             answer: Answer = connection.recv()
         except EOFError:
             os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, preprocess.decode_timeout_s)
+        _set_timers(limits.cpu_s, limits.clock_s)
         return answer
 
     values = unpacked(pages, take)
     try:
         while True:
-            with _timed(preprocess.decode_timeout_s):
+            with _timed(limits):
                 value = next(values, None)
             if value is None:
                 return _DONE
@@ -286,13 +318,19 @@ def _unpack(connection: Connection[Any, Any], data: bytes, preprocess: Preproces
 
 
 @contextlib.contextmanager
-def _timed(seconds: float) -> Iterator[None]:
-    """Ends this process where something takes longer; the kernel does, whatever holds the interpreter up."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _timed(limits: _Limits) -> Iterator[None]:
+    """End this process where something takes longer; the kernel does, whatever holds the interpreter up."""
+    _set_timers(limits.cpu_s, limits.clock_s)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0, 0)
+
+
+def _set_timers(cpu_s: float, clock_s: float) -> None:
+    """Start the timer of CPU time, which ends in SIGPROF, and that of the clock, SIGALRM; 0 stops one."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, clock_s)
 
 
 def _limit_memory(mib: int | None) -> None:
@@ -314,20 +352,22 @@ def _limit_memory(mib: int | None) -> None:
 class Watch:
     """Ends this process where decoding an image, or unpacking one, does not end, so that its shard is done again with care.
 
-    The decoders let other threads run while they work, so that a thread can look at the clock.
+    The decoders let other threads run while they work, so that a thread can look at the clocks.
 
     Args:
-        limit_s: How long one image may take.
+        limit_s: Seconds of CPU time that one image may take.
+        hang_s: As for :class:`Helper`.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._begun: dict[int, float] = {}
+    def __init__(self, limit_s: float, hang_s: float | None = None) -> None:
+        self._limits = _Limits.of(limit_s, hang_s)
+        self._begun: dict[int, _Moment] = {}
         self._ended = threading.Event()
         threading.Thread(target=self._look, name="decode-watch", daemon=True).start()
 
     def __enter__(self) -> None:
-        self._begun[threading.get_ident()] = time.monotonic()
+        thread = threading.get_ident()
+        self._begun[thread] = _Moment.of_thread(thread)
 
     def __exit__(self, *args: object) -> None:
         self._begun.pop(threading.get_ident(), None)
@@ -346,9 +386,48 @@ class Watch:
         self._ended.set()
 
     def _look(self) -> None:
-        while not self._ended.wait(min(1.0, self._limit_s / 4)):
+        limits = self._limits
+        while not self._ended.wait(min(1.0, limits.cpu_s / 4, limits.clock_s / 4)):
             for begun in list(self._begun.values()):
-                if time.monotonic() - begun > self._limit_s:
-                    print(f"decoding did not end within {self._limit_s:g} s", file=sys.__stderr__, flush=True)
-                    faulthandler.dump_traceback(sys.__stderr__ or 2)
-                    os._exit(1)
+                if begun.cpu_s() > limits.cpu_s:
+                    self._end_process(f"decoding did not end within {limits.cpu_s:g} s of CPU time")
+                if time.monotonic() - begun.clock > limits.clock_s:
+                    self._end_process(f"decoding hangs: it did not end within {limits.clock_s:g} s")
+
+    @staticmethod
+    def _end_process(reason: str) -> None:
+        print(reason, file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        os._exit(1)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """When a thread has begun with something, on the clock of its own CPU time and on everybody's.
+
+    Attributes:
+        cpu_clock: The thread's; None where the system has no such clock.
+        cpu: What that showed.
+        clock: What ``time.monotonic`` showed.
+    """
+
+    cpu_clock: int | None
+    cpu: float
+    clock: float
+
+    @classmethod
+    def of_thread(cls, thread: int) -> _Moment:
+        """Now, in the calling thread."""
+        if not hasattr(time, "pthread_getcpuclockid"):
+            return cls(None, 0.0, time.monotonic())
+        clock = time.pthread_getcpuclockid(thread)
+        return cls(clock, time.clock_gettime(clock), time.monotonic())
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU time since then; without such a clock, seconds."""
+        if self.cpu_clock is None:
+            return time.monotonic() - self.clock
+        try:
+            return time.clock_gettime(self.cpu_clock) - self.cpu
+        except OSError:
+            return 0.0  # the thread has ended since, and the image with it

@@ -42,7 +42,7 @@ _MOST_LOOKED_FOR = 1000
 #: Folder of the marks of tasks under way.
 BEGUN = "_begun"
 # What an output without a commit may hold that another job must not take for its own: folders, and objects.
-_LEFT_FOLDERS = ("_decisions", BEGUN, "_report")
+_LEFT_FOLDERS = ("_decisions", BEGUN, "_report", "_schema")
 _LEFT_OBJECTS = ("_FAILED", "_schema.json")
 # Names of a shard's files: shard-00042.json, shard-00042-g1-4f2a91c0.parquet.
 _RETRY = re.compile(r"_retries/[1-9]\d{0,8}\.json$")

@@ -68,7 +68,8 @@ METRICS = (
     Metric("queued_blocks", "gauge", "blocks", ("run",), "driver", "Blocks of prepared images that wait for an actor"),
     Metric(
         "batch_fill", "histogram", "share", ("run",), "actors",
-        "Images that an actor got at once, divided by the batch size; failed rows take no place", (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0),
+        "Images that an actor got at once, divided by the batch size, or their bytes by the most that it gets; failed rows take no place",
+        (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0),
     ),
     Metric(
         "actor_busy_seconds", "counter", "seconds", ("run", "device"), "actors",

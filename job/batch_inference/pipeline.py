@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from batch_inference import causes
+from batch_inference.batching import rows_within
 from batch_inference.cluster import ray_logs
 from batch_inference.config import JobConfig
 from batch_inference.errors import BatchInferenceError, SystemFault
@@ -93,18 +94,28 @@ def build(
     section = config.inference
     block_bytes, target, rows_a_block = BLOCK_BYTES, BLOCK_BYTES, 32
     if engine.transform is not None:
-        rows_a_block = _ROWS_ON_GPU if section.gpus_per_actor else _ROWS_ON_CPU
-        block_bytes = rows_a_block * 3 * engine.transform.crop**2
+        image_bytes = 3 * engine.transform.crop**2
+        rows_a_block = rows_within(_ROWS_ON_GPU if section.gpus_per_actor else _ROWS_ON_CPU, image_bytes)
+        block_bytes = rows_a_block * image_bytes
         # Ray joins tables below its target and splits those beyond one and a half times it; between the two it passes them
         # on as they are.
         target = int(0.8 * block_bytes)
     context.target_max_block_size = target
-    preparation = Preparation(
-        config.storage, config.preprocess, engine.transform, block_bytes, Prefixes.of(config.input)
-    )
-    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt, chosen, telemetry)
     # What an actor runs at once it decides itself; a table cut into smaller batches only costs copies.
     batch_size = rows_a_block if section.batch_size == "auto" else section.batch_size
+    if engine.transform is not None:
+        batch_size = rows_within(batch_size, image_bytes)
+    # A task holds a block (4 MiB of pixels and at most one image) and what its threads decode, two images each; an actor and Ray's
+    # object store hold BATCH_BYTES and one image for each call.
+    preparation = Preparation(
+        config.storage,
+        config.preprocess,
+        engine.transform,
+        block_bytes,
+        Prefixes.of(config.input),
+        batch_rows=batch_size if engine.transform is None else None,
+    )
+    source = ShardDatasource(store, list(rows), list(rows.values()), preparation, attempt, chosen, telemetry)
     # The read is never fused into the actors, since a read may change the number of rows and the batch has a size:
     # decoding is not limited to the actors' CPUs even where both ask for the same.
     return ray.data.read_datasource(

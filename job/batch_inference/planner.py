@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import zoneinfo
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 from batch_inference.capacity import Capacity, Cluster, capacity
 from batch_inference.cluster import Demand, local_gpus
 from batch_inference.config import JobConfig, read_yaml
+from batch_inference.cpus import available_cpus
 from batch_inference.destination import check_output
 from batch_inference.errors import UserError
 from batch_inference.identity import check_columns, resolve_engine
@@ -184,7 +184,7 @@ def plan(config: JobConfig, values: Mapping[str, Any] | None = None) -> Plan:
     found = find_inputs(config)
     check_columns(config, found.table.column_names)
     demand = Demand.of(config)
-    cpus, gpus = float(os.cpu_count() or 1), float(local_gpus())
+    cpus, gpus = float(available_cpus()), float(local_gpus())
     # One machine shares its CPUs among more processes than it has; only GPUs can't be shared beyond what is asked.
     problems = demand.problems(float("inf"), gpus)
     rows = found.table.num_rows

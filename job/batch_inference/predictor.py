@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 
 from batch_inference import allocation
-from batch_inference.batching import CPU_BATCH, BatchSize
+from batch_inference.batching import CPU_BATCH, BatchSize, rows_within
 from batch_inference.config import InferenceConfig, ModelConfig, StorageConfig
+from batch_inference.cpus import available_cpus
 from batch_inference.decisions import Decisions
 from batch_inference.errors import UserError
 from batch_inference.execution import Execution
@@ -110,7 +111,7 @@ class TorchPredictor:
             precision=inference.precision,
             compile=None if inference.compile == "auto" else inference.compile,
             top_k=inference.top_k,
-            batch_size=inference.batch_size,
+            batch_size=batch_size_of(inference, transform),
             images=images,
         )
 
@@ -208,14 +209,25 @@ class TorchEmbedder(TorchPredictor):
         return (_tensor(output).to(self._output),)
 
 
+def batch_size_of(inference: InferenceConfig, transform: Transform) -> int | Literal["auto"]:
+    """Return the batch size of a configuration, as far as :data:`~batch_inference.batching.BATCH_BYTES` allows it.
+
+    More would never come, and a batch that is not full is filled up on a GPU.
+    """
+    size = inference.batch_size
+    return size if size == "auto" else rows_within(size, 3 * transform.crop**2)
+
+
 def actor_device(inference: InferenceConfig) -> torch.device:
-    """The device of an actor; on the CPU it gets as many threads as it has CPUs, which are set here.
+    """Return the device of an actor. On the CPU it gets as many threads as it has CPUs, which are set here.
+
+    More threads than there are CPUs only wait for each other: an actor on one CPU of a container has one, whatever it asks for.
 
     Raises:
         UserError: If a GPU is asked for and there is none.
     """
     # Without it every actor would start as many threads as the node has cores.
-    torch.set_num_threads(max(1, math.ceil(inference.cpus_per_actor)))
+    torch.set_num_threads(min(available_cpus(), max(1, math.ceil(inference.cpus_per_actor))))
     if inference.gpus_per_actor == 0 or inference.device == "cpu":
         allocation.for_network()
         return torch.device("cpu")

@@ -20,6 +20,7 @@ from batch_inference.balance import possible_load
 from batch_inference.checks import Check
 from batch_inference.cluster import Demand, connected
 from batch_inference.config import JobConfig
+from batch_inference.cpus import available_cpus
 from batch_inference.destination import check_output
 from batch_inference.errors import BatchInferenceError, SystemFault, UserError
 from batch_inference.forecast import Forecast, Measured, forecast
@@ -257,7 +258,7 @@ class _Preflight:
         return self._address in (None, "local")
 
     def _cpus(self) -> float:
-        return float(os.cpu_count() or 1) if self._own else float("inf")
+        return float(available_cpus()) if self._own else float("inf")
 
 
 def of_one_actor(config: JobConfig) -> JobConfig:

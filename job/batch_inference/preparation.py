@@ -69,6 +69,8 @@ class Preparation:
         transform: Resize and crop to the model's size, or None to pass images on as they are (custom predictors).
         block_bytes: A table is passed on when its pixels have so many bytes.
         prefixes: Where inputs may lie; None: anywhere.
+        hang_s: Seconds by the clock after which a decoder that hangs is ended; None: as :class:`~batch_inference.isolation.Helper` says.
+        batch_rows: Rows that Ray joins for a call of the predictor, where images come at their own size; None: it need not be known.
     """
 
     storage: StorageConfig
@@ -76,6 +78,8 @@ class Preparation:
     transform: Transform | None
     block_bytes: int = BLOCK_BYTES
     prefixes: Prefixes | None = None
+    hang_s: float | None = None
+    batch_rows: int | None = None
 
     def rows(
         self, shard: int, uris: list[str], places: pa.Table | None = None, *, careful: bool = False
@@ -128,12 +132,12 @@ class Preparation:
 
     def _alone(self, stack: contextlib.ExitStack) -> tuple[Decode, Unpack]:
         """Decoding and unpacking in processes that may die of it; two, since one of them waits for the other."""
-        images = stack.enter_context(Helper(self.preprocess, self.transform))
-        return images.pixels, stack.enter_context(Helper(self.preprocess, None)).unpack
+        images = stack.enter_context(Helper(self.preprocess, self.transform, self.hang_s))
+        return images.pixels, stack.enter_context(Helper(self.preprocess, None, self.hang_s)).unpack
 
     def _here(self, stack: contextlib.ExitStack) -> tuple[Decode, Unpack]:
         """Decoding and unpacking in this process, which ends where either does not."""
-        watch = Watch(self.preprocess.decode_timeout_s)
+        watch = Watch(self.preprocess.decode_timeout_s, self.hang_s)
         stack.callback(watch.end)
 
         def pixels(data: bytes) -> Pixels:

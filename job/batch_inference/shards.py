@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import structlog
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batch_inference import manifest
+from batch_inference.batching import NO_ROW, extra_rows
 from batch_inference.containers import without_versions
 from batch_inference.marks import Mark
 from batch_inference.metrics import meter
@@ -98,10 +100,35 @@ def _read(context: Any, shard: int, chosen: np.ndarray | None, again: bool) -> I
     for prepared in preparation.rows(shard, table["uri"].to_pylist(), places, careful=careful):
         rows += prepared.num_rows
         failed += prepared.num_rows - prepared["error_type"].null_count
-        yield prepared if chosen is None else _renumbered(prepared, chosen)
+        numbered = prepared if chosen is None else _renumbered(prepared, chosen)
+        yield weighted(numbered, preparation.batch_rows)
     mark.end()
     if telemetry is not None:
         log.debug("prepared", shard=shard, rows=rows, errors=failed, seconds=round(time.monotonic() - begun, 3))
+
+
+def weighted(table: pa.Table, batch_rows: int | None) -> pa.Table:
+    """Add rows without an image and with :data:`NO_ROW` as their number, so that large images count for several of Ray's batch.
+
+    Args:
+        table: Rows of :data:`~batch_inference.preparation.PREPARED_SCHEMA`.
+        batch_rows: Rows of a batch; None: images are of one size, which the batch is made for.
+    """
+    if batch_rows is None:
+        return table
+    sizes = pc.fill_null(pc.binary_length(table["pixels"]), 0).to_pylist()
+    more = extra_rows(sizes, batch_rows)
+    if not more:
+        return table
+    values = {"shard": table["shard"][0].as_py(), "row": NO_ROW}
+    # Numbers are numbers, as those of a row that failed before.
+    columns = [
+        pa.nulls(more, field.type)
+        if pa.types.is_string(field.type) or pa.types.is_large_binary(field.type)
+        else pa.array([values.get(field.name, 0)] * more).cast(field.type)
+        for field in table.schema
+    ]
+    return pa.concat_tables([table, pa.Table.from_arrays(columns, schema=table.schema)])
 
 
 def _renumbered(table: pa.Table, rows: np.ndarray) -> pa.Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import unicodedata
 
 # Controls, formatting (among it what reverses the direction of writing), halves of pairs; line and paragraph separators.
@@ -23,3 +25,14 @@ def _visible(char: str) -> str:
     if char in "\n\t" or unicodedata.category(char) not in _HIDDEN:
         return char
     return char.encode("unicode_escape", "surrogatepass").decode()
+
+
+def legible_output() -> None:
+    r"""Let stdout and stderr take any text: what their encoding does not have is written as ``\u65e5``, not raised as an error.
+
+    Names of files and messages of libraries have characters that a terminal or a log in latin-1, cp1252 or ASCII does not.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A stream may be closed, or replaced by one that takes everything.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

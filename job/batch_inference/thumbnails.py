@@ -104,7 +104,7 @@ def _pictures(config: JobConfig, uris: list[str], members: pa.Table | None, dead
     )
     transform = Transform(SIDE, SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
     # A table for each picture, so that the deadline is looked at between them.
-    preparation = Preparation(storage, limits, transform, 1, Prefixes.of(config.input))
+    preparation = Preparation(storage, limits, transform, 1, Prefixes.of(config.input), hang_s=_DECODE_TIMEOUT_S)
     if not uris or time.monotonic() > deadline:
         return found
     with contextlib.closing(preparation.rows(0, uris, members, careful=True)) as tables:  # type: ignore[type-var]

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from batch_inference.batching import parts_within
 from batch_inference.checks import Check, State, some
 from batch_inference.collection import failure_of_all
 from batch_inference.config import InputConfig, JobConfig
@@ -196,6 +198,7 @@ class Trial:
             first: pa.Table = _get(actor.predict.remote(rows, batch))
             load_s = time.perf_counter() - begun
             raise_end_of_job(first)
+            batch = first.num_rows  # fewer where the images are large
             failed = first.filter(first["error_type"].is_valid())
             if failed.num_rows:
                 why = f"{failed['error_type'][0]}: {failed['message'][0]}"
@@ -328,7 +331,10 @@ class TrialActor:
 
 
 def _full(rows: pa.Table, batch: int) -> pa.Table:
-    return rows.take(pa.array(np.arange(batch) % rows.num_rows))
+    """A batch of the job's: at most so many rows, and at most ``BATCH_BYTES`` of pixels."""
+    places = np.arange(batch) % rows.num_rows
+    sizes = pc.binary_length(rows["pixels"]).to_numpy()[places]
+    return rows.take(pa.array(places[parts_within(sizes.tolist())[0]]))
 
 
 def memory() -> tuple[int, int]:

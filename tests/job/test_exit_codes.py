@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from batch_inference.config import StorageConfig
 from batch_inference.history import attempts
 from batch_inference.storage import Store
 from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy
+from tests.job.servers import Proxy, stop
+from tests.job.test_kills import wait_for
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -254,6 +256,61 @@ def test_130_within_seconds_when_interrupted_and_then_it_resumes(
     (attempt,) = attempts(Store(str(output), StorageConfig()))
     assert attempt.state == "interrupted"
     assert not (output / "_FAILED").exists()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("program_name", ["raylet", "gcs_server"])
+def test_5_with_a_verdict_when_a_process_of_ray_s_is_killed_and_then_it_resumes(
+    program_name: str, photos: Callable[..., Path], tmp_path: Path, program: Program
+) -> None:
+    """Ray's native code ends the driver then, past everything of Python's."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    args = [*job_args(photos(120), output), "--set", "predictor.args=[0.2]"]
+    process = start(*args, log=log)
+    try:
+        wait_for(lambda: len(list(output.glob("_commits/*"))) >= 2, process, log)
+        (victim,) = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.name().startswith(program_name)
+        ]
+        victim.kill()
+        assert process.wait(150) == 5, log.read_text()
+    finally:
+        stop(process)
+    text = log.read_text()
+    lines = text.strip().splitlines()[-5:]
+    assert lines[0].startswith("FAILED (exit 5): "), text
+    assert re.match(r"rows: \d+ of 120 came back, \d+ of 12 shards are committed and stay", lines[1]), text
+    assert "it resumes" in lines[3]
+    assert "Traceback" not in text, text
+    assert json.loads((output / "_FAILED").read_text())["exit_code"] == 5
+    done = program(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verified(str(output), program)
+
+
+@pytest.mark.timeout(200)
+def test_nothing_is_left_of_a_program_that_is_killed(photos: Callable[..., Path], tmp_path: Path) -> None:
+    """Its driver is another process, with a Ray below it."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    args = job_args(photos(120), output)
+    process = start(*args, "--set", "predictor.args=[0.2]", log=log)
+    try:
+        wait_for(lambda: len(list(output.glob("_commits/*"))) >= 1, process, log)
+        # Ray's workers and agents notice by themselves, and in their own time, that their raylet is gone.
+        family = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if not child.name().startswith("ray::")
+        ]
+        assert {"raylet", "gcs_server"} <= {child.name() for child in family}
+        process.kill()
+        process.wait(10)
+    finally:
+        stop(process)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
 
 
 def test_130_while_ray_itself_waits_for_the_model(

@@ -1,6 +1,7 @@
 """Poison for decoders, in any Python process that has this folder on its path: what a file says behind its end happens when it is opened.
 
-``…POISON:crash`` ends the process by SIGSEGV, ``abort`` by SIGABRT, ``hang`` never returns, ``memory`` takes all there is.
+``…POISON:crash`` ends the process by SIGSEGV, ``abort`` by SIGABRT, ``hang`` computes for ever, ``sleep`` waits for ever, ``memory``
+takes all there is.
 ``…POISON-PAGE:crash`` does it when a Parquet file's page with this value is unpacked. Real files that do so are defects of decoders,
 which come and go with versions.
 """
@@ -20,6 +21,9 @@ def swallow(kind: bytes) -> None:
     elif kind == b"abort":
         os.abort()
     elif kind == b"hang":
+        while True:
+            pass
+    elif kind == b"sleep":
         while True:
             time.sleep(0.1)
     elif kind == b"memory":

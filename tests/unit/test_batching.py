@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from batch_inference.batching import CPU_BATCH, BatchSize, is_out_of_memory, search
+from batch_inference.batching import (
+    BATCH_BYTES,
+    CPU_BATCH,
+    BatchSize,
+    extra_rows,
+    is_out_of_memory,
+    parts_within,
+    rows_within,
+    search,
+)
 from batch_inference.errors import RowFailure
 from batch_inference.execution import Execution
 from batch_inference.factories import _classifier_table
@@ -228,3 +240,50 @@ def test_the_search_on_a_gpu_and_double_buffering() -> None:
     predictor._execution.batch = BatchSize(16)
     found = predictor.classify(pixels)
     np.testing.assert_allclose(found["confidence"], expected["confidence"], rtol=0.02)
+
+
+# --- bounded by bytes ----------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(
+    st.one_of(st.integers(0, 3), st.integers(0, BATCH_BYTES // 8), st.integers(0, 3 * BATCH_BYTES)), max_size=60
+)
+
+
+@given(SIZES)
+def test_parts_are_all_images_in_order_each_within_the_bound_or_alone(sizes: list[int]) -> None:
+    parts = parts_within(sizes)
+    assert [size for part in parts for size in sizes[part]] == sizes
+    for part in parts:
+        bytes_ = [size for size in sizes[part] if size]
+        assert sum(bytes_) <= BATCH_BYTES or len(bytes_) == 1
+    # And not cut without need.
+    for part, following in itertools.pairwise(parts):
+        assert sum(sizes[part]) + sizes[following.start] > BATCH_BYTES
+
+
+@given(SIZES, st.integers(1, 300))
+def test_a_batch_of_rows_that_are_weighed_is_bounded(sizes: list[int], rows: int) -> None:
+    """Blocks come one behind the other, the rows that only weigh at the end of each, and Ray cuts after so many rows."""
+    stream: list[int] = []
+    for start in range(0, len(sizes), 3):  # blocks are small where images are large
+        block = sizes[start : start + 3]
+        stream += [*block, *[0] * extra_rows(block, rows)]
+    largest = max(sizes, default=0)
+    for start in range(0, len(stream), rows):
+        assert sum(stream[start : start + rows]) <= BATCH_BYTES + 3 * largest
+
+
+@given(st.lists(st.integers(0, BATCH_BYTES // 32), max_size=100))
+def test_small_images_count_once_so_that_their_batches_are_full(sizes: list[int]) -> None:
+    assert extra_rows(sizes, 32) == 0
+
+
+def test_large_images_count_for_their_bytes() -> None:
+    photo = 3000 * 3000 * 3
+    assert extra_rows([photo], 32) == 3  # four of 32 rows: eight photos a batch, 216 MB
+    assert extra_rows([photo, photo], 1) == 0
+    assert extra_rows([300_000_000], 32) == 31  # 100 megapixels: a batch alone
+    assert rows_within(32, photo) == 9
+    assert rows_within(32, 300_000_000) == 1
+    assert rows_within(1000, 3 * 224**2) == 1000
+    assert rows_within(2048, 3 * 224**2) == 1783

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from batch_inference import batching, inference, shards
 from batch_inference.config import PredictorConfig, StorageConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
 from batch_inference.factories import CLASSIFIER_SCHEMA, CustomFactory, _classifier_table, _label_array
@@ -590,3 +591,101 @@ def test_a_process_that_was_never_started_again_keeps_no_journal(
     pool = Pool(tmp_path, monkeypatch, set())
     pool(prepared([image(1)]))
     assert not (tmp_path / "_begun").exists()
+
+
+# --- batches are bounded by bytes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_bound(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Room for ten images of 2 x 3 pixels."""
+    for module in (batching, inference):
+        monkeypatch.setattr(module, "BATCH_BYTES", 180)
+    return 180
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 30])
+def test_a_class_gets_no_more_bytes_at_once_than_it_has_room_for(chunks: int, small_bound: int) -> None:
+    seen: list[int] = []
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        seen.append(sum(i.nbytes for i in batch["image"]))
+        return {"first": first_pixels(batch)}
+
+    items: list[Any] = [image(number) if number % 7 else ("fetch", "TIMEOUT") for number in range(30)]
+    items[11] = image(11, (20, 30))  # a large one comes alone
+    table = predict(call, items, chunks=chunks)
+    assert table["first"].to_pylist() == [number if number % 7 else None for number in range(30)]
+    assert max(size for size in seen if size != 1800) <= small_bound
+    assert seen.count(1800) == 1
+    assert len(seen) == 4
+
+
+def test_rows_that_stand_for_no_input_are_nowhere_in_the_result(small_bound: int) -> None:
+    seen: list[list[str]] = []
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        seen.append(batch["uri"].tolist())
+        return {"first": first_pixels(batch)}
+
+    good = prepared([image(1), ("decode", "CORRUPT"), image(3, (5, 6))])
+    for table in (
+        pa.concat_tables([good, shards.weighted(good, 10).slice(3)]),
+        pa.concat_tables([shards.weighted(good, 10).slice(3), good]),
+    ):
+        assert table.num_rows == 3 + 4
+        result = driver_gets(actor(call), table)
+        assert result["row"].to_pylist() == [0, 1, 2]
+        assert result["first"].to_pylist() == [1, None, 3]
+        assert errors(result) == [None, ("decode", "CORRUPT"), None]
+        assert seen[-1] == ["s3://b/0.jpg", "s3://b/2.jpg"]
+    # A batch may have nothing else.
+    assert driver_gets(actor(call), shards.weighted(good, 10).slice(3)).num_rows == 0
+
+
+def test_a_batch_is_as_full_as_its_rows_or_its_bytes(small_bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(inference.meter, "observe", lambda name, value, **labels: seen.append(value))
+    mine = actor(lambda batch: {"first": first_pixels(batch)})
+    mine._batch_size = 20
+    mine(prepared([image(1)] * 5))
+    mine(prepared([image(1)] * 10))
+    mine(prepared([image(1, (1, 1))] * 20))
+    mine(prepared([image(1, (20, 30))]))
+    assert seen == [0.5, 1.0, 1.0, 1.0]
+
+
+class Dead(BaseException):
+    """As far as a test's process can die."""
+
+
+@pytest.mark.parametrize("deadly", [None, 14])
+def test_a_process_that_was_started_again_knows_parts_of_a_table(
+    deadly: int | None, small_bound: int, tmp_path: Path
+) -> None:
+    """Each part is a batch of its own in the journal, and the same one when the table comes again."""
+    store = Store(str(tmp_path), StorageConfig())
+    table = shards.weighted(prepared([image(number) for number in range(24)]), 10)
+    calls: list[list[int]] = []
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        numbers = first_pixels(batch).tolist()
+        calls.append(numbers)
+        if deadly in numbers:
+            raise Dead
+        return {"first": first_pixels(batch)}
+
+    result = None
+    for _ in range(4):
+        mine = actor(call)
+        mine._journal = Journal(store, "actor", "first", 2)
+        try:
+            result = driver_gets(mine, table)
+            break
+        except Dead:
+            continue
+    assert result is not None
+    assert result["row"].to_pylist() == list(range(24))
+    expected = [None if number != deadly else ("infer", "PREDICTOR_CRASH") for number in range(24)]
+    assert errors(result) == expected
+    assert max(map(len, calls)) == 10

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from batch_inference import driver, supervision
 from batch_inference.driver import interruptible
 from batch_inference.errors import Interrupted, SystemFault
 
@@ -36,6 +37,24 @@ def test_ray_s_own_handler_is_no_silent_end() -> None:
         signal.signal(signal.SIGTERM, as_ray_does)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+
+
+def test_what_the_parent_passes_on_does_not_interrupt_the_end_that_the_group_s_signal_leads_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "_stopped_at", {})
+    for supervised in (True, False):
+        monkeypatch.setattr(supervision, "_parent", -1 if supervised else None)
+        ended_well = False
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"), interruptible():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+                ended_well = True
+        assert ended_well is supervised
 
 
 def test_the_inner_reason_stays() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +31,11 @@ from tests.unit.containers import parquet
 from tests.unit.test_images import encode, photo
 
 POISON = Path(__file__).parents[1] / "poison"
-# Long enough for a busy machine to run out of memory in; where the time is to run out, it is short.
+# The package that is tested here, and not the one that is installed.
+POISONED = os.pathsep.join([str(POISON), str(Path(isolation.__file__).parents[1])])
+# Long enough to run out of memory in; where the time is to run out, it is short. Both are CPU time, on a busy machine as well.
 CONFIG = PreprocessConfig(decode_timeout_s=30, decode_memory_mib=256)
-HURRIED = CONFIG.model_copy(update={"decode_timeout_s": 5})
+HURRIED = CONFIG.model_copy(update={"decode_timeout_s": 1})
 GOOD = encode(photo(), "JPEG")
 TYPES = {"crash": "DECODER_CRASH", "abort": "DECODER_CRASH", "hang": "DECODE_TIMEOUT", "memory": "DECODE_MEMORY"}
 
@@ -42,7 +46,7 @@ def poison(kind: str) -> bytes:
 
 @pytest.fixture
 def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Helper]:
-    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    monkeypatch.setenv("PYTHONPATH", POISONED)
     with Helper(CONFIG, Transform()) as one:
         yield one
 
@@ -55,7 +59,7 @@ def test_pixels_are_those_of_this_process(helper: Helper) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_kills_the_process_is_the_row_s_failure_and_no_other_s(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    monkeypatch.setenv("PYTHONPATH", POISONED)
     with Helper(HURRIED if kind == "hang" else CONFIG, Transform()) as helper:
         expected = helper.pixels(GOOD).values
         for _ in range(2):
@@ -63,6 +67,71 @@ def test_what_kills_the_process_is_the_row_s_failure_and_no_other_s(kind: str, m
                 helper.pixels(poison(kind))
             assert (caught.value.error.stage, caught.value.error.error_type) == ("decode", TYPES[kind])
             assert np.array_equal(helper.pixels(GOOD).values, expected)
+
+
+def test_a_decoder_that_waits_ends_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It uses no CPU time, of which there is plenty left."""
+    monkeypatch.setenv("PYTHONPATH", POISONED)
+    with Helper(CONFIG, Transform(), hang_s=2) as helper:
+        expected = helper.pixels(GOOD)
+        with pytest.raises(
+            RowFailure, match=r"decoding the image hangs: it did not end within 2 s, in which"
+        ) as caught:
+            helper.pixels(poison("sleep"))
+        assert caught.value.error.error_type == "DECODE_TIMEOUT"
+        assert np.array_equal(helper.pixels(GOOD), expected)
+
+
+def test_a_decoder_that_is_kept_from_the_cpu_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy node, as far as it goes: the process is stopped for longer than its time, which then has hardly begun."""
+    monkeypatch.setenv("PYTHONPATH", POISONED)
+    config = CONFIG.model_copy(update={"decode_timeout_s": 0.5})
+    with Helper(config, Transform(), hang_s=60) as helper:
+        helper.pixels(GOOD)
+        assert helper._process is not None
+        (child,) = Path(f"/proc/{helper._process.pid}/task/{helper._process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGSTOP)
+        threading.Timer(1.5, os.kill, (int(child), signal.SIGCONT)).start()
+        helper.pixels(GOOD)
+        os.kill(int(child), signal.SIGSTOP)
+        threading.Timer(1.5, os.kill, (int(child), signal.SIGCONT)).start()
+        with pytest.raises(RowFailure) as caught:
+            helper.pixels(poison("memory"))
+        assert caught.value.error.error_type == "DECODE_MEMORY"
+
+
+def test_by_default_the_clock_leaves_ten_times_as_much() -> None:
+    assert isolation._Limits.of(120, None) == isolation._Limits(120, 1200)
+    assert isolation._Limits.of(120, 7) == isolation._Limits(120, 7)
+    assert f"{isolation.HANG_FACTOR} times as many" in str(
+        PreprocessConfig.model_fields["decode_timeout_s"].description
+    )
+
+
+def test_the_clocks_stand_still_while_bytes_are_fetched(tmp_path: Path) -> None:
+    """A store that is slow is no decoder that hangs; neither here nor in a process of its own."""
+    uris, where = members(tmp_path, [GOOD] * 4)
+
+    waited: list[float] = []
+
+    def slowly(unpack: Any) -> Any:
+        def call(pages: Any, take: Any) -> Any:
+            def later() -> Any:
+                time.sleep(1.5)
+                waited.append(1.5)
+                return take()
+
+            return unpack(pages, later)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        hurried = Preparation(StorageConfig(), CONFIG, None, hang_s=0.5)
+        for unpack in (hurried._here(stack)[1], hurried._alone(stack)[1]):
+            before = len(waited)
+            found = list(fetched(runs(uris, where, Fetcher(StorageConfig()), 10**6, None, slowly(unpack)), 1))
+            assert [(one.error, one.data) for one in found] == [(None, GOOD)] * 4
+            assert len(waited) > before
 
 
 def test_ordinary_failures_are_what_they_are_without_it(helper: Helper) -> None:
@@ -104,7 +173,7 @@ def test_no_process_stays(helper: Helper) -> None:
 
 
 def test_a_shard_is_prepared_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    monkeypatch.setenv("PYTHONPATH", POISONED)
     uris = []
     for number, data in enumerate([GOOD, poison("crash"), GOOD, b"", poison("memory"), GOOD]):
         (tmp_path / f"{number}.jpg").write_bytes(data)
@@ -149,7 +218,7 @@ def test_row_groups_unpacked_with_care_have_what_they_have_without(struct: bool,
 def test_a_row_group_that_kills_the_process_costs_its_rows_from_there_and_no_others(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(POISON))
+    monkeypatch.setenv("PYTHONPATH", POISONED)
     images: list[bytes | None] = [GOOD] * 12
     images[6] = GOOD + b"POISON-PAGE:" + kind.encode()
     (tmp_path / "b.jpg").write_bytes(poison("crash"))
@@ -248,24 +317,70 @@ def test_a_task_that_hangs_ends_itself(cpus: int, tmp_path: Path) -> None:
     assert "pixels_of" in ended_of_itself(cpus, f"rows(0, ['file://{tmp_path}/0.jpg'])")
 
 
-def ended_of_itself(cpus: int, call: str) -> str:
-    """What a process that prepares a shard, in which something hangs, leaves on stderr."""
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_task_that_waits_for_ever_ends_itself_by_the_clock(cpus: int, tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(poison("sleep"))
+    said = ended_of_itself(
+        cpus,
+        f"rows(0, ['file://{tmp_path}/0.jpg'])",
+        limit_s=30,
+        hang_s=2,
+        reason="decoding hangs: it did not end within 2 s",
+    )
+    assert "pixels_of" in said
+
+
+def test_a_watch_counts_the_cpu_time_of_each_thread_and_not_the_clock() -> None:
+    """Threads that wait use none; one that computes uses its own, whatever the others do."""
     code = (
+        "import threading, time\n"
+        "from batch_inference.isolation import Watch\n"
+        "watch = Watch(0.5, 60)\n"
+        "def slow():\n"
+        "    with watch: time.sleep(2)\n"
+        "threads = [threading.Thread(target=slow) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "begun = time.thread_time()\n"
+        "while time.thread_time() - begun < 2: pass\n"  # nothing is being decoded
+        "print('still here', flush=True)\n"
+        "def busy():\n"
+        "    with watch:\n"
+        "        while True: pass\n"
+        "threading.Thread(target=busy).start(); slow(); slow(); time.sleep(60)\n"
+    )
+    done = in_a_process(code)
+    assert done.stdout == "still here\n"
+    assert done.returncode == 1
+    assert "decoding did not end within 0.5 s of CPU time" in done.stderr
+
+
+def ended_of_itself(
+    cpus: int,
+    call: str,
+    limit_s: float = 1,
+    hang_s: float | None = None,
+    reason: str = "decoding did not end within 1 s of CPU time",
+) -> str:
+    """What a process that prepares a shard, in which something hangs, leaves on stderr."""
+    done = in_a_process(
         "from batch_inference.config import *; from batch_inference.preparation import Preparation\n"
         "from batch_inference import containers; import pyarrow as pa\n"
         "places = lambda uris: containers.places(pa.chunked_array([uris]), InputConfig(), StorageConfig())[0]\n"
-        f"config = PreprocessConfig(decode_timeout_s=1, cpus_per_task={cpus})\n"
-        f"list(Preparation(StorageConfig(), config, None).{call})"
+        f"config = PreprocessConfig(decode_timeout_s={limit_s}, cpus_per_task={cpus})\n"
+        f"list(Preparation(StorageConfig(), config, None, hang_s={hang_s}).{call})"
     )
-    done = subprocess.run(
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert "swallow" in done.stderr  # the traceback says where
+    return done.stderr
+
+
+def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(POISON)},
+        env=os.environ | {"PYTHONPATH": POISONED},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == 1
-    assert "decoding did not end within 1 s" in done.stderr
-    assert "swallow" in done.stderr  # the traceback says where
-    return done.stderr

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 
+from batch_inference import predictor as predictor_module
 from batch_inference.config import InferenceConfig, ModelConfig, StorageConfig
 from batch_inference.errors import UserError
 from batch_inference.models import describe_model
@@ -198,13 +199,18 @@ def test_reduced_precision_is_close(network: nn.Module) -> None:
     assert not np.array_equal(rough["confidence"], exact["confidence"])
 
 
-def test_from_config() -> None:
+def test_from_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor_module, "available_cpus", lambda: 8)
     info = describe_model(LITE, StorageConfig())
     inference = CPU.model_copy(update={"cpus_per_actor": 1.5, "top_k": 3})
     predictor = TorchPredictor.from_config(LITE, inference, StorageConfig(), info.transform)
     assert torch.get_num_threads() == 2
     assert predictor.device.type == "cpu"
     assert predictor.classify(pixels(2, 224))["top_k_idx"].shape == (2, 3)
+    # More threads than CPUs only wait for each other.
+    monkeypatch.setattr(predictor_module, "available_cpus", lambda: 1)
+    predictor_module.actor_device(inference)
+    assert torch.get_num_threads() == 1
 
 
 def test_gpu_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_inference.shards import spread
+from batch_inference import batching
+from batch_inference.batching import NO_ROW
+from batch_inference.preparation import PREPARED_SCHEMA
+from batch_inference.shards import spread, weighted
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True, max_size=300))
@@ -20,3 +25,38 @@ def test_any_few_that_are_under_way_together_lie_all_over_the_list(count: int, s
     for tenth in range(10):
         share = sum(count * tenth <= 10 * shard < count * (tenth + 1) for shard in window)
         assert abs(share - few / 10) < 3
+
+
+def block(sizes: list[int | None]) -> pa.Table:
+    """Rows whose images have so many bytes, or failed."""
+    rows = len(sizes)
+    known = {
+        "shard": pa.array([7] * rows, pa.int32()),
+        "row": pa.array(range(rows), pa.int32()),
+        "pixels": pa.array([None if size is None else bytes(size) for size in sizes], pa.large_binary()),
+    }
+    return pa.Table.from_arrays(
+        [known.get(f.name, pa.nulls(rows, f.type)) for f in PREPARED_SCHEMA], schema=PREPARED_SCHEMA
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"), [([10, 10, None], 0), ([20, None, 25], 3), ([None], 0), ([1000], 9), ([100, 101], 18)]
+)
+def test_large_images_bring_rows_that_only_count(
+    sizes: list[int | None], more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "BATCH_BYTES", 100)
+    table = block(sizes)
+    weighed = weighted(table, 10)
+    assert weighed.schema == table.schema
+    assert weighed.slice(0, len(sizes)) == table
+    extra = weighed.slice(len(sizes))
+    assert extra.num_rows == more
+    assert set(extra["shard"].to_pylist()) <= {7}
+    assert set(extra["row"].to_pylist()) <= {NO_ROW}
+    assert extra["pixels"].null_count == more
+    # The same block is the same again, by which Ray knows those of a task that is done again.
+    assert weighted(table, 10) == weighed
+    assert weighted(table, None) is table
+    assert weighted(table, 1) is table
