@@ -98,7 +98,7 @@ class _Object:
         try:
             canonical_uri(self.uri)
         except UserError as exc:
-            raise RowFailure("list", "INVALID_URI", exc.message) from exc
+            raise RowFailure("list", "INVALID_URI", f"{exc.message}. {exc.remedy}") from exc
         if not self.uri:
             raise RowFailure("list", "INVALID_URI", "the manifest has no URI in this line")
         return self.fetcher.fetch(self.uri, self.max_bytes, self.version)

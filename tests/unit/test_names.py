@@ -515,3 +515,13 @@ def test_what_an_output_holds_can_be_named(tmp_path: Path) -> None:
     output(tmp_path)
     assert inputs(uris=[f"{tmp_path}/errors/*.jpg"]) == [f"file://{tmp_path}/errors/b.jpg"]
     assert inputs(uris=[f"{tmp_path}/errors"]) == [f"file://{tmp_path}/errors/b.jpg"]
+
+
+def test_a_line_that_cannot_be_read_says_what_to_write() -> None:
+    (run,) = runs(["https://acc.blob.core.windows.net/c/a.jpg"], None, Fetcher(STORAGE), 1000)
+    (request,) = run.requests()
+    with pytest.raises(
+        RowFailure, match=r"not supported\. Write az://c/a\.jpg and set AZURE_STORAGE_ACCOUNT_NAME=acc\."
+    ) as caught:
+        request.read()
+    assert (caught.value.error.stage, caught.value.error.error_type) == ("list", "INVALID_URI")
