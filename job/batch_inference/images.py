@@ -26,8 +26,9 @@ from batch_inference.errors import RowFailure
 # can reach. JPEG includes MPO, what cameras make that store several pictures in a file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+_SOI = b"\xff\xd8"
 _SIGNATURES = (
-    (b"\xff\xd8", "JPEG"),
+    (_SOI, "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF8", "GIF"),
     (b"BM", "BMP"),
@@ -134,7 +135,8 @@ def open_scaled(data: bytes, config: PreprocessConfig, least: int | None) -> Dec
     """
     if not data:
         raise RowFailure("decode", "EMPTY_FILE", "the file has zero bytes")
-    data = _from_signature(data)
+    if not data.startswith(_SOI) and _signature(data) is None:
+        data = _without_stray_bytes(data)
     try:
         return _decode(data, config, least)
     except RowFailure:
@@ -151,7 +153,7 @@ def is_plain_jpeg(data: bytes, config: PreprocessConfig) -> bool:
     Whole is what libjpeg-turbo has nothing to complain of, which takes half of the time of decoding it here: nvJPEG decodes
     damaged files without a word.
     """
-    if not data.startswith(b"\xff\xd8"):
+    if not data.startswith(_SOI):
         return False
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
@@ -183,10 +185,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decode(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
-    kind = _signature(data)
-    if kind == "JPEG":
+    if data.startswith(_SOI):
         return _jpeg(data, config, least)
-    if kind == "PNG":
+    if data.startswith(png_files.SIGNATURE):
         return _png(data, config)
     return _by_pillow(data, config)
 
@@ -371,10 +372,8 @@ def _signature(data: bytes) -> str | None:
     return next((kind for magic, kind in _SIGNATURES if data.startswith(magic)), None)
 
 
-def _from_signature(data: bytes) -> bytes:
+def _without_stray_bytes(data: bytes) -> bytes:
     """Leave out a few stray bytes before an image's first ones."""
-    if _signature(data) is not None:
-        return data
     head = data[: _MOST_STRAY_BYTES + 16]
     places = [head.find(magic) for magic in _STRONG_SIGNATURES]
     webp = head.find(b"RIFF")

@@ -325,6 +325,14 @@ def test_an_image_without_a_scan_is_never_accepted() -> None:
             assert isinstance(found, tuple) and found[0] == "TRUNCATED"
 
 
+def test_stray_bytes_do_not_hide_what_is_wrong() -> None:
+    data = jpegs()["baseline"]
+    assert error(b"\n" + data[:100]) == "TRUNCATED"
+    assert error(b"\n" + data[:-300]) == "TRUNCATED"
+    gif = encode(picture().quantize(64), "GIF")
+    assert error(b"\r\n" + gif[: len(gif) // 2]) == "TRUNCATED"
+
+
 def test_messages_say_what_the_decoder_says() -> None:
     data = jpegs()["baseline"]
     begin, end = scan_of(data)
