@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
 from batch_inference.footers import Trial
-from batch_inference.images import describe
-from batch_inference.ranges import RangeFile
+from batch_inference.ranges import RangeFile, looks_like
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
 from batch_inference.versions import changed, replaced, version_of
@@ -138,8 +137,16 @@ def _refuse_other(file: RangeFile) -> None:
     if file.size <= 0:
         raise RowFailure("list", "EMPTY_FILE", "the file is empty, not a Parquet file", remedy=_REMEDY)
     file.seek(max(0, file.size - len(_MAGIC)))
-    if file.read(len(_MAGIC)) in (_MAGIC, b"PARE"):
+    end = file.read(len(_MAGIC))
+    if end == _MAGIC:
         return
+    if end == b"PARE":
+        raise RowFailure(
+            "list",
+            "UNKNOWN_FORMAT",
+            "the file is an encrypted Parquet file",
+            remedy="Write it without encryption and start a new job",
+        )
     file.seek(0)
     head = file.read(512)
     if head.startswith(_MAGIC):
@@ -149,7 +156,8 @@ def _refuse_other(file: RangeFile) -> None:
             f"the file is a Parquet file that ends at byte {file.size:,} without its footer, so that none of its rows can be found",
             remedy=_REMEDY,
         )
-    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a Parquet file: {describe(head)}", remedy=_REMEDY)
+    what, remedy = looks_like(head, _REMEDY)
+    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a Parquet file: {what}", remedy=remedy)
 
 
 def _raw(file: RangeFile) -> bytes:
