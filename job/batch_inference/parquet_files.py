@@ -314,9 +314,9 @@ def _first_texts(fetcher: Fetcher, uri: str, names: list[str]) -> dict[str, str]
     try:
         file = pq.ParquetFile(RangeFile(fetcher, uri, tail=_TAIL_BYTES))
         first = next(file.iter_batches(64, columns=names, use_threads=False)) if names else None
+        columns = {} if first is None else {name: first.column(name).to_pylist() for name in names}
     except Exception:
         return {}
-    columns = {} if first is None else {name: first.column(name).to_pylist() for name in names}
     return {name: next((value for value in values if value), "") for name, values in columns.items()}
 
 
