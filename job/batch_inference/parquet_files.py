@@ -18,8 +18,7 @@ from batch_inference.column_types import plain_inputs
 from batch_inference.errors import RowError, RowFailure, SystemFault, UserError
 from batch_inference.fetcher import Answer, Buffer, Fetcher, Request, check_size
 from batch_inference.footers import Trial
-from batch_inference.images import describe
-from batch_inference.ranges import RangeFile
+from batch_inference.ranges import RangeFile, looks_like
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
 from batch_inference.versions import changed, replaced, version_of
@@ -139,8 +138,16 @@ def _refuse_other(file: RangeFile) -> None:
     if file.size <= 0:
         raise RowFailure("list", "EMPTY_FILE", "the file is empty, not a Parquet file", remedy=_REMEDY)
     file.seek(max(0, file.size - len(_MAGIC)))
-    if file.read(len(_MAGIC)) in (_MAGIC, b"PARE"):
+    end = file.read(len(_MAGIC))
+    if end == _MAGIC:
         return
+    if end == b"PARE":
+        raise RowFailure(
+            "list",
+            "UNKNOWN_FORMAT",
+            "the file is an encrypted Parquet file",
+            remedy="Write it without encryption and start a new job",
+        )
     file.seek(0)
     head = file.read(512)
     if head.startswith(_MAGIC):
@@ -150,7 +157,8 @@ def _refuse_other(file: RangeFile) -> None:
             f"the file is a Parquet file that ends at byte {file.size:,} without its footer, so that none of its rows can be found",
             remedy=_REMEDY,
         )
-    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a Parquet file: {describe(head)}", remedy=_REMEDY)
+    what, remedy = looks_like(head, _REMEDY)
+    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a Parquet file: {what}", remedy=remedy)
 
 
 def _raw(file: RangeFile) -> bytes:
@@ -308,9 +316,9 @@ def _first_texts(fetcher: Fetcher, uri: str, names: list[str]) -> dict[str, str]
     try:
         file = pq.ParquetFile(RangeFile(fetcher, uri, tail=_TAIL_BYTES))
         first = next(file.iter_batches(64, columns=names, use_threads=False)) if names else None
+        columns = {} if first is None else {name: first.column(name).to_pylist() for name in names}
     except Exception:
         return {}
-    columns = {} if first is None else {name: first.column(name).to_pylist() for name in names}
     return {name: next((value for value in values if value), "") for name, values in columns.items()}
 
 

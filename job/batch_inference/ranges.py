@@ -6,11 +6,19 @@ import io
 
 from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Buffer, Fetcher
+from batch_inference.images import describe
 
 _FIRST_BYTES = 4 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
 # A request takes a store 10 to 30 ms, in which a connection carries a megabyte: what is nearer is read through.
 _NEAR_BYTES = 256 * 1024
+
+
+def looks_like(head: bytes, remedy: str) -> tuple[str, str]:
+    """Return what a file is by its first bytes, where it is not what its name says, and what to do about it."""
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself", "Run: git lfs pull   and start a new job"
+    return describe(head), remedy
 
 
 class RangeFile(io.RawIOBase):

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 from batch_inference.errors import RowFailure
 from batch_inference.fetcher import Answer, Fetcher, Request, check_size
-from batch_inference.images import describe
 from batch_inference.names import escaped
-from batch_inference.ranges import RangeFile
+from batch_inference.ranges import RangeFile, looks_like
 from batch_inference.runs import RANGE_BYTES, Failed, Fetched, Member, Run, read_range
 from batch_inference.storage import display
 from batch_inference.versions import version_of
@@ -27,6 +26,8 @@ _MOST_ZEROS = 1024**3
 _MOST_HEADER_BYTES = 16 * 1024 * 1024
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 _MORE_OF_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+# The type of a member that GNU tar has cut at the end of a volume and goes on with in the next.
+_CONTINUED = b"M"
 _REMEDY = "Make the archive again and start a new job"
 
 
@@ -147,6 +148,14 @@ def _add(member: tarfile.TarInfo, wanted: Callable[[str], bool], links: dict[str
     elif member.isreg():
         _replace(name, links, found)
         found.places[name] = (member.offset_data, member.size)
+    elif member.type == _CONTINUED:
+        _replace(name, links, found)
+        found.failed[name] = RowFailure(
+            "list",
+            "TRUNCATED",
+            f"the member at byte {member.offset:,} is the rest of one that begins in another volume (tar --multi-volume)",
+            remedy="Make one archive of all volumes and start a new job",
+        )
     else:
         _count(found.skipped, "special file")
 
@@ -319,7 +328,8 @@ def _refuse_other(file: RangeFile) -> None:
             f"the archive is damaged at byte 0: its first header is not whole, and {_not_looked_at(file, 0)}",
             remedy=_REMEDY,
         )
-    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a tar file: {describe(head)}", remedy=_REMEDY)
+    what, remedy = looks_like(head, _REMEDY)
+    raise RowFailure("list", "UNKNOWN_FORMAT", f"the file is not a tar file: {what}", remedy=remedy)
 
 
 NOT_BY_RANGE = "members of compressed archives can't be read by range"

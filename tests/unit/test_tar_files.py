@@ -254,6 +254,14 @@ def test_sparse_images_fail_alone_and_other_sparse_members_are_left_out() -> Non
     assert (list(found.places), found.failed, found.replaced) == (["b.jpg"], {}, 1)
 
 
+def test_rest_of_a_member_from_another_volume_fails() -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.size = b"M", 600
+    found = look(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024) + tar({"b.jpg": b"1"}))
+    assert list(found.places) == ["b.jpg"]
+    assert "begins in another volume" in found.failed["a.jpg"].fact
+
+
 def test_devices_named_like_images_are_counted() -> None:
     info = tarfile.TarInfo("a.jpg")
     info.type = tarfile.FIFOTYPE
