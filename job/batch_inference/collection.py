@@ -168,7 +168,10 @@ def failure_of_all(where: str, stage: str, kind: str, message: str) -> BatchInfe
     if stage == "fetch" and kind in ("ACCESS_DENIED", "UNAUTHENTICATED"):
         return UserError(fact, "Check the credentials in the environment; they must allow to read the input.")
     if stage in ("infer", "postprocess"):
-        return UserError(fact, "Mend the predictor; try it on one image first.")
+        return UserError(
+            fact,
+            "Fix the predictor, then start the same command again; batch-inference preflight tries it on a few images.",
+        )
     return SystemFault(fact, "Check the store and the network, then start the same command again; it resumes.")
 
 
