@@ -230,7 +230,7 @@ def test_images_that_cannot_be_decoded_do_not_vouch_for_the_predictor() -> None:
         UserError, match="every image that could be read failed at infer with PREDICTOR_ERROR"
     ) as caught:
         collector.finish()
-    assert "Mend the predictor" in caught.value.remedy
+    assert "Fix the predictor" in caught.value.remedy
     collector = Collector({0: 40, 1: 5}, Tally())
     assert {s for s, _ in collect(collector, rows, whole(1, 5))} == {0, 1}
 
@@ -287,8 +287,8 @@ def test_a_failed_row_that_fails_again_is_an_error_row_again() -> None:
         (("fetch", "UNAUTHENTICATED"), UserError, "credentials"),
         (("fetch", "STORE_UNREACHABLE"), SystemFault, "it resumes"),
         (("fetch", "TIMEOUT"), SystemFault, "it resumes"),
-        (("infer", "PREDICTOR_ERROR"), UserError, "Mend the predictor"),
-        (("postprocess", "OUTPUT_MISMATCH"), UserError, "Mend the predictor"),
+        (("infer", "PREDICTOR_ERROR"), UserError, "Fix the predictor"),
+        (("postprocess", "OUTPUT_MISMATCH"), UserError, "Fix the predictor"),
     ],
 )
 def test_a_job_in_which_nothing_works_stops_early_with_the_one_reason(
