@@ -170,7 +170,9 @@ def failure_of_all(
     fact = with_place(f"{where} failed at {stage} with {kind}: {message}", traceback)
     if stage in ("infer", "postprocess"):
         return UserError(
-            fact, "Fix the predictor; `batch-inference preflight` with the same options tries it on a few images."
+            fact,
+            "Fix the predictor, then start the same command again; `batch-inference preflight` with the same options tries it "
+            "on a few images.",
         )
     return causes.of_rows(fact, kind, message)
 

@@ -204,8 +204,8 @@ def _mismatch(network: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
 
 def _cause(exc: BaseException) -> str:
     """The sentence of torch's long message that names the object."""
-    text = exc_line(exc)
+    text = " ".join(str(exc).split())
     for mark in ("Unsupported global: ", "Unsupported class ", "Unsupported operand "):
         if mark in text:
             return mark + text.partition(mark)[2].partition(" was not")[0].partition(". ")[0]
-    return text
+    return "more than tensors"
