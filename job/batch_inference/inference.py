@@ -239,14 +239,14 @@ class InferenceActor:
         places, images = _images(table)
         uris = table["uri"].take(pa.array(places, pa.int64())).to_pylist()
         errors, predictions = self._attributed(images, uris)
+        seconds = (time.perf_counter() - start) / max(1, len(places))
         if self._checks_left and not self._alone and predictions is not None and predictions.num_rows > 1:
             good = [place for place in range(len(uris)) if place not in errors]
-            self._check_rows(images, uris, good, predictions, (time.perf_counter() - start) / len(uris))
+            self._check_rows(images, uris, good, predictions, seconds)
         busy = time.perf_counter() - start
         if len(places):
             meter.add("actor_busy_seconds", busy, device=self._device)
             meter.observe("batch_fill", self._fill(len(places), table["pixels"]))
-        seconds = busy / max(1, len(places))
         infer = np.zeros(table.num_rows, np.float32)
         infer[places] = seconds
         result = _result(table, {int(places[index]): error for index, error in errors.items()}, infer)

@@ -48,7 +48,7 @@ def _leave_out(found: traceback.TracebackException | None) -> None:
 def named(exc: BaseException) -> str:
     """Return one line for an exception: its type and message, and what a class means by ending the process."""
     try:
-        text = f"{type(exc).__name__}: {exc}"
+        text = " ".join(f"{type(exc).__name__}: {exc}".split())[:500]
     except Exception:  # a class of the user's own, whose __str__ raises
         text = type(exc).__name__
     if isinstance(exc, SystemExit):
