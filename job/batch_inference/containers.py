@@ -30,6 +30,7 @@ _SPLIT = re.compile(_MEMBER, re.IGNORECASE)
 COMPRESSED = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz", ".txz": "unxz",
     ".tar.zst": "unzstd", ".tzst": "unzstd", ".tar.lz4": "unlz4", ".zip": "unzip", ".7z": "7z x", ".rar": "unrar x",
+    ".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".lz4": "unlz4",
 }  # fmt: skip
 # Where a member lies. Null: an object by itself. A tar's member: place and size of its data in bytes. A Parquet file's:
 # the number of its row, and the column's path. An offset of -1: there is no such member. Then the version of the object or
@@ -107,8 +108,8 @@ def compressed_ending(uri: str) -> str:
 
 def refuse_compressed(uri: str) -> None:
     """Raise UserError for a location whose name ends like a compressed archive's."""
-    if compressed_ending(uri):
-        raise UserError(f"{display(uri)}: {tar_files.NOT_BY_RANGE}", unpacking([uri]))
+    if ending := compressed_ending(uri):
+        raise UserError(f"{display(uri)}: {ending} is not supported: {tar_files.NOT_BY_RANGE}", unpacking([uri]))
 
 
 def left_out(uris: list[str]) -> str:

@@ -235,10 +235,11 @@ def _jpeg(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
         if tidied is None:
             return _by_pillow(data, config)
         if tidied.complete:
-            try:
-                return _jpeg_pixels(tidied.data, image, config, least)
-            except ValueError as exc:
-                complaint = str(exc)
+            for candidate in dict.fromkeys((tidied.data, tidied.trimmed)):
+                try:
+                    return _jpeg_pixels(candidate, image, config, least)
+                except ValueError as exc:
+                    complaint = str(exc)
             if not jpeg_files.is_about_data(complaint):
                 # A kind that only Pillow decodes, such as one of unusual subsampling. It does not tell of damage.
                 return _by_pillow(tidied.data if tidied.ended else data, config)
@@ -251,7 +252,8 @@ def _jpeg(data: bytes, config: PreprocessConfig, least: int | None) -> Decoded:
         if config.damaged == "error":
             raise failure
         try:
-            return replace(_jpeg_pixels(tidied.data, image, config, least, strict=False), damaged=failure.error.message)
+            # At its own size, whatever the way: how much can be decoded differs with the scale.
+            return replace(_jpeg_pixels(tidied.data, image, config, None, strict=False), damaged=failure.error.message)
         except ValueError:
             raise failure from None
 
@@ -266,10 +268,13 @@ def _jpeg_pixels(
     data: bytes, image: Image.Image, config: PreprocessConfig, least: int | None, *, strict: bool = True
 ) -> Decoded:
     """Decode a JPEG of the size, mode and orientation of ``image``; raise ValueError with what the decoder complains of."""
-    pixels = jpeg_files.pixels(data, image.mode, least, strict=strict)
     width, height = image.size
-    factor = next((f for f in (1, 2, 4, 8) if pixels.shape[:2] == (-(-height // f), -(-width // f))), None)
-    if factor is None:
+    factor = 1
+    if least is not None and image.mode != "CMYK":
+        factor = max((f for f in (2, 4, 8) if min(-(-height // f), -(-width // f)) >= least), default=1)
+    size = (-(-width // factor), -(-height // factor))
+    pixels = jpeg_files.pixels(data, image.mode, None if factor == 1 else size, strict=strict)
+    if pixels.shape[:2] != size[::-1]:
         raise ValueError("its headers say different sizes")
     if image.mode == "CMYK":
         ink = Image.frombuffer("CMYK", image.size, pixels, "raw", "CMYK", 0, 1)

@@ -288,13 +288,17 @@ def _short(uri: str) -> str:
 
 
 def _rows(table: pa.Table) -> list[dict[str, tuple[_Row, str]]]:
-    """What to compare of each row and how to show it, by column."""
+    """What to compare of each row and how to show it, by column.
+
+    Parts of a batch may have come back with other types, so that there are several columns of a name; a row has a value in one.
+    """
     out: list[dict[str, tuple[_Row, str]]] = [{} for _ in range(table.num_rows)]
-    for name in table.column_names:
-        column = table[name].combine_chunks()
+    for name, chunks in zip(table.column_names, table.columns, strict=True):
+        column = chunks.combine_chunks()
         for place, row in enumerate(out):
             value = column.slice(place, 1)
-            row[name] = (_parts(value), _shown(value))
+            if name not in row or value[0].is_valid:
+                row[name] = (_parts(value), _shown(value))
     return out
 
 

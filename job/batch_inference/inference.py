@@ -354,7 +354,7 @@ class InferenceActor:
                     f"a GPU does not work any more: {exc}", "Look at the node's GPU, then start the same command again."
                 ) from exc
             kind = "OUT_OF_MEMORY" if is_out_of_memory(exc) else "PREDICTOR_ERROR"
-            failure = RowFailure("infer", kind, named(exc), kind == "OUT_OF_MEMORY", told(exc))
+            failure = RowFailure("infer", kind, named(exc), kind == "OUT_OF_MEMORY", traceback=told(exc))
         # Here, since the exception's frames hold on to what did not fit.
         if failure.error.error_type == "OUT_OF_MEMORY":
             _free_memory()

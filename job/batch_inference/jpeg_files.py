@@ -37,23 +37,25 @@ class Tidied:
 
     Attributes:
         data: The file.
+        trimmed: The file without zero bytes behind its last scan; some may be the scan's own, so it comes second.
         ended: Whether it had its end marker.
         complete: Whether its scans could be followed to their end marker, or without one bring every coefficient of every
             component, as far as their headers tell.
     """
 
     data: bytes
+    trimmed: bytes
     ended: bool
     complete: bool
 
 
-def pixels(data: bytes, mode: str, least: int | None = None, *, strict: bool = True) -> NDArray[np.uint8]:
+def pixels(data: bytes, mode: str, size: tuple[int, int] | None = None, *, strict: bool = True) -> NDArray[np.uint8]:
     """Decode a file with libjpeg-turbo.
 
     Args:
         data: The file, beginning with its first marker.
         mode: Pillow's name of its mode: ``RGB`` or ``L`` give RGB, ``CMYK`` gives CMYK with 0 for no ink.
-        least: Decode at a half, a quarter or an eighth of its size, where no side gets shorter than this; None: at its own.
+        size: Width and height to decode at, a half, a quarter or an eighth of its own, rounded up; None: its own.
             CMYK is always decoded at its own size.
         strict: Whether a warning is an error.
 
@@ -65,7 +67,8 @@ def pixels(data: bytes, mode: str, least: int | None = None, *, strict: bool = T
         MemoryError: If there is none left.
     """
     colorspace = "CMYK" if mode == "CMYK" else "RGB"
-    scale = {} if least is None or mode == "CMYK" else {"min_height": least, "min_width": least, "min_factor": 2}
+    # Of the decoder's scales (eighths) the least that leaves this size is the one that gives exactly it.
+    scale = {} if size is None or mode == "CMYK" else {"min_height": size[1], "min_width": size[0], "min_factor": 2}
     try:
         if strict:
             out: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace, strict=True, **scale)
@@ -145,8 +148,8 @@ def tidied(data: bytes) -> Tidied | None:
     """Write a file again without the flaws that no pixel depends on.
 
     Left out are bytes between segments, comments and application data but for the orientation; an unknown version of JFIF
-    or an unknown transform of Adobe's becomes the one that decoders take it for; zero bytes that pad the last scan are left
-    out; a missing end marker is added. Scans are otherwise left as they are.
+    or an unknown transform of Adobe's becomes the one that decoders take it for; a missing end marker is added. Scans are left as
+    they are, but for zero bytes that pad the last one, in ``trimmed``.
 
     Args:
         data: Beginning with 0xFF 0xD8.
@@ -186,8 +189,9 @@ def tidied(data: bytes) -> Tidied | None:
     scans = data[found.start() : end]
     padded = scans.rstrip(b"\0")
     # An 0xFF among the data is written as 0xFF 0x00; alone it is the half of a marker that was cut.
-    scans = padded + b"\0" if padded.endswith(b"\xff") and len(padded) < len(scans) else padded.rstrip(b"\xff")
-    return Tidied(b"".join([*parts, scans, _EOI]), ended, complete)
+    trimmed = padded + b"\0" if padded.endswith(b"\xff") and len(padded) < len(scans) else padded.rstrip(b"\xff")
+    head = b"".join(parts)
+    return Tidied(head + scans + _EOI, head + trimmed + _EOI, ended, complete)
 
 
 def _segment(code: int, body: bytes) -> bytes:

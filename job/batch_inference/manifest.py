@@ -37,7 +37,7 @@ from batch_inference.storage import (
     located,
     read_object,
 )
-from batch_inference.unreadable import Unreadable, archive, refuse_all, unreadable
+from batch_inference.unreadable import Unreadable, refuse_all, unreadable
 from batch_inference.wording import describe_skipped
 
 log = structlog.get_logger()
@@ -358,9 +358,6 @@ def _nothing_found_remedy(section: InputConfig, found: Inputs) -> str:
     if section.manifest:
         where = shlex.quote(str(section.manifest))
         return f"Write one URI a line. In a script that may find nothing new: [ -s {where} ] && batch-inference run --manifest {where} …"
-    archives = [kind for ending in found.skipped if (kind := archive("x" + ending))]
-    if archives:
-        return f"{archives[0][1]} Or check the location, input.extensions and input.recursive."
     return "Check the location, input.extensions and input.recursive."
 
 

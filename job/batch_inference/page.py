@@ -109,6 +109,7 @@ def _verdict(facts: Facts) -> dict[str, Any]:
             "sign": "!",
             "headline": f"Succeeded with {share}: {counted}, {limit}",
             "lines": [f"{accounted[0].upper()}{accounted[1:]}; each image has exactly one row."],
+            "more": "",
             "remedy": "Look at the errors below before you use the predictions.",
         }
     if facts.state == "succeeded":

@@ -257,7 +257,7 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
 
 def _endpoint(scheme: str, storage: StorageConfig) -> str | None:
     """Return the URL of a store that is not at the scheme's own place."""
-    return storage.endpoint_url or os.environ.get(_ENDPOINT_VARIABLES[scheme])
+    return storage.endpoint_url or os.environ.get(_ENDPOINT_VARIABLES.get(scheme, ""))
 
 
 def _authorities(scheme: str) -> bytes | None:

@@ -39,6 +39,7 @@ def results(rows: list[Row]) -> pa.Table:
         [0.125] * len(rows),
         [3] * len(rows),
         [None] * len(rows),
+        [None] * len(rows),
     ]
     return pa.table(
         [pa.array(c, f.type) for c, f in zip(columns, RESULT_SCHEMA, strict=True)], schema=RESULT_SCHEMA

@@ -261,7 +261,12 @@ def rows_of(call: Callable[[list[int]], Any], batches: list[list[int]]) -> list[
             raise_end_of_job(table)
         except UserError:
             return None
-        values = table["v"].to_pylist() if "v" in table.column_names else [None] * table.num_rows
+        # Types that differ within a batch stand beside each other.
+        columns = [c for name, c in zip(table.column_names, table.columns, strict=True) if name == "v"]
+        values = [
+            next((v for v in row if v is not None), None) for row in zip(*(c.to_pylist() for c in columns), strict=True)
+        ]
+        values = values or [None] * table.num_rows
         out += [(error,) if error else value for error, value in zip(errors(table), values, strict=True)]
     return out
 

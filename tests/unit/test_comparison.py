@@ -31,7 +31,8 @@ def output(folder: Path, rows: list[Row], shard_size: int = 3, **columns: Any) -
             i for i, (_, label) in enumerate(rows[shard * shard_size : (shard + 1) * shard_size]) if label is None
         ]
         errors = pa.Table.from_pylist(
-            [dict(zip(ERRORS.names, (i, "decode", "TRUNCATED", "cut off", False), strict=True)) for i in failed], ERRORS
+            [dict(zip(ERRORS.names, (i, "decode", "TRUNCATED", "cut off", False, None), strict=True)) for i in failed],
+            ERRORS,
         )
         writer = ShardWriter(store, "first", "zstd")
         mine = [(i, label) for i, (_, label) in enumerate(rows[shard * shard_size : (shard + 1) * shard_size]) if label]

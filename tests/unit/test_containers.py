@@ -144,9 +144,9 @@ def test_single_members_can_be_named(mixed: Path) -> None:
     ("name", "data", "fact"),
     [
         ("x.tar", b"no archive" * 200, "x.tar: the file is not a tar file"),
-        ("x.tar.gz", b"", "x.tar.gz: members of compressed archives can't be read by range"),
-        ("x.tgz", b"", "x.tgz: members of compressed archives can't be read by range"),
-        ("x.zip", b"", "x.zip: members of compressed archives can't be read by range"),
+        ("x.tar.gz", b"", "x.tar.gz: .tar.gz is not supported: members of compressed archives can't be read by range"),
+        ("x.tgz", b"", "x.tgz: .tgz is not supported: members of compressed archives can't be read by range"),
+        ("x.zip", b"", "x.zip: .zip is not supported: members of compressed archives can't be read by range"),
         ("x.parquet", b"no table" * 200, "x.parquet: the file is not a Parquet file: it looks like text"),
         ("x.parquet", b"", "x.parquet: the file is empty, not a Parquet file"),
         ("x.parquet", b"PAR1xx", "x.parquet: the file is a Parquet file that ends at byte 6 without its footer"),

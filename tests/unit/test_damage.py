@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from batch_inference import jpeg_files
 from batch_inference.config import JobConfig, PredictorConfig, PreprocessConfig, StorageConfig
 from batch_inference.decoding import pixels_of
 from batch_inference.errors import RowFailure, UserError
@@ -688,6 +689,32 @@ def test_damage_to_a_jpeg_is_never_passed_on_unmarked(
         assert found[0] in ("CORRUPT", "TRUNCATED")
         assert isinstance(accepted, tuple) or mark == found[1]
     assert not is_plain_jpeg(data, ERROR) or isinstance(found, np.ndarray)
+
+
+@pytest.mark.parametrize("least", [8, 64, 128, 500, 512])
+def test_whole_jpeg_of_any_size_is_decoded_at_a_half_a_quarter_or_an_eighth(least: int) -> None:
+    """The decoder also has scales between these, such as 3/8, which it takes where they leave enough."""
+    rng = np.random.default_rng(least)
+    for width, height in rng.integers(2 * least, 8 * least, (12, 2)).tolist():
+        data = encode(Image.fromarray(np.full((height, width, 3), 90, np.uint8)))
+        decoded = open_scaled(data, ERROR, least)
+        factor = max(f for f in (1, 2, 4, 8) if f == 1 or min(-(-width // f), -(-height // f)) >= least)
+        assert (decoded.factor, decoded.size) == (factor, (width, height))
+        assert np.asarray(decoded.pixels).shape == (-(-height // factor), -(-width // factor), 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 7}], ids=str
+)
+def test_tidied_file_has_the_pixels_of_the_whole_one(options: dict[str, Any]) -> None:
+    """Some scans end with zero bytes of their own, and those of one color may have no others."""
+    rng = np.random.default_rng(3)
+    images = [rng.integers(0, 256, (24, 24, 3), np.uint8) for _ in range(200)] + [np.full((64, 64, 3), 128, np.uint8)]
+    for image in images:
+        data = encode(Image.fromarray(image), **options)
+        tidied = jpeg_files.tidied(data)
+        assert tidied is not None and tidied.complete and tidied.ended
+        assert np.array_equal(jpeg_files.pixels(tidied.data, "RGB"), jpeg_files.pixels(data, "RGB"))
 
 
 CHUNK_OPS = ["crc", "payload", "drop", "swap", "text", "profile", "bomb", "unknown", "cut", "behind"]

@@ -72,8 +72,8 @@ def driver_gets(mine: InferenceActor, table: pa.Table) -> pa.Table:
     return result
 
 
-def predict(call: Call, items: list[Any], **options: Any) -> pa.Table:
-    table = driver_gets(actor(call), prepared(items, **options))
+def predict(call: Call, items: list[Any], depends_on_batch: bool = False, **options: Any) -> pa.Table:
+    table = driver_gets(actor(call, depends_on_batch=depends_on_batch), prepared(items, **options))
     assert table.num_rows == len(items)
     assert table.schema.names[: len(RESULT_SCHEMA)] == RESULT_SCHEMA.names
     assert table["row"].to_pylist() == list(range(len(items)))
@@ -614,7 +614,9 @@ def test_a_class_gets_no_more_bytes_at_once_than_it_has_room_for(chunks: int, sm
 
     items: list[Any] = [image(number) if number % 7 else ("fetch", "TIMEOUT") for number in range(30)]
     items[11] = image(11, (20, 30))  # a large one comes alone
-    table = predict(call, items, chunks=chunks)
+    table = predict(
+        call, items, chunks=chunks, depends_on_batch=True
+    )  # which is not compared, so that each call is a batch
     assert table["first"].to_pylist() == [number if number % 7 else None for number in range(30)]
     assert max(size for size in seen if size != 1800) <= small_bound
     assert seen.count(1800) == 1
@@ -634,7 +636,7 @@ def test_rows_that_stand_for_no_input_are_nowhere_in_the_result(small_bound: int
         pa.concat_tables([shards.weighted(good, 10).slice(3), good]),
     ):
         assert table.num_rows == 3 + 4
-        result = driver_gets(actor(call), table)
+        result = driver_gets(actor(call, depends_on_batch=True), table)
         assert result["row"].to_pylist() == [0, 1, 2]
         assert result["first"].to_pylist() == [1, None, 3]
         assert errors(result) == [None, ("decode", "CORRUPT"), None]

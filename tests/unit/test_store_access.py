@@ -448,5 +448,5 @@ def test_a_socket_among_the_inputs_is_no_fault_of_the_store(tmp_path: Path, monk
         made.bind("s.jpg")
     with pytest.raises(RowFailure) as caught:
         Fetcher(StorageConfig()).fetch(f"file://{tmp_path}/s.jpg", 1000)
-    assert (caught.value.error.error_type, caught.value.error.retryable) == ("NOT_FOUND", False)
-    assert "a socket or a device" in caught.value.error.message
+    assert (caught.value.error.error_type, caught.value.error.retryable) == ("INVALID_URI", False)
+    assert "a socket" in caught.value.error.message

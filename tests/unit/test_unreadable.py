@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_inference.config import JobConfig
+from batch_inference.containers import COMPRESSED
 from batch_inference.errors import UserError
 from batch_inference.manifest import find_inputs, refuse_stream
 from batch_inference.storage import canonical_uri
-from batch_inference.unreadable import ARCHIVES, reason, unreadable
+from batch_inference.unreadable import reason, unreadable
 
 GOOD = [
     "s3://b/a.jpg",
@@ -24,10 +25,13 @@ GOOD = [
 BAD = {
     "https://example.org/a.jpg?n=1": ("https:// is not read", "Download the images first"),
     "HTTP://example.org/a.jpg": ("http:// is not read", "Download the images first"),
-    "https://b.s3.eu-west-1.amazonaws.com/k/a.jpg": ("https:// is not read", "Write s3://b/k/a.jpg instead"),
-    "https://s3.amazonaws.com/b/k/a.jpg?versionId=1": ("https:// is not read", "Write s3://b/k/a.jpg instead"),
-    "https://storage.googleapis.com/b/k/a.jpg": ("https:// is not read", "Write gs://b/k/a.jpg instead"),
-    "https://acc.blob.core.windows.net/c/k/a.jpg": ("https:// is not read", "Write az://c/k/a.jpg instead"),
+    "https://b.s3.eu-west-1.amazonaws.com/k/a.jpg": ("https:// is not read", "Write s3://b/k/a.jpg"),
+    "https://s3.amazonaws.com/b/k/a.jpg?versionId=1": ("https:// is not read", "Write s3://b/k/a.jpg"),
+    "https://storage.googleapis.com/b/k/a.jpg": ("https:// is not read", "Write gs://b/k/a.jpg"),
+    "https://acc.blob.core.windows.net/c/k/a.jpg": (
+        "https:// is not read",
+        "Write az://c/k/a.jpg and set AZURE_STORAGE_ACCOUNT_NAME=acc",
+    ),
     "ftp://h/a.jpg": ("ftp:// is not read", "Download"),
     "hdfs://n:8020/a.jpg": ("hdfs:// is not read", "hdfs dfs -get"),
     "foo://h/a.jpg": ("the scheme foo://", "s3://"),
@@ -37,8 +41,8 @@ BAD = {
     "s3://": ("names no bucket", "s3://BUCKET/PATH"),
     "s3://bucket": ("a bucket and no object", "KEY"),
     "gs://bucket/": ("a bucket and no object", "KEY"),
-    "s3://b/photos.ZIP": (".zip is not supported", "Unzip it, or make a tar"),
-    "file:///p/photos.7z": (".7z is not supported", "make a tar"),
+    "s3://b/photos.ZIP": (".zip is not supported", "Unpack: unzip 'photos.ZIP' -d 'photos'"),
+    "file:///p/photos.7z": (".7z is not supported", "Unpack: 7z x"),
     "s3://key:secret@b/a.jpg": ("credentials before its bucket", "environment"),
     "s3://b/a.jpg?X-Amz-Signature=0": ("a signature behind its name", "Name the object alone"),
 }
@@ -66,7 +70,7 @@ lines = st.one_of(
         "{}{}{}".format,
         st.sampled_from(["s3://", "gs://b/", "az://c/d", "file:///", "http://", "x://", "s3://b/", "/"]),
         st.text(max_size=8),
-        st.sampled_from(["", ".jpg", "?sig=1", *ARCHIVES]),
+        st.sampled_from(["", ".jpg", "?sig=1", *COMPRESSED]),
     ),
 )
 
@@ -117,7 +121,7 @@ def test_an_archive_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\3\4")
     with pytest.raises(UserError, match="is not supported") as caught:
         find_inputs(config(uris=[str(tmp_path / name)]))
-    assert "make a tar" in caught.value.remedy
+    assert caught.value.remedy.startswith("Unpack: ")
     with pytest.raises(UserError, match="is not supported"):
         find_inputs(config(uris=[f"s3://bucket/{name}"]))
 
@@ -130,9 +134,9 @@ def test_a_folder_that_is_named_like_an_archive_is_a_folder(tmp_path: Path) -> N
 
 def test_a_folder_of_archives_alone_says_what_to_do_with_them(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 \.zip") as caught:
+    with pytest.raises(UserError, match=r"no images in .*a\.zip") as caught:
         find_inputs(config(uris=[str(tmp_path)]))
-    assert "Unzip it, or make a tar" in caught.value.remedy
+    assert "Unpack: unzip" in caught.value.remedy
 
 
 @pytest.mark.parametrize("given", ["-", "/dev/stdin", "/dev/null", "file:///dev/null"])
