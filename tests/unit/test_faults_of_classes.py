@@ -19,7 +19,7 @@ from batch_inference.errors import RowFailure, UserError
 from batch_inference.factories import CustomFactory
 from batch_inference.failures import examples
 from batch_inference.identity import resolve_engine
-from batch_inference.inference import InferenceActor, notes, raise_end_of_job
+from batch_inference.inference import RESULT_SCHEMA, InferenceActor, notes, raise_end_of_job
 from batch_inference.ledger import Ledger
 from batch_inference.storage import Store
 from batch_inference.tracebacks import MOST, named, place, told, with_place
@@ -217,7 +217,7 @@ def test_what_has_no_frames_of_its_own_is_told_in_one_line() -> None:
 
 
 def test_a_job_that_ends_since_everything_failed_says_where(module: Any) -> None:
-    table = rows(actor_of(module.Key), range(4)).select(range(12))
+    table = rows(actor_of(module.Key), range(4)).select(RESULT_SCHEMA.names)
     collector = Collector({7: 4}, Tally())
     assert collector.add(table) == []
     with pytest.raises(UserError) as caught:
