@@ -123,7 +123,7 @@ def _notes(config: JobConfig, output: str) -> Iterator[str]:
                 f"Write --output {shlex.quote(where + '-2')}.",
             )
         elif _below(folder, output) and given != section.manifest:
-            yield f"the input {given} lies in the output {where}: whoever deletes the output deletes the images as well"
+            yield f"the input {given} lies in the output {where}: deleting the output deletes the images as well"
         elif _below(output, folder) and given != section.manifest and section.recursive and not wildcard:
             yield f"the output {where} lies in the input folder {display(folder)}: a later job over it finds the output's files"
 

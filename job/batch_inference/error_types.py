@@ -222,7 +222,7 @@ ERROR_TYPES: tuple[ErrorType, ...] = (
         "postprocess",
         "OUTPUT_MISMATCH",
         "what the class returned is no dictionary of columns with one value an image, or does not fit the job's columns (`_schema.json`)",
-        "Mend the class; a new job.",
+        "Fix the class; a new job.",
     ),
 )
 

@@ -345,7 +345,7 @@ class Ledger:
                 "Restore _manifest from a backup, or start a new output.",
             )
         with tarfile.open(fileobj=io.BytesIO(packed)) as tar, ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            # Created, not overwritten: whoever is slow here can't put shards of a plan over those of one that replaced it.
+            # Created, not overwritten: a slow driver can't put shards of a plan over those of one that replaced it.
             puts = [
                 pool.submit(self.store.create, f"_manifest/{member.name}", content.read())
                 for member in tar

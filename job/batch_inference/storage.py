@@ -280,7 +280,7 @@ def _authorities(scheme: str) -> bytes | None:
     return None
 
 
-# What makes a presigned URL of S3 or GCS, or one with a SAS of Azure's, one that opens the object for whoever has it.
+# What makes a presigned URL of S3 or GCS, or one with a SAS of Azure's, one that opens the object for anyone who has it.
 _SIGNATURE = re.compile(r"[?&](?:x-amz-signature|x-amz-security-token|x-goog-signature|sig)=", re.IGNORECASE)
 # Buckets that have answered this process: for them a machine's role gives credentials, and a metadata service that has none now
 # fails for the moment.

@@ -112,7 +112,7 @@ def test_a_process_that_is_bound_to_one_cpu_has_one() -> None:
 
 @pytest.mark.parametrize("module", [cluster, driver, planner, preflight])
 def test_nobody_counts_the_machine_s(module: object) -> None:
-    """Whoever counts the machine's CPUs announces to Ray, or to the user, what a container does not have."""
+    """The machine's number of CPUs, told to Ray or to the user, is more than a container has."""
     text = Path(str(module.__file__)).read_text(encoding="utf-8")  # type: ignore[attr-defined]
     assert "cpu_count" not in text
     assert "available_cpus()" in text

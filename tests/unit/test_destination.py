@@ -84,7 +84,7 @@ def test_an_output_in_the_input_folder_or_above_it_is_worth_a_warning(tmp_path: 
     assert "lies in the input folder" in note
     assert check_output(config(photos / "out", photos, recursive=False)) == []
     (note,) = check_output(config(tmp_path, photos))
-    assert "whoever deletes the output deletes the images" in note
+    assert "deleting the output deletes the images" in note
     (note,) = check_output(config(photos, photos / "*.jpg"))
     assert "is the folder of the input" in note
     assert check_output(config(tmp_path / "photos-out", photos)) == []
