@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from batch_inference.storage import (
     answered,
     classify,
     display,
+    endpoint_of,
     exc_line,
     file_uri,
     is_local,
@@ -407,24 +409,16 @@ def _pages_with_odd_keys(
         "Copy that object to a name without empty, '.' and '..' parts and remove it, name folders beside it, or name the objects in a "
         "manifest (--manifest)."
     )
-    if not root.startswith("s3://"):
+    # pyarrow's client of Azure's store walks folders without a name in circles.
+    if root.startswith("az://"):
         raise UserError(f"cannot list {root}/{prefix} to its end: {refused}", remedy)
     from pyarrow import fs
 
-    endpoint = storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"endpoint_override": endpoint} if endpoint else {}
-    region = storage.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    name = root.removeprefix("s3://")
+    name = root.partition("://")[2]
+    selector = fs.FileSelector(f"{name}/{prefix}".rstrip("/"), recursive=True)
     try:
-        store = fs.S3FileSystem(
-            region=region,
-            anonymous=storage.anonymous,
-            connect_timeout=min(10.0, storage.timeout_s),
-            request_timeout=storage.timeout_s,
-            **options,
-        )
-        selector = fs.FileSelector(f"{name}/{prefix}".rstrip("/"), recursive=True)
-        found = [(info.path[len(name) + 1 :], info.size) for info in store.get_file_info(selector) if info.is_file]
+        infos = _arrow_store(root, storage).get_file_info(selector)
+        found = [(info.path[len(name) + 1 :], info.size) for info in infos if info.is_file]
     except Exception as exc:
         raise UserError(f"cannot list {root}/{prefix} to its end: {refused} ({exc_line(exc)})", remedy) from None
     # Those before were listed; stores sort by the whole key or by folders.
@@ -436,6 +430,25 @@ def _pages_with_odd_keys(
     )
     for start in range(0, len(keys), 1000):
         yield [{"path": key, "size": size, "e_tag": None} for key, size in keys[start : start + 1000]]
+
+
+def _arrow_store(root: str, storage: StorageConfig) -> Any:
+    """Return pyarrow's client of a bucket's store, S3 or Google's, with the environment's credentials."""
+    from pyarrow import fs
+
+    endpoint = endpoint_of(root.partition("://")[0], storage)
+    if root.startswith("gs://"):
+        scheme, _, host = (endpoint or "").rpartition("://")
+        options = {"scheme": scheme, "endpoint_override": host} if endpoint else {}
+        limit = timedelta(seconds=storage.retry_timeout_s)
+        return fs.GcsFileSystem(anonymous=storage.anonymous, retry_time_limit=limit, **options)
+    return fs.S3FileSystem(
+        region=storage.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        anonymous=storage.anonymous,
+        connect_timeout=min(10.0, storage.timeout_s),
+        request_timeout=storage.timeout_s,
+        **({"endpoint_override": endpoint} if endpoint else {}),
+    )
 
 
 def _even(prefix: str) -> str:

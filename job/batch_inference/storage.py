@@ -221,7 +221,7 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
     if scheme == "file":
         return LocalStore(prefix or "/", mkdir=False)
     from_profile = profile(storage.anonymous) if scheme == "s3" else Profile({})
-    endpoint = _endpoint(scheme, storage) or from_profile.endpoint_url
+    endpoint = endpoint_of(scheme, storage) or from_profile.endpoint_url
     options: dict[str, Any] = {
         "client_options": {
             "timeout": timedelta(seconds=storage.timeout_s),
@@ -255,7 +255,7 @@ def open_bucket(root: str, storage: StorageConfig, prefix: str = "") -> Any:
         ) from None
 
 
-def _endpoint(scheme: str, storage: StorageConfig) -> str | None:
+def endpoint_of(scheme: str, storage: StorageConfig) -> str | None:
     """Return the URL of a store that is not at the scheme's own place."""
     return storage.endpoint_url or os.environ.get(_ENDPOINT_VARIABLES.get(scheme, ""))
 
@@ -304,7 +304,7 @@ def classify(
         verb: What was tried: read, write, create, list or delete.
         where: The local folder, for what is free there.
     """
-    endpoint = _endpoint(root.partition("://")[0], storage) if storage else None
+    endpoint = endpoint_of(root.partition("://")[0], storage) if storage else None
     return of_store(exc, root, verb=verb, answered=root in _answered, endpoint=endpoint, where=where)
 
 

@@ -110,6 +110,7 @@ class Proxy:
 
     def __init__(self, target: str) -> None:
         host, _, port = target.removeprefix("http://").partition(":")
+        self.target = (host, int(port))
         self.requests: list[tuple[str, str]] = []
         self.answer: Callable[[str, str], int | str | None] = lambda method, path: None
         """Status to answer with instead of asking the store, a bad answer, or None to ask it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import signal
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from batch_inference.config import StorageConfig
 from batch_inference.ledger import Ledger
+from batch_inference.listing import list_uris
 from batch_inference.storage import Store
 from tests.conftest import jpeg
 from tests.job import stores
@@ -203,3 +206,15 @@ def test_store_that_asks_to_slow_down_loses_no_row(
     assert refused == 30
     found = verified(output, program, *store.args)
     assert (found["rows"], found["predictions"]) == (40, 40)
+
+
+def test_an_odd_key_is_a_row_and_does_not_end_the_listing(google: ObjectStore, tmp_path: Path) -> None:
+    """obstore, which lists, refuses such keys; Azure's are refused with what to do."""
+    folder = tmp_path.name
+    for key in ("a.jpg", "/b.jpg", "./c.jpg", "z.jpg"):
+        connection = http.client.HTTPConnection(*google.proxy.target)
+        name = quote(f"{folder}/{key}", safe="")
+        connection.request("POST", f"/upload/storage/v1/b/tests/o?uploadType=media&name={name}", jpeg(1))
+        assert connection.getresponse().status == 200
+    found = {uri.uri for uri in list_uris(f"{google.bucket}/{folder}", True, google.config)}
+    assert found == {f"{google.bucket}/{folder}/{key}" for key in ("a.jpg", "/b.jpg", "./c.jpg", "z.jpg")}
