@@ -19,6 +19,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -104,13 +105,16 @@ def run(folder: Path, *shards: Any, name: str = "v") -> Ledger:
 
 
 def read(folder: Path) -> pa.Table:
-    """The folder as pandas, pyarrow and DuckDB read it, which must be the same rows."""
+    """The folder as pandas, pyarrow, DuckDB and polars read it, which must be the same rows."""
     table = ds.dataset(folder / "predictions").to_table().sort_by([("shard", "ascending"), ("row", "ascending")])
     frame = pd.read_parquet(folder / "predictions")
     assert sorted(frame["uri"]) == sorted(table["uri"].to_pylist())
     assert list(frame.columns) == table.column_names
     rows = duckdb.read_parquet(f"{folder}/predictions/*.parquet").fetchall()
     assert sorted(row[0] for row in rows) == sorted(table["uri"].to_pylist())
+    rows_of_polars = polars.read_parquet(f"{folder}/predictions/*.parquet")
+    assert sorted(rows_of_polars["uri"]) == sorted(table["uri"].to_pylist())
+    assert rows_of_polars.columns == table.column_names
     return table
 
 
