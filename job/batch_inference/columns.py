@@ -155,6 +155,13 @@ def _column(name: object, values: Any) -> pa.Array | pa.ChunkedArray:
     return _list_column(list(values))
 
 
+def is_sequence(values: Any) -> bool:
+    """Whether a value is a column, one value an image: a list, tuple, array, tensor, Series or Arrow array, but no text or dict."""
+    if isinstance(values, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
+        return True
+    return hasattr(values, "__array__") and bool(getattr(values, "shape", ()))
+
+
 def _named(values: Any) -> str:
     """Say what a value is that is no column."""
     kinds: tuple[tuple[Any, str], ...] = (
