@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
+from batch_inference.column_types import plain_inputs
 from batch_inference.errors import RowFailure, UserError
 
 #: Columns of the output that no predictor may write.
@@ -84,7 +85,8 @@ def columns_table(answer: Any, batch: Mapping[str, Any], rows: int, passthrough:
         out[str(name)] = column
     if not out:
         raise _wrong('the predictor returned no columns. Return a dict such as {"score": scores}')
-    return pa.table(out)
+    # Such as the views that polars gives: their rows could be neither taken nor filtered.
+    return plain_inputs(pa.table(out), whole=False)
 
 
 def _wrong(message: str) -> RowFailure:

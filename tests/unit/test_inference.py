@@ -372,6 +372,29 @@ def test_an_embedding_of_a_class_may_be_null_and_of_any_type(vectors: Any, kind:
     ]
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", "b", "c", "d"], pa.string_view()),
+        pa.array([b"a", b"b", None, b"d"], pa.binary_view()),
+        pa.array([[1], [], [3], None], pa.list_view(pa.int64())),
+        pa.array([{"name": "a"}, {"name": "b"}, None, {"name": "d"}], pa.struct([("name", pa.string_view())])),
+        pa.RunEndEncodedArray.from_arrays(pa.array([3, 4], pa.int32()), pa.array([1, 2])),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_columns_without_kernels_are_checked_and_taken_like_others(column: pa.Array) -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        numbers = first_pixels(batch).tolist()
+        return {"x": pa.concat_arrays([column.slice(number, 1) for number in numbers])}
+
+    mine = actor(call)
+    table = driver_gets(mine, prepared([image(0), image(1), ("decode", "CORRUPT"), image(2), image(3)]))
+    assert mine.rows_check is not None and mine.rows_check.state == "OK"
+    values = column.to_pylist()
+    assert table["x"].to_pylist() == [*values[:2], None, *values[2:]]
+
+
 def test_a_batch_without_a_prediction_has_no_columns_that_others_do_not_have() -> None:
     """Ray joins what several batches gave: the classifier's columns would be an embedding's, too, and be written with it."""
 
