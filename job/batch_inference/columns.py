@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
+from batch_inference.column_types import plain_inputs
 from batch_inference.errors import RowFailure, UserError
 
 #: Columns of the output that no predictor may write.
@@ -84,7 +85,8 @@ def columns_table(answer: Any, batch: Mapping[str, Any], rows: int, passthrough:
         out[str(name)] = column
     if not out:
         raise _wrong('the predictor returned no columns. Return a dict such as {"score": scores}')
-    return pa.table(out)
+    # Such as the views that polars gives: their rows could be neither taken nor filtered.
+    return plain_inputs(pa.table(out), whole=False)
 
 
 def _wrong(message: str) -> RowFailure:
@@ -153,6 +155,13 @@ def _column(name: object, values: Any) -> pa.Array | pa.ChunkedArray:
             f"{_ONE_EACH.format(name=name)}"
         )
     return _list_column(list(values))
+
+
+def is_sequence(values: Any) -> bool:
+    """Whether a value is a column, one value an image: a list, tuple, array, tensor, Series or Arrow array, but no text or dict."""
+    if isinstance(values, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
+        return True
+    return hasattr(values, "__array__") and bool(getattr(values, "shape", ()))
 
 
 def _named(values: Any) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from ray.data.block import BlockAccessor
 
+from batch_inference.columns import is_sequence
 from batch_inference.config import InputConfig, JobConfig, PreprocessConfig, StorageConfig
 from batch_inference.containers import PLACE_SCHEMA, without_versions
 from batch_inference.errors import RowFailure, UserError
@@ -169,6 +170,10 @@ class _Predict:
         shown = images[good] if good else np.zeros((1, 32, 32, 3), np.uint8)
         columns = self._predictor({"image": shown})
         for name, values in columns.items():
+            if not is_sequence(values):
+                raise ValueError(
+                    f"{type(self._predictor).__name__} returned one {type(values).__name__} as {name}, not one value an image"
+                )
             if len(values) != len(shown):
                 raise ValueError(
                     f"{type(self._predictor).__name__} returned {len(values)} {name} for {len(shown)} images"

@@ -113,6 +113,11 @@ class EmbedderFactory:
     transform: Transform
     images: int = 0
 
+    @property
+    def columns(self) -> pa.Schema:
+        """None before the network has run: how many numbers an embedding has is not known."""
+        return pa.schema([])
+
     def __call__(self) -> Predict:
         """Loads the model; returns the function that embeds a batch."""
         from batch_inference.networks import load_features

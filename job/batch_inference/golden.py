@@ -11,7 +11,6 @@ import pyarrow as pa
 from batch_inference.checks import Check, some
 from batch_inference.config import JobConfig
 from batch_inference.errors import UserError
-from batch_inference.inference import RESULT_SCHEMA
 from batch_inference.manifest import read_expected
 from batch_inference.storage import display
 
@@ -40,19 +39,25 @@ def golden_samples(config: JobConfig) -> pa.Table | None:
 
 
 def compare(
-    expected: pa.Table, result: pa.Table | None, failed: dict[int, str], tolerance: float, where: str = ""
+    expected: pa.Table,
+    result: tuple[pa.Table, pa.Table] | None,
+    failed: dict[int, str],
+    tolerance: float,
+    where: str = "",
 ) -> Check:
     """Holds predictions against those that are expected.
 
     Args:
         expected: See :func:`golden_samples`.
-        result: Of ``RESULT_SCHEMA`` and the predictor's columns; ``row`` is the place in ``expected``. None: there are none.
+        result: Rows of ``RESULT_SCHEMA``, ``row`` being the place in ``expected``, and the columns of their predictions, whose names may
+            be the same. None: there are none.
         failed: Places of those that could not be read or decoded, with stage and type.
         tolerance: How far numbers with fractions may be off; everything else has to be equal.
         where: What the predictions were made on, for the text.
     """
-    predicted = {row["row"]: row for row in result.to_pylist()} if result is not None else {}
-    known = [] if result is None else [name for name in result.column_names if name not in RESULT_SCHEMA.names]
+    rows, found = ([], []) if result is None else (result[0].to_pylist(), result[1].to_pylist())
+    predicted = {row["row"]: (row, columns) for row, columns in zip(rows, found, strict=True)}
+    known = [] if result is None else result[1].column_names
     columns = [name for name in expected.column_names if name in known]
     missing = [name for name in expected.column_names if name not in (*known, "uri")]
     if not columns and result is not None:
@@ -61,9 +66,9 @@ def compare(
         )
     off = []
     for place, want in enumerate(expected.to_pylist()):
-        got = predicted.get(place)
-        if got is None or got["error_type"] is not None:
-            why = failed.get(place, "no prediction") if got is None else f"{got['stage']} {got['error_type']}"
+        row, got = predicted.get(place, (None, {}))
+        if row is None or row["error_type"] is not None:
+            why = failed.get(place, "no prediction") if row is None else f"{row['stage']} {row['error_type']}"
             off.append(f"{display(want['uri'])}: {why}")
             continue
         differing = [name for name in columns if not alike(want[name], got[name], tolerance)]

@@ -148,6 +148,8 @@ class InferenceActor:
         self._alone, self._accepted, self._several = False, False, ""
         # What the driver should tell.
         self._note = ""
+        # Columns of predictions, for batches without one; those of the factory before there was any.
+        self._columns: pa.Schema = getattr(factory, "columns", CLASSIFIER_SCHEMA)
         # Batches that may still be looked at for images to check the class's rows with: those of the first ones may all be alike.
         self._checks_left = _BATCHES_TO_CHECK if getattr(factory, "checks_rows", False) else 0
         self.rows_check: Check | None = None
@@ -191,6 +193,7 @@ class InferenceActor:
                 result = result.filter(pc.not_equal(result["row"], NO_ROW))
             good = result["error_type"].is_null().to_numpy()
             if predictions is not None:
+                self._columns = predictions.schema
                 predictions = self._marked(predictions, result["image_damage"].filter(pa.array(good)))
         except BatchInferenceError as exc:
             return _end_of_job(exc)
@@ -205,7 +208,7 @@ class InferenceActor:
         index = pa.array(np.cumsum(good) - 1, mask=~good)
         full = predictions
         if full is None:
-            full = self._marked(CLASSIFIER_SCHEMA.empty_table(), pa.chunked_array([], pa.string()))
+            full = self._marked(self._columns.empty_table(), pa.chunked_array([], pa.string()))
         for field, column in zip(full.schema, full.columns, strict=True):
             result = result.append_column(field, column.combine_chunks().take(index))
         return result
@@ -536,10 +539,18 @@ def _finite(table: pa.Table) -> np.ndarray | None:
     """Which rows are finite; None where there is nothing to judge by."""
     if "confidence" in table.column_names and pa.types.is_floating(table.schema.field("confidence").type):
         return _all_finite(table["confidence"].to_numpy(), table.num_rows)
-    if "embedding" in table.column_names and pa.types.is_fixed_size_list(table.schema.field("embedding").type):
+    if "embedding" in table.column_names and _is_vector(table.schema.field("embedding").type):
         column = table["embedding"].combine_chunks()
-        return _all_finite(column.flatten().to_numpy(zero_copy_only=False), len(column))
+        finite = np.ones(len(column), bool)
+        # The values of a null are left out.
+        there = column.is_valid().to_numpy(zero_copy_only=False)
+        finite[there] = _all_finite(column.flatten().to_numpy(zero_copy_only=False), int(there.sum()))
+        return finite
     return None
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type))
 
 
 def _all_finite(values: np.ndarray, rows: int) -> np.ndarray:

@@ -641,7 +641,7 @@ class Ledger:
         garbage += [i.path for i in self.store.objects("_manifest") if i.path.endswith(".tar")]
         garbage += [i.path for i in self.store.objects(BEGUN)]
         self.store.delete(garbage)
-        self.store.sweep_staged("", "_commits", "_retries", "_schema", "_decisions")
+        self.store.sweep_staged("", "_commits", "_retries", "_schema", "_decisions", "_jobs", "_manifest")
         return len(garbage)
 
     def success(self) -> dict[str, Any] | None:

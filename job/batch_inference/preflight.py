@@ -25,7 +25,8 @@ from batch_inference.destination import check_output
 from batch_inference.errors import BatchInferenceError, SystemFault, UserError
 from batch_inference.forecast import Forecast, Measured, forecast
 from batch_inference.golden import golden_samples
-from batch_inference.identity import Engine, check_columns, check_same_job, resolve_engine
+from batch_inference.history import at_work
+from batch_inference.identity import Engine, check_columns, check_same_job, differences, resolve_engine
 from batch_inference.ledger import Job, Ledger, fingerprint
 from batch_inference.manifest import Inputs, apart, find_inputs, read_stored
 from batch_inference.progress import duration
@@ -229,6 +230,10 @@ class _Preflight:
     def _resume(self, store: Store, engine: Engine) -> str:
         ledger = Ledger(store)
         job = ledger.require_job()
+        differing = differences(self._config, engine, job)
+        if differing and ledger.untouched(job) and at_work(store) is None:
+            names = ", ".join(line.partition(":")[0] for line in differing)
+            return f"the output holds another job, which has committed nothing; a run takes it over (it differs in {names})"
         check_same_job(self._config, engine, job, store)
         return f"the output holds this job already: {len(ledger.committed()):,} of {job.shards:,} shards are committed"
 

@@ -25,6 +25,7 @@ from batch_inference.golden import compare
 from batch_inference.identity import Engine, versions, without_output
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, raise_end_of_job
 from batch_inference.manifest import apart, with_places
+from batch_inference.output_schema import as_written, distinct_columns, fitted, storable, united
 from batch_inference.pipeline import STUCK_S
 from batch_inference.prefixes import Prefixes
 from batch_inference.preparation import Preparation
@@ -32,6 +33,8 @@ from batch_inference.storage import display
 from batch_inference.tracebacks import with_place
 
 GIB = 1 << 30
+# Of a row in a table, while its columns are taken apart. No column of a predictor has this name.
+_PLACE = "\0place"
 # Batches are repeated for so long, after one that does not count.
 _MEASURE_S = 5.0
 # Ray's logs and what it spills go to the temporary folder, blocks on their way to shared memory.
@@ -195,7 +198,7 @@ class Trial:
             self._config.preprocess.damaged == "accept",
         )
         try:
-            first: pa.Table = _get(actor.predict.remote(rows, batch))
+            first, predicted = _get(actor.predict.remote(rows, batch))
             load_s = time.perf_counter() - begun
             raise_end_of_job(first)
             batch = first.num_rows  # fewer where the images are large
@@ -221,7 +224,7 @@ class Trial:
             ray.kill(actor)
         self._rooms(measured, where)
         place = {"uri": "string", "shard": "int32", "row": "int32"}
-        columns = {field.name: str(field.type) for field in first.schema if field.name not in RESULT_SCHEMA.names}
+        columns = {field.name: str(field.type) for field in predicted.schema}
         return replace(measured, load_s=load_s, columns={**place, **columns, **self._passthrough})
 
     def _compared(self, expected: pa.Table, golden: _Prepared, actor: Any, where: str) -> Check:
@@ -230,10 +233,10 @@ class Trial:
             for row in golden.facts.to_pylist()
             if row["error_type"] is not None
         }
-        result: pa.Table | None = None
+        result: tuple[pa.Table, pa.Table] | None = None
         if len(failed) < expected.num_rows:
             result = _get(actor.predict.remote(golden.rows, None))
-            raise_end_of_job(result)
+            raise_end_of_job(result[0])
         return compare(expected, result, failed, self._config.preflight.golden_tolerance, where)
 
     def _bad_samples(self, facts: pa.Table) -> None:
@@ -294,9 +297,13 @@ class TrialActor:
     def __init__(self, factory: Any, decoder: Any, marks_damage: bool = False) -> None:
         self._actor = InferenceActor(factory, [], decoder, marks_damage=marks_damage)
 
-    def predict(self, rows: pa.Table, batch: int | None) -> pa.Table:
-        """Predicts so many rows at once, some of them several times where there are fewer; None: all as they are."""
-        return self._actor(rows if batch is None else _full(rows, batch))
+    def predict(self, rows: pa.Table, batch: int | None) -> tuple[pa.Table, pa.Table]:
+        """Predicts so many rows at once, some of them several times where there are fewer; None: all as they are.
+
+        Returns:
+            Rows of ``RESULT_SCHEMA``, and the columns of their predictions.
+        """
+        return _apart(self._actor(rows if batch is None else _full(rows, batch)))
 
     def rows_check(self) -> Check | None:
         """Return whether rows depended on their neighbors; None where that was not tried."""
@@ -308,7 +315,7 @@ class TrialActor:
         begun = time.perf_counter()
         rounds = 0
         while not rounds or time.perf_counter() - begun < seconds:
-            raise_end_of_job(self._actor(table))
+            raise_end_of_job(_apart(self._actor(table))[0])
             rounds += 1
         infer_s = (time.perf_counter() - begun) / (rounds * table.num_rows)
         shm = Path("/dev/shm")  # noqa: S108 - Ray's own place, asked for its size
@@ -328,6 +335,22 @@ class TrialActor:
             gpu_bytes=gpu_bytes,
             gpu_total=gpu_total,
         )
+
+
+def _apart(result: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows of ``RESULT_SCHEMA``, and the predictor's columns: these may have the names of ours, and be there in several types.
+
+    Each of them is there once, as in the files of a job; Ray does not serialize tables with several columns of one name.
+    """
+    ours = len(RESULT_SCHEMA)
+    rows, columns = (result.select(list(of)) for of in (range(ours), range(ours, result.num_columns)))
+    if len(set(columns.column_names)) == columns.num_columns:
+        return rows, columns
+    columns = columns.append_column(_PLACE, pa.array(range(columns.num_rows), pa.int64()))
+    parts = distinct_columns(columns)
+    schema = as_written(united(storable(part.schema) for part in parts))
+    columns = pa.concat_tables(fitted(part, schema).table for part in parts).sort_by(_PLACE)
+    return rows, columns.drop_columns([_PLACE])
 
 
 def _full(rows: pa.Table, batch: int) -> pa.Table:

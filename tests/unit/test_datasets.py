@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
 from PIL import Image
+from ray.data.block import BlockAccessor
 from torch import nn
 from torchvision import models
 from torchvision.models import SqueezeNet1_1_Weights
 
 from batch_inference import TorchPredictor, from_images, from_paths, predict, read_images
+from batch_inference.columns import is_sequence
 from batch_inference.config import PreprocessConfig
+from batch_inference.datasets import _Predict
 from batch_inference.errors import UserError
 from tests.conftest import jpeg
 from tests.unit.containers import parquet, tar
@@ -184,6 +189,22 @@ def test_other_columns_are_kept_and_pool_passes_through() -> None:
     dataset = predict(ray.data.from_items(items), Mean, compute=ONE_ACTOR, num_cpus=0.5, batch_size=2)
     rows = sorted(dataset.take_all(), key=lambda row: str(row["id"]))
     assert [(row["id"], row["weight"], row["mean"]) for row in rows] == [(f"a{i}", i / 2, i) for i in range(7)]
+
+
+@pytest.mark.parametrize("values", ["ab", b"ab", {0: 1, 1: 2}, {1, 2}, bytearray(b"ab")])
+def test_what_has_a_length_is_not_yet_a_column(values: Any) -> None:
+    class Odd:
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"x": values}
+
+    table = pa.table(BlockAccessor.batch_to_arrow_block({"image": np.zeros((2, 4, 4, 3), np.uint8)}))
+    with pytest.raises(ValueError, match=f"Odd returned one {type(values).__name__} as x, not one value an image"):
+        _Predict(Odd, (), {})(table)
+
+
+@pytest.mark.parametrize("values", [[1, 2], (1, 2), np.array([1, 2]), torch.tensor([1, 2]), pd.Series([1, 2])])
+def test_columns_are_lists_arrays_tensors_and_series(values: Any) -> None:
+    assert is_sequence(values)
 
 
 def test_two_actors() -> None:

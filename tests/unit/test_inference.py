@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from batch_inference import batching, inference, shards
 from batch_inference.config import PredictorConfig, StorageConfig
 from batch_inference.errors import BatchInferenceError, RowFailure, SystemFault, UserError
-from batch_inference.factories import CLASSIFIER_SCHEMA, CustomFactory, _classifier_table, _label_array
+from batch_inference.factories import (
+    CLASSIFIER_SCHEMA,
+    CustomFactory,
+    EmbedderFactory,
+    Predict,
+    _classifier_table,
+    _label_array,
+)
 from batch_inference.inference import RESULT_SCHEMA, InferenceActor, Keeping, raise_end_of_job
 from batch_inference.marks import Journal
 from batch_inference.output_schema import distinct_columns
@@ -345,6 +353,65 @@ def test_a_confidence_that_is_no_number_is_an_error_of_its_row(dtype: Any, value
 def test_other_columns_may_hold_what_they_like() -> None:
     table = predict(lambda b: {"score": np.array([np.nan]), "confidence": ["high"]}, [image(1)])
     assert errors(table) == [None]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "kind", "expected"),
+    [
+        ([[1.0, 2.0], None, [np.nan, 3.0], [4.0, 5.0]], pa.float32(), [None, None, ("infer", "NOT_FINITE"), None]),
+        ([["a", "b"], None, ["c", "d"], ["e", "f"]], pa.string(), [None] * 4),
+        ([[1, 2], None, [3, 4], [5, 6]], pa.int64(), [None] * 4),
+    ],
+)
+def test_an_embedding_of_a_class_may_be_null_and_of_any_type(vectors: Any, kind: Any, expected: Any) -> None:
+    column = pa.array(vectors, pa.list_(kind, 2))
+    table = predict(lambda b: {"embedding": column}, [image(i) for i in range(4)], depends_on_batch=True)
+    assert errors(table) == expected
+    assert table["embedding"].to_pylist() == [
+        v if why is None else None for v, why in zip(vectors, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", "b", "c", "d"], pa.string_view()),
+        pa.array([b"a", b"b", None, b"d"], pa.binary_view()),
+        pa.array([[1], [], [3], None], pa.list_view(pa.int64())),
+        pa.array([{"name": "a"}, {"name": "b"}, None, {"name": "d"}], pa.struct([("name", pa.string_view())])),
+        pa.RunEndEncodedArray.from_arrays(pa.array([3, 4], pa.int32()), pa.array([1, 2])),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_columns_without_kernels_are_checked_and_taken_like_others(column: pa.Array) -> None:
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        numbers = first_pixels(batch).tolist()
+        return {"x": pa.concat_arrays([column.slice(number, 1) for number in numbers])}
+
+    mine = actor(call)
+    table = driver_gets(mine, prepared([image(0), image(1), ("decode", "CORRUPT"), image(2), image(3)]))
+    assert mine.rows_check is not None and mine.rows_check.state == "OK"
+    values = column.to_pylist()
+    assert table["x"].to_pylist() == [*values[:2], None, *values[2:]]
+
+
+def test_a_batch_without_a_prediction_has_no_columns_that_others_do_not_have() -> None:
+    """Ray joins what several batches gave: the classifier's columns would be an embedding's, too, and be written with it."""
+
+    @dataclass(frozen=True)
+    class Vectors(EmbedderFactory):
+        def __call__(self) -> Predict:
+            return lambda images, uris: pa.table(
+                {"embedding": pa.array([[1.0, 2.0]] * len(uris), pa.list_(pa.float32(), 2))}
+            )
+
+    nothing = [("fetch", "NOT_FOUND"), ("decode", "CORRUPT")]
+    mine = InferenceActor(Vectors(None, None), [])  # type: ignore[arg-type]
+    assert mine(prepared(nothing)).column_names == RESULT_SCHEMA.names
+    assert mine(prepared([image(1), *nothing])).column_names == [*RESULT_SCHEMA.names, "embedding"]
+    assert mine(prepared(nothing)).schema.field("embedding").type == pa.list_(pa.float32(), 2)
+    marking = InferenceActor(Vectors(None, None), [], marks_damage=True)  # type: ignore[arg-type]
+    assert marking(prepared(nothing)).column_names == [*RESULT_SCHEMA.names, "damaged"]
 
 
 def test_a_bad_image_and_a_confidence_that_is_no_number_in_one_batch() -> None:

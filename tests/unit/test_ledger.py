@@ -319,12 +319,17 @@ def test_the_end_clears_away_what_a_killed_process_left_of_an_object(tmp_path: P
     """Between a temporary file and the link that makes a commit of it the driver was killed; the next one has done it again."""
     ledger, job = planned(str(tmp_path), URIS, 2)
     commits = [commit_shard(ledger.store, s) for s in range(3)]
-    left = [tmp_path / name for name in ("_commits/shard-00001.json#1", "_schema.json#12", "_job.json#1")]
+    names = (
+        "_commits/shard-00001.json#1", "_schema.json#12", "_job.json#1",
+        "_manifest/shard-00002.parquet#1", "_jobs/plan-first.json#1",
+    )  # fmt: skip
+    ledger.begin_committing()
+    left = [tmp_path / name for name in names]
     kept = [tmp_path / name for name in ("_commits/shard-00007.json#1", "_commits/shard-00001.json#x")]
     for file in (*left, *kept):
         file.write_bytes(b"{}")
     ledger.finish(job, commits, totals_of(job, commits))
-    assert [file.exists() for file in (*left, *kept)] == [False] * 3 + [True] * 2
+    assert [file.exists() for file in (*left, *kept)] == [False] * 5 + [True] * 2
 
 
 def test_a_create_whose_temporary_file_was_cleared_away_has_lost(

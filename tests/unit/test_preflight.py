@@ -6,15 +6,19 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray.cloudpickle
 
 from batch_inference.balance import Load
-from batch_inference.config import JobConfig, load_config
+from batch_inference.config import JobConfig, PredictorConfig, load_config
+from batch_inference.factories import CustomFactory
 from batch_inference.forecast import Measured, forecast
 from batch_inference.golden import alike, compare
 from batch_inference.identity import resolve_engine, without_output
+from batch_inference.inference import RESULT_SCHEMA
 from batch_inference.preflight import preflight
-from batch_inference.trial import GIB, Trial, memory
+from batch_inference.trial import GIB, Trial, TrialActor, memory
 from tests.conftest import jpeg
+from tests.unit.test_inference import image, prepared
 
 # A GPU that takes 2,000 images a second, CPUs that decode 500 each, a store that answers in 50 ms.
 ONE = Measured(64, 0.05, 0.002, 0.0005, 30.0, {}, 100 * GIB, 100 * GIB)
@@ -120,19 +124,44 @@ def test_memory_has_to_be_more_than_where_ray_ends_processes(free: float, total:
 
 
 def test_golden_samples_are_compared_with_the_predictor_s_columns_only() -> None:
-    """A column of the input may have the name of one that only we know."""
-    expected = pa.table({"uri": ["a", "b"], "bytes": ["777", "777"], "mean": [1.0, 2.0]})
-    result = pa.table(
-        {"row": [1, 0], "stage": [None, None], "error_type": [None, None], "bytes": [1, 2], "mean": [2.0, 1.0]}
-    )
-    assert compare(expected, result, {}, 0.01).finding == "2 samples, mean (bytes not in the output) are as expected"
-    off = compare(expected, result.slice(0, 1), {0: "fetch NOT_FOUND"}, 0.01, " on L4")
+    """A column of the input, and one of the predictor, may have the name of one that only we know."""
+    expected = pa.table({"uri": ["a", "b"], "bytes": ["777", "777"], "mean": [1.0, 2.0], "stage": ["T1", "T2"]})
+    rows = pa.table({"row": [1, 0], "stage": [None, None], "error_type": [None, None], "bytes": [1, 2]})
+    columns = pa.table({"mean": [2.0, 1.0], "stage": ["T2", "T1"]})
+    found = compare(expected, (rows, columns), {}, 0.01)
+    assert found.finding == "2 samples, mean, stage (bytes not in the output) are as expected"
+    expected, columns = (table.drop_columns(["stage"]) for table in (expected, columns))
+    off = compare(expected, (rows.slice(0, 1), columns.slice(0, 1)), {0: "fetch NOT_FOUND"}, 0.01, " on L4")
     assert (off.state, off.finding) == (
         "FAIL",
         "1 of 2 samples, mean (bytes not in the output) are off on L4: a: fetch NOT_FOUND",
     )
     nothing = compare(expected, None, {0: "fetch NOT_FOUND", 1: "fetch TIMEOUT"}, 0.01)
     assert nothing.finding == "2 of 2 samples are off: a: fetch NOT_FOUND; b: fetch TIMEOUT"
+
+
+def test_columns_of_a_trial_are_there_once_whatever_their_names_and_types() -> None:
+    """Ray does not serialize several columns of one name, and the predictor's may have the names of ours."""
+
+    class Predictor:
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            number = int(batch["image"][0][0, 0, 0])
+            if len(batch["image"]) > 1:
+                raise ValueError("one by one")
+            return {"stage": ["T1"], "error_type": [None if number == 2 else "benign"], "size": [number / 2 or 0]}
+
+    mine = TrialActor(CustomFactory(Predictor, PredictorConfig(path="m:Predictor")), None)
+    rows, columns = mine.predict(prepared([image(2), image(3), ("decode", "CORRUPT"), image(0)]), None)
+    assert rows.schema == RESULT_SCHEMA
+    assert rows["error_type"].to_pylist() == [None, None, "CORRUPT", None]
+    assert columns.to_pylist() == [
+        {"stage": "T1", "error_type": None, "size": 1.0},
+        {"stage": "T1", "error_type": "benign", "size": 1.5},
+        {"stage": None, "error_type": None, "size": None},
+        {"stage": "T1", "error_type": "benign", "size": 0.0},
+    ]
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(columns)) == columns
+    assert mine.measure(prepared([image(1)]), 1, 0).images == 1
 
 
 @pytest.mark.parametrize(

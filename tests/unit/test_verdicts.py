@@ -24,6 +24,7 @@ from batch_inference.history import Spent
 from batch_inference.identity import differences, resolve_engine
 from batch_inference.ledger import Ledger, now
 from batch_inference.manifest import find_inputs
+from batch_inference.preflight import _Preflight
 from batch_inference.progress import Snapshot
 from batch_inference.status import status
 from batch_inference.storage import Store
@@ -302,6 +303,18 @@ def test_an_output_without_a_commit_is_taken_over_with_a_note(make: Make, capsys
     assert job.replaces == before.plan
     assert differences(config, resolve_engine(config), job) == []
     assert planned(config).require_job() == job
+
+
+def test_preflight_says_of_another_job_s_output_what_the_run_does(make: Make) -> None:
+    ledger = planned(make(3, 0))
+    other = make(3, 0, "two:Mean")
+    tried: Any = _Preflight(other, None, one_actor=True)
+    said = tried._resume(ledger.store, resolve_engine(other))
+    assert said.startswith("the output holds another job, which has committed nothing; a run takes it over")
+    assert said.endswith("(it differs in predictor.path, predictor.sha256)")
+    commit_shard(ledger.store, 0)
+    with pytest.raises(UserError, match="belongs to another job"):
+        tried._resume(ledger.store, resolve_engine(other))
 
 
 def test_an_output_with_rows_is_refused_with_the_commands_that_lead_on(make: Make, tmp_path: Path) -> None:
