@@ -253,12 +253,12 @@ class Trial:
         most = self._config.errors.max_percent
         if len(bad) == facts.num_rows:
             state: State = "FAIL"
-            remedy = "Mend the input, or name another: nothing of it could be used."
+            remedy = "Fix the input, or name another: nothing of it could be used."
         else:
             state = "WARN"
             too_many = most is not None and percent > most
             remedy = (
-                f"More than errors.max_percent = {most:g} allows: mend the input, or raise it." if too_many else _ROWS
+                f"More than errors.max_percent = {most:g} allows: fix the input, or raise it." if too_many else _ROWS
             )
         self._add("samples", state, f"{len(bad)} of {tried} ({percent:.0f} %) failed: {named}", remedy)
 
