@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import inspect
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -129,8 +130,8 @@ def _column(name: object, values: Any) -> pa.Array | pa.ChunkedArray:
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(values, (pandas.Series, pandas.Index, pandas.api.extensions.ExtensionArray)):
         # By position: an index is no matter of the images. A missing number stays NaN, as in numpy's arrays.
-        if isinstance(values.dtype, np.dtype):
-            return _column(name, values.to_numpy())
+        if isinstance(values.dtype, (np.dtype, pandas.SparseDtype)):
+            return _column(name, np.asarray(values))
         return _column(name, pa.array(values))
     if _is_tensor(values):
         values = _from_torch(values)
@@ -228,6 +229,8 @@ def _dense(array: np.ndarray) -> pa.Array:
 def _list_column(values: list[Any]) -> pa.Array:
     """A list's values, one an image: numbers, texts, lists, dicts, arrays, tensors, None."""
     values = [_from_torch(value) if _is_tensor(value) else value for value in values]
+    # Joining arrays forgets which of their values are masked.
+    values = [value.tolist() if isinstance(value, np.ma.MaskedArray) else value for value in values]
     arrays = [value for value in values if value is not None]
     first = arrays[0] if arrays else None
     if (
@@ -238,10 +241,35 @@ def _list_column(values: list[Any]) -> pa.Array:
         )
     ):
         return _ragged(values, first)
-    column = pa.array([_plain(value) for value in values])
+    cells = [_plain(value) for value in values]
+    column = pa.array(cells)
     if pa.types.is_binary(column.type) and any(isinstance(value, str) for value in values):
         raise TypeError("it has both texts and bytes")
+    if _has_times(column.type):
+        kinds = sorted({kind for cell in cells for kind in _times(cell)})
+        if len(kinds) > 1:  # Arrow would take the first kind for all, and cut times off or move them
+            raise TypeError(f"it has {' and '.join(kinds)}")
     return column
+
+
+def _has_times(kind: pa.DataType) -> bool:
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        return True
+    return any(_has_times(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _times(cell: Any) -> Iterator[str]:
+    """The kinds of dates and times in a cell, at any depth."""
+    if isinstance(cell, dt.datetime):
+        yield "times without a time zone" if cell.tzinfo is None else "times with a time zone"
+    elif isinstance(cell, dt.date):
+        yield "dates"
+    elif isinstance(cell, Mapping):
+        for part in cell.values():
+            yield from _times(part)
+    elif isinstance(cell, (list, tuple, set, frozenset)):
+        for part in cell:
+            yield from _times(part)
 
 
 def _ragged(values: list[Any], like: Any) -> pa.Array:
@@ -268,4 +296,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
+    if isinstance(value, memoryview):
+        return value.tobytes()
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and (value is pandas.NA or value is pandas.NaT):
+        return None
     return value.tolist() if hasattr(value, "tolist") else value

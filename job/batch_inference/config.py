@@ -67,6 +67,16 @@ class InputConfig(_Section):
     )
     sample_seed: int = Field(0, ge=0, description="Chooses the sample: the same seed and inputs give the same one.")
 
+    @field_validator("uris")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # A shell variable that is not set would mean the current directory with all that is in it.
+        if not all(uri.strip() for uri in value):
+            raise ValueError(
+                "an input is empty, as a shell variable that is not set; for the current directory write ."
+            )
+        return value
+
     @field_validator("extensions")
     @classmethod
     def _with_dot(cls, value: tuple[str, ...]) -> tuple[str, ...]:

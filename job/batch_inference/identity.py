@@ -178,13 +178,15 @@ def _load_class(spec: PredictorConfig) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as exc:
         missing = exc.name or module_name
-        what = (
-            f"there is no module {missing!r}"
-            if missing == module_name.split(".")[0]
-            else f"it needs {missing!r}, which is not installed"
-        )
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise UserError(
+                f"predictor {spec.path}: there is no module {missing!r}",
+                f"Put {module_name}.py into {here}, or install the package it is in.",
+            ) from None
         raise UserError(
-            f"predictor {spec.path}: {what}", f"Put {module_name}.py into {here}, or install the package it is in."
+            with_place(f"predictor {spec.path}: {module_name} imports {missing!r}, which is not installed", told(exc)),
+            f"Install the package that has {missing.split('.')[0]}, such as by `pip install {missing.split('.')[0]}`, or put "
+            f"{missing.split('.')[0]}.py into {here}.",
         ) from None
     except FAULTS as exc:
         # A module that calls sys.exit, such as a script that parses its arguments, would end this program without a word.

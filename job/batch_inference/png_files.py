@@ -70,20 +70,26 @@ class Chunks:
     def rows_complete(self) -> bool:
         """Return whether the pixel data is all there, and as its own checksum says."""
         expected = _size(self.header)
-        if not expected:
-            return False
+        size, ended = self._unpacked(expected)
+        return bool(expected) and ended and size == expected
+
+    def rows_missing(self) -> bool:
+        """Return whether the pixel data ends before the last row, of which Pillow says nothing."""
+        expected = _size(self.header)
+        return self._unpacked(expected)[0] < expected
+
+    def _unpacked(self, most: int) -> tuple[int, bool]:
+        """Return the bytes of the pixel data, counted up to a little more than ``most``, and whether it has its own end."""
         unpack, size = zlib.decompressobj(), 0
         try:
             for part in self._pieces():
                 piece: bytes | memoryview = part
-                while piece and not unpack.eof:
+                while piece and not unpack.eof and size <= most:
                     size += len(unpack.decompress(piece, _PIECE))
                     piece = unpack.unconsumed_tail
-                    if size > expected:
-                        return False
         except zlib.error:
-            return False
-        return unpack.eof and size == expected
+            return size, False
+        return size, unpack.eof
 
     def patched(self) -> Chunks | None:
         """Return the chunks with as much of the pixel data as can be unpacked and zeros for the rest; None where there is nothing.

@@ -13,8 +13,8 @@ _HEADER = "Traceback (most recent call last):"
 _PLACE = re.compile(r'^ *File "(.*)", line (\d+)', re.MULTILINE)
 # Ends of a process, as a class may raise them; Ray would take them for an actor that is gone or a task that was cancelled.
 _ENDINGS = (SystemExit, KeyboardInterrupt, GeneratorExit)
-#: Whatever a class raises that is its own fault.
-FAULTS: tuple[type[BaseException], ...] = (Exception, *_ENDINGS)
+#: Whatever a class raises that is its own fault. Panics of Rust packages and asyncio.CancelledError are no Exception, either.
+FAULTS: tuple[type[BaseException], ...] = (BaseException,)
 
 
 def told(exc: BaseException) -> str:

@@ -34,16 +34,20 @@ def describe_skipped(skipped: dict[str, int]) -> list[str]:
 
     >>> describe_skipped({".txt": 12, "": 1, "folder markers": 3})
     ['12 files ending with .txt', '3 folder markers', '1 file ending with nothing']
+    >>> describe_skipped({".jpg ": 1, "link": 1})
+    ["1 file ending with '.jpg '", '1 link to no image']
     """
     return [_left_out(kind, n) for kind, n in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def _left_out(kind: str, n: int) -> str:
     if kind == "link":
-        return f"{n:,} links to no image"
+        return f"{n:,} {'link' if n == 1 else 'links'} to no image"
     if kind and not kind.startswith("."):
         return f"{n:,} {kind}"
-    return f"{n:,} {'file' if n == 1 else 'files'} ending with {kind or 'nothing'}"
+    # A space at the end would not be seen.
+    shown = repr(kind) if kind != kind.strip() else kind or "nothing"
+    return f"{n:,} {'file' if n == 1 else 'files'} ending with {shown}"
 
 
 def last_line(text: str, most: int = 300) -> str:

@@ -419,7 +419,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("plan {}/photos --set predictor=nocolon", "'nocolon' is not of the form module:Class", "schema"),
     ("plan {}/photos --set predictor=no_module:X", "there is no module 'no_module'", "Put no_module.py into {}"),
     ("plan {}/photos --set predictor=mine:X", "mine has no 'X'; its classes: Mine", "after the colon"),
-    ("plan {}/photos --set predictor=needs:X", "it needs 'not_installed_anywhere'", "install"),
+    ("plan {}/photos --set predictor=needs:X", "needs imports 'not_installed_anywhere'", "install"),
     ("plan {}/photos --set predictor=breaks:X", "importing breaks failed: RuntimeError: at import", "Fix the module"),
     ("status {}/none", "there is no folder {}/none", "Check the location"),
     ("status {}/photos", "there is no job in {}/photos", "Check the location"),

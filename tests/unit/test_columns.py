@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import types
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -60,6 +61,13 @@ def column(values: Any, rows: int = 3) -> pa.Table:
         (np.arange(3, dtype=">f4"), pa.float32(), [0.0, 1.0, 2.0]),
         (np.matrix([[1, 2], [3, 4], [5, 6]]), pa.list_(pa.int64()), [[1, 2], [3, 4], [5, 6]]),
         (np.ma.array([1, 2, 3], mask=[0, 1, 0]), pa.int64(), [1, None, 3]),
+        ([np.ma.array([1, 2], mask=[0, 1]), np.array([3, 4]), None], pa.list_(pa.int64()), [[1, None], [3, 4], None]),
+        ([np.ma.array([1.0, 2.0], mask=[1, 0])] * 2, pa.list_(pa.float64()), [[None, 2.0]] * 2),
+        (pd.arrays.SparseArray([0, 0, 1]), pa.int64(), [0, 0, 1]),
+        (pd.Series(pd.arrays.SparseArray([0.5, 0.0])), pa.float64(), [0.5, 0.0]),
+        ([1, pd.NA, 3], pa.int64(), [1, None, 3]),
+        ([pd.Timestamp("2020-01-01 05:00"), pd.NaT], None, [dt.datetime(2020, 1, 1, 5), None]),
+        ([memoryview(b"ab"), memoryview(b"c")], pa.binary(), [b"ab", b"c"]),
         (np.array([[1], [2, 3], None], dtype=object), pa.list_(pa.int64()), [[1], [2, 3], None]),
         (np.array(["2024-01-01", "NaT", "2024-01-03"], "M8[s]"), pa.timestamp("s"), None),
         ([], None, []),
@@ -71,6 +79,19 @@ def test_a_column_keeps_its_values_and_the_type_they_have(values: Any, kind: Any
         assert table["v"].to_pylist() == expected
     if kind is not None:
         assert table.schema.field("v").type == kind
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([dt.date(2020, 1, 1), dt.datetime(2020, 1, 1, 5)], "dates and times without a time zone"),
+        ([dt.datetime(2020, 1, 1, 5), dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)], "times with a time zone and times without"),
+        ([{"at": [dt.date(2020, 1, 1)]}, {"at": [dt.datetime(2020, 1, 1, 5)]}], "dates and times without a time zone"),
+    ],
+)  # fmt: skip
+def test_dates_and_times_that_arrow_would_change_are_refused(values: Any, said: str) -> None:
+    with pytest.raises(RowFailure, match=f"'v' cannot be stored: it has {said}"):
+        column(values, len(values))
 
 
 @pytest.mark.parametrize(

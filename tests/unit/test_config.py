@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from batch_inference import config as config_module
-from batch_inference.config import JobConfig, json_schema, load_config, parse_config
+from batch_inference.config import InputConfig, JobConfig, json_schema, load_config, parse_config
 from batch_inference.errors import UserError
 
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
@@ -359,3 +359,9 @@ def test_endpoint_for_two_kinds_of_store_is_refused_with_the_variables() -> None
     with pytest.raises(UserError, match=r"the job names gs:// and s3://: remove it, and set AWS_ENDPOINT_URL"):
         parse_config(data | {"output": {"uri": "gs://a/out"}})
     assert parse_config(data | {"output": {"uri": "s3://b/out"}}).storage.endpoint_url
+
+
+@pytest.mark.parametrize("uris", [[""], ["photos/", " "]])
+def test_an_empty_input_is_not_the_current_directory(uris: list[str]) -> None:
+    with pytest.raises(ValidationError, match=r"an input is empty, as a shell variable that is not set; .* write \."):
+        InputConfig.model_validate({"uris": uris})

@@ -538,6 +538,27 @@ def test_png_whose_pixels_do_not_unpack_though_all_checksums_are_right() -> None
     assert isinstance(found, tuple)
 
 
+@pytest.mark.parametrize("name", list(pngs()))
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_png_whose_pixels_are_fewer_than_its_header_says(name: str, share: float) -> None:
+    """All checksums are right, and Pillow leaves the other rows black or transparent without a word."""
+    parts = split(pngs()[name])
+    rows = zlib.decompress(b"".join(body for kind, body in parts if kind == b"IDAT"))
+    few = zlib.compress(rows[: int(share * len(rows))])
+    first = next(n for n, (kind, _) in enumerate(parts) if kind == b"IDAT")
+    data = join([*parts[:first], (b"IDAT", few), *(part for part in parts[first:] if part[0] != b"IDAT")])
+    found, _ = verdict(data)
+    # Pillow itself says so where it looks for more chunks of pixels.
+    assert isinstance(found, tuple) and found[0] in ("CORRUPT", "TRUNCATED")
+    is_damaged(data, found[0])
+
+
+def test_png_of_one_color_is_whole() -> None:
+    for size in ((1, 1), (1, 9), (9, 2), (40, 30)):
+        assert (pixels(encode(Image.new("RGB", size), "PNG")) == 0).all()
+        assert (pixels(encode(Image.new("RGBA", size), "PNG")) == 255).all()
+
+
 def test_damaged_interlaced_png_is_patched() -> None:
     # Pillow does not write them: eight rows and columns in seven passes, by hand.
     passes = [(1, 1), (1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8)]

@@ -91,6 +91,15 @@ class Closes(Exits):
         raise GeneratorExit("closed")
 
 
+class Panic(BaseException):  # as packages written in Rust raise
+    pass
+
+
+class Panics(Exits):
+    def how(self):
+        raise Panic("index out of bounds")
+
+
 class CannotStart:
     def __init__(self):
         self.weights = open("/there/are/no/weights.bin")
@@ -271,6 +280,7 @@ def test_errors_of_an_earlier_version_are_read_without(tmp_path: Path) -> None:
         ("Exits", "the predictor calls sys.exit (SystemExit: 3)"),
         ("Interrupts", "the predictor raised KeyboardInterrupt"),
         ("Closes", "the predictor raised GeneratorExit: closed"),
+        ("Panics", "Panic: index out of bounds"),
     ],
 )
 def test_a_class_that_ends_its_process_fails_on_its_image_alone(module: Any, name: str, said: str) -> None:
@@ -482,6 +492,16 @@ def test_a_module_that_exits_at_import_says_so(tmp_path: Path, monkeypatch: pyte
         engine("a_script:P")()
     assert f'File "{tmp_path}/a_script.py", line 3' in caught.value.message
     assert "__main__" in caught.value.remedy
+
+
+def test_a_package_that_a_module_needs_is_named_with_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_more.py").write_text("import os\nimport not_there.part\nclass P: ...\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="needs_more imports 'not_there', which is not installed") as caught:
+        engine("needs_more:P")()
+    assert f'File "{tmp_path}/needs_more.py", line 2' in caught.value.message
+    assert "`pip install not_there`" in caught.value.remedy
+    assert "needs_more.py" not in caught.value.remedy
 
 
 def test_a_network_itself_is_sent_to_model_source_package() -> None:
