@@ -80,7 +80,12 @@ def test_2_for_inputs_that_are_not_there(tmp_path: Path, program: Program) -> No
     failed(
         program(*job_args(tmp_path / "nowhere", tmp_path / "out")), 2, "there is no file or folder .*nowhere", "path"
     )
-    failed(program(*job_args(tmp_path / "empty", tmp_path / "out")), 2, r"no images in .*1 \.md", "extensions")
+    failed(
+        program(*job_args(tmp_path / "empty", tmp_path / "out")),
+        2,
+        r"no images in .*1 file ending with \.md",
+        "extensions",
+    )
 
 
 def test_2_within_the_first_shard_when_every_fetch_is_denied(
