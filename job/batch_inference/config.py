@@ -27,7 +27,7 @@ class _Section(BaseModel):
 class InputConfig(_Section):
     """Which images: folders, globs and single objects, or a manifest that lists them."""
 
-    uris: tuple[str, ...] = Field(
+    uris: tuple[Annotated[str, WithJsonSchema({"type": "string", "pattern": r"\S"})], ...] = Field(
         (),
         description="Folders, globs (`*`, `**`, `?`), single images, tar files of images (`.tar`, also in folders) or Parquet files "
         "of images (where named, or with `bytes_column`); local paths, `s3://`, `gs://`, `az://`.",
