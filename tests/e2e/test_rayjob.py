@@ -76,7 +76,9 @@ def test_two_actors_get_two_workers_with_a_gpu_each(world: World, kubernetes: Ku
     assert run.object["metadata"]["name"] == run.name
     (submitter,) = run.submitters
     assert submitter.status.phase == "Succeeded"
-    assert f"SUCCEEDED: {PHOTOS} of {PHOTOS} images accounted for" in verdict(run.log())
+    # More of them are broken than errors.max_percent allows a larger job, which the verdict's first words say.
+    errors = f"{100 * BROKEN / PHOTOS:.1f} % ERRORS"
+    assert f"SUCCEEDED WITH {errors}: {PHOTOS} of {PHOTOS} images accounted for" in verdict(run.log())
     verified(world, "s3://images/out/photos/", PHOTOS, BROKEN)
     assert f"OK: all {PHOTOS} inputs are there exactly once" in releases.test("photos")
 
