@@ -43,10 +43,11 @@ PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 test: lint test-unit test-charts test-report test-job test-e2e ## All tests, the fast ones first
 
 .PHONY: lint
-lint: $(VENV)/.ready ## ruff, mypy --strict, and the freshness of the lock
+lint: $(VENV)/.ready ## ruff, mypy --strict and codespell
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/codespell $(SOURCES) k8s .ci .github Makefile pyproject.toml *.md
 
 .PHONY: test-unit
 test-unit: $(VENV)/.ready ## Tests that need no cluster, and the documents: a minute or two
