@@ -1,4 +1,4 @@
-"""Prints what is in the image as CycloneDX: the Python packages of an environment, and Debian's."""
+"""Print the image's software bill of materials as CycloneDX: Python packages of an environment, and Debian packages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 
 def output(*command: str) -> str:
-    """What a command prints."""
+    """Return what a command prints."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - our own commands
 
 
 def python_packages(environment: str) -> dict[str, Any]:
-    """The SBOM of a virtual environment."""
+    """Return the SBOM of a virtual environment."""
     tool = Path(sys.executable).with_name("cyclonedx-py")
     options = ("--spec-version", "1.6", "--output-reproducible", "--no-validate")
     sbom: dict[str, Any] = json.loads(output(str(tool), "environment", *options, environment))
@@ -27,7 +27,7 @@ def python_packages(environment: str) -> dict[str, Any]:
 
 
 def debian_packages() -> list[dict[str, str]]:
-    """What dpkg has installed, as components."""
+    """Return the installed Debian packages as components."""
     text = output("/usr/bin/dpkg-query", "--show", "--showformat", "${Package} ${Version} ${Architecture}\n")
     components = []
     for line in sorted(text.splitlines()):
@@ -38,7 +38,7 @@ def debian_packages() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Writes the SBOM of the environment named on the command line to standard output, if it is valid."""
+    """Write the SBOM of the environment named on the command line to standard output, if it is valid."""
     sbom = python_packages(sys.argv[1])
     sbom["metadata"]["component"] = {"type": "container", "bom-ref": "image", "name": "ray-batch-inference"}
     sbom["components"] += debian_packages()

@@ -1,4 +1,4 @@
-"""Writes values.schema.json of the charts, the reference in README.md, and the table of metrics: python helm/generate.py [--check]."""
+"""Write values.schema.json of the charts, the reference in README.md, and the table of metrics: python helm/generate.py [--check]."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 
-from batch_inference import metrics
+from batch_inference.config import RENAMED_KEYS
+from batch_inference.telemetry import metrics
 
 HELM = Path(__file__).resolve().parent
 CHARTS = ("rayjob", "raycluster")
 KUBERAY = HELM.parent / "tests" / "charts" / "schemas" / "rayjobs.json"
-# What Pod Security "restricted" admits.
+# Volumes that Pod Security "restricted" admits.
 VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
 MARK = "<!-- values of {}: written by generate.py -->"
 MONITORING = HELM.parent / "k8s" / "monitoring.md"
@@ -29,7 +30,7 @@ METRICS_MARK = "<!-- metrics{}: written by helm/generate.py -->"
 
 @dataclass(frozen=True)
 class Key:
-    """A key of values.yaml with its sentence."""
+    """A key of values.yaml with its description."""
 
     path: str
     text: str
@@ -38,16 +39,16 @@ class Key:
 
 @functools.cache
 def program_schema() -> dict[str, Any]:
-    """The schema of the job, printed by the program."""
+    """Return the schema of the job, as the program prints it."""
     command = [sys.executable, "-m", "batch_inference", "schema"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
     schema: dict[str, Any] = json.loads(printed.stdout)
     return schema
 
 
-def sentences(chart: str) -> dict[str, str]:
-    """The `# --` sentence above each key of a chart's values.yaml."""
-    found: dict[str, str] = {}
+def descriptions(chart: str) -> dict[str, str]:
+    """Return the `# --` description above each key of a chart's values.yaml."""
+    texts: dict[str, str] = {}
     parents: list[str] = []
     text = ""
     for line in (HELM / chart / "values.yaml").read_text().splitlines():
@@ -56,19 +57,19 @@ def sentences(chart: str) -> dict[str, str]:
         elif key := re.match(r"( *)([A-Za-z_]+):", line):
             parents[len(key[1]) // 2 :] = [key[2]]
             if text:
-                found[".".join(parents)] = text
+                texts[".".join(parents)] = text
             text = ""
-    return found
+    return texts
 
 
 def defaults(chart: str) -> dict[str, Any]:
-    """The values of a chart."""
+    """Return the default values of a chart."""
     values: dict[str, Any] = yaml.safe_load((HELM / chart / "values.yaml").read_text())
     return values
 
 
 def kubernetes() -> dict[str, Any]:
-    """Types that are handed through to pods, as the operator's CRD has them, with what only the API server would check."""
+    """Return the types of values that pods get unchanged: those of the operator's CRD, with checks that only the API server would make."""
     schema = json.loads(KUBERAY.read_text())
     spec = schema["properties"]["spec"]["properties"]["submitterPodTemplate"]["properties"]["spec"]["properties"]
     container = spec["containers"]["items"]["properties"]
@@ -100,7 +101,7 @@ def kubernetes() -> dict[str, Any]:
 
 
 def draft7(schema: Any) -> Any:
-    """Rewrites what older Helm versions do not know: tuples, as JSON Schema had them before 2020."""
+    """Rewrite tuples to JSON Schema draft 7, since older Helm versions do not know later ones."""
     if isinstance(schema, list):
         return [draft7(item) for item in schema]
     if not isinstance(schema, dict):
@@ -113,26 +114,26 @@ def draft7(schema: Any) -> Any:
 
 
 def job_schema(program: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The program's schema, with the keys that the chart computes with made mandatory."""
+    """Return the program's schema, in which the keys that the chart computes with are mandatory."""
     schema: dict[str, Any] = draft7({key: value for key, value in program.items() if not key.startswith("$")})
     schema["required"] = list(given)
     return schema
 
 
 def typed(shape: dict[str, Any], path: str, texts: dict[str, str], given: Any) -> dict[str, Any]:
-    """Turns a part of schema.yaml into JSON Schema."""
-    about = {"description": texts[path]} if path in texts else {}
+    """Return a part of schema.yaml as JSON Schema."""
+    description = {"description": texts[path]} if path in texts else {}
     if "kubernetes" in shape:
         return {"$ref": f"#/$defs/{shape['kubernetes']}"}
     if not shape:
         return {"type": "object", "additionalProperties": False}
     if ("type" in shape and not isinstance(shape["type"], dict)) or "enum" in shape:
-        return {**about, **shape}
+        return {**description, **shape}
     return {
-        **about,
+        **description,
         "type": "object",
         "additionalProperties": False,
-        # Helm drops a key that is set to null: what templates need must not be lost that way.
+        # Helm drops a key that is set to null; keys that templates need must not be lost that way.
         "required": [key for key in shape if given[key] is not None],
         "properties": {
             key: typed(value, f"{path}.{key}".lstrip("."), texts, given[key])
@@ -143,26 +144,35 @@ def typed(shape: dict[str, Any], path: str, texts: dict[str, str], given: Any) -
 
 
 def schema(chart: str) -> str:
-    """The text of a chart's values.schema.json."""
+    """Return the text of a chart's values.schema.json."""
     shape = yaml.safe_load((HELM / "schema.yaml").read_text())[chart]
     given = defaults(chart)
-    whole = typed(shape, "", sentences(chart), given)
-    # Helm adds these for what parent and library charts share.
-    whole["properties"]["global"] = {"type": "object", "additionalProperties": False}
-    whole["properties"]["common"] = typed({"global": {}}, "", {}, {"global": None})
+    root = typed(shape, "", descriptions(chart), given)
+    # Helm adds these for values that parent and library charts share.
+    root["properties"]["global"] = {"type": "object", "additionalProperties": False}
+    root["properties"]["common"] = typed({"global": {}}, "", {}, {"global": None})
     types = kubernetes()
     if "job" in shape:
         program = program_schema()
-        whole["properties"]["job"] = job_schema(program, given["job"])
+        root["properties"]["job"] = job_schema(program, given["job"])
         types |= draft7(program["$defs"])
         for section, name in (("inference", "InferenceConfig"), ("preprocess", "PreprocessConfig")):
             types[name]["required"] = list(given["job"][section])
-    whole = {"$schema": "http://json-schema.org/draft-07/schema#", **whole, "$defs": types}
-    return json.dumps(whole, indent=1, sort_keys=True) + "\n"
+        _let_renamed_keys_pass(root["properties"]["job"], types)
+    root = {"$schema": "http://json-schema.org/draft-07/schema#", **root, "$defs": types}
+    return json.dumps(root, indent=1, sort_keys=True) + "\n"
+
+
+def _let_renamed_keys_pass(job: dict[str, Any], types: dict[str, Any]) -> None:
+    """Allow keys of earlier versions: Helm looks at the schema first, which cannot say the new name; a rule of the chart does."""
+    for old, new in RENAMED_KEYS.items():
+        section, _, key = old.partition(".")
+        properties = types[job["properties"][section]["$ref"].rpartition("/")[2]]["properties"]
+        properties[key] = {"deprecated": True, "description": f"Refused: its name is `job.{new}` now."}
 
 
 def program_keys(schema: dict[str, Any], types: dict[str, Any], path: str) -> Iterator[Key]:
-    """The keys of the job, as the program describes them."""
+    """Yield the keys of the job, as the program describes them."""
     for name, value in schema["properties"].items():
         options = [value, *value.get("anyOf", [])]
         inner = next((types[item["$ref"].rpartition("/")[2]] for item in options if "$ref" in item), None)
@@ -174,17 +184,17 @@ def program_keys(schema: dict[str, Any], types: dict[str, Any], path: str) -> It
 
 
 def keys(chart: str) -> list[Key]:
-    """All keys of a chart's values, in order."""
-    texts, given = sentences(chart), defaults(chart)
-    found = [key for key in _value_keys(given, "", texts)]
+    """Return all keys of a chart's values, in order."""
+    texts, given = descriptions(chart), defaults(chart)
+    result = list(_value_keys(given, "", texts))
     if "job" in given:
         program = program_schema()
-        own = {key.path: key for key in found if key.path.startswith("job.")}
+        own = {key.path: key for key in result if key.path.startswith("job.")}
         job = [own.get(key.path, key) for key in program_keys(program, program["$defs"], "job")]
-        at = next(index for index, key in enumerate(found) if key.path in own)
-        found = [key for key in found if key.path not in own]
-        found[at:at] = job
-    return found
+        first = next(index for index, key in enumerate(result) if key.path in own)
+        result = [key for key in result if key.path not in own]
+        result[first:first] = job
+    return result
 
 
 def _value_keys(values: dict[str, Any], path: str, texts: dict[str, str]) -> Iterator[Key]:
@@ -197,7 +207,7 @@ def _value_keys(values: dict[str, Any], path: str, texts: dict[str, str]) -> Ite
 
 
 def reference(chart: str) -> str:
-    """The table of a chart's values."""
+    """Return the table of a chart's values."""
     lines = [MARK.format(chart), "", "| key | default | |", "| --- | --- | --- |"]
     for key in keys(chart):
         text = key.text.replace("|", "\\|")
@@ -206,7 +216,7 @@ def reference(chart: str) -> str:
 
 
 def readme() -> str:
-    """README.md with its tables written anew."""
+    """Return README.md with fresh tables."""
     text = (HELM / "README.md").read_text()
     for chart in CHARTS:
         start, end = re.escape(MARK.format(chart)), re.escape(MARK.format(f"{chart}, end"))
@@ -216,14 +226,14 @@ def readme() -> str:
 
 
 def monitoring() -> str:
-    """monitoring.md with its table of metrics written anew."""
+    """Return monitoring.md with a fresh table of metrics."""
     start, end = METRICS_MARK.format(""), METRICS_MARK.format(", end")
     before, _, rest = MONITORING.read_text().partition(start)
-    return f"{before}{start}\n\n{metrics.table()}\n\n{end}{rest.partition(end)[2]}"
+    return f"{before}{start}\n\n{metrics.markdown_table()}\n\n{end}{rest.partition(end)[2]}"
 
 
 def products() -> dict[Path, str]:
-    """What this program writes."""
+    """Return the files that this program writes, with their texts."""
     return {
         **{HELM / chart / "values.schema.json": schema(chart) for chart in CHARTS},
         HELM / "README.md": readme(),
@@ -232,7 +242,7 @@ def products() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Writes, or with --check says what is not fresh."""
+    """Write the files, or with --check name the stale ones."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
     check = parser.parse_args().check

@@ -1,6 +1,6 @@
-"""Packages the charts of a release: python helm/package.py VERSION REPOSITORY@sha256:DIGEST [--push oci://REGISTRY/charts].
+"""Package the charts of a release: python helm/package.py VERSION REPOSITORY@sha256:DIGEST [--push oci://REGISTRY/charts].
 
-Chart, application and image have one version, and the image is named by its digest, so that what a chart installs is certain. With
+Chart, application and image have one version, and the image is named by its digest, so that a chart always installs the same image. With
 ``--push`` the charts go to a registry, and their references by digest are printed, one a line, to be signed.
 """
 
@@ -21,7 +21,7 @@ IMAGE = re.compile(r"(?P<repository>[^@\s]+)@(?P<digest>sha256:[0-9a-f]{64})")
 
 
 def package(chart: str, version: str, image: str, destination: Path, helm: str = "helm") -> Path:
-    """Writes ``CHART-VERSION.tgz`` and returns its path.
+    """Write ``CHART-VERSION.tgz`` and return its path.
 
     Args:
         chart: ``rayjob`` or ``raycluster``.
@@ -31,20 +31,20 @@ def package(chart: str, version: str, image: str, destination: Path, helm: str =
         helm: The command.
 
     Raises:
-        ValueError: If version or image is not as it must be.
+        ValueError: If version or image is malformed.
     """
     if not VERSION.fullmatch(version):
-        raise ValueError(f"{version} is no version such as 1.2.3 or 1.2.3-rc.1")
-    found = IMAGE.fullmatch(image)
-    if not found:
-        raise ValueError(f"{image} is no image by digest, such as registry.example/batch-inference@sha256:…")
+        raise ValueError(f"{version} is not a version such as 1.2.3 or 1.2.3-rc.1")
+    parts = IMAGE.fullmatch(image)
+    if not parts:
+        raise ValueError(f"{image} is not an image by digest such as registry.example/batch-inference@sha256:…")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / chart
-        # The library is a link, in whose place the package has a copy.
+        # The package has a copy of the library, which is a link here.
         shutil.copytree(HELM / chart, copy)
         values = (copy / "values.yaml").read_text()
         for key in ("repository", "digest"):
-            values, count = re.subn(rf"(?m)^(image:\n(?:[ #].*\n)*?  {key}: ).*$", rf"\g<1>{found[key]}", values)
+            values, count = re.subn(rf"(?m)^(image:\n(?:[ #].*\n)*?  {key}: ).*$", rf"\g<1>{parts[key]}", values)
             if count != 1:
                 raise ValueError(f"values.yaml of {chart} has no image.{key}")
         (copy / "values.yaml").write_text(values)
@@ -64,18 +64,18 @@ def package(chart: str, version: str, image: str, destination: Path, helm: str =
 
 
 def push(file: Path, registry: str, helm: str = "helm", *options: str) -> str:
-    """Pushes a package and returns its reference by digest, without the scheme."""
+    """Push a package and return its reference by digest, without the scheme."""
     command = [helm, "push", str(file), registry, *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
     digest = re.search(r"Digest: (sha256:[0-9a-f]{64})", done.stdout + done.stderr)
     if not digest:
-        raise ValueError(f"helm push said no digest: {done.stdout + done.stderr}")
+        raise ValueError(f"helm push printed no digest: {done.stdout + done.stderr}")
     name = re.sub(r"-\d+\.\d+\.\d+.*$", "", file.stem)
     return f"{registry.removeprefix('oci://')}/{name}@{digest[1]}"
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Package the charts, push them if asked, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("version", metavar="VERSION")
     parser.add_argument("image", metavar="REPOSITORY@sha256:DIGEST")

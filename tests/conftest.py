@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import random
 import tempfile
@@ -11,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.support.images import broken, jpeg
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("project", deadline=None)
@@ -22,37 +20,6 @@ hypothesis.settings.load_profile("project")
 # Whatever the tests start must not ask anything of the network by itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-
-def jpeg(seed: int, size: tuple[int, int] = (48, 32)) -> bytes:
-    """A real JPEG whose content depends on its seed: a smooth gradient with some noise."""
-    rng = np.random.default_rng(seed)
-    width, height = size
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    base = np.stack([x, y, (x + y) / 2], axis=2) * 255 * rng.random(3) + rng.random((height, width, 3)) * 20
-    out = io.BytesIO()
-    Image.fromarray(base.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
-    return out.getvalue()
-
-
-def broken(seed: int) -> bytes:
-    """Bytes that are no image, of one of several kinds."""
-    return [b"", b"not an image at all\n" * 5, jpeg(seed)[:150], b"\x89PNG\r\n\x1a\nrubbish", b"<html>no</html>"][
-        seed % 5
-    ]
-
-
-@contextlib.contextmanager
-def unprivileged() -> Iterator[None]:
-    """For a while nobody in particular: root may read everything, and a test of denied access needs a denial."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

@@ -17,6 +17,23 @@ from batch_inference.errors import UserError
 DEFAULT_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MODULE_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
+#: Keys of earlier versions, with the names that they have now.
+RENAMED_KEYS = {
+    "input.bytes_column": "input.image_column",
+    "preprocess.exact": "preprocess.decoder",
+    "preprocess.gpu_jpeg": "preprocess.decoder",
+    "errors.min_sample": "errors.min_rows",
+    "preflight.golden": "preflight.golden_manifest",
+}
+# Keys of earlier versions that were true or false: the decoder that true meant.
+_DECODERS = {"exact": "exact", "gpu_jpeg": "gpu"}
+
+_CREDENTIALS = "the URL has credentials in it"
+# The chart reads the port from it as well, so that there is no query and no escape.
+_PORT = r"[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_REMOTE = re.compile(r"(?P<scheme>s3|gs|az)://")
+_ENDPOINT = re.compile(rf"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:({_PORT}))?(/[A-Za-z0-9._~/@:+=,-]*)?$")
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -25,12 +42,12 @@ class _Section(BaseModel):
 
 
 class InputConfig(_Section):
-    """Which images: folders, globs and single objects, or a manifest that lists them."""
+    """The images: folders, globs and single objects, or a manifest that lists them."""
 
     uris: tuple[Annotated[str, WithJsonSchema({"type": "string", "pattern": r"\S"})], ...] = Field(
         (),
         description="Folders, globs (`*`, `**`, `?`), single images, tar files of images (`.tar`, also in folders) or Parquet files "
-        "of images (where named, or with `bytes_column`); local paths, `s3://`, `gs://`, `az://`.",
+        "of images (if named, or with `image_column`); local paths, `s3://`, `gs://`, `az://`.",
     )
     manifest: str | None = Field(
         None,
@@ -39,22 +56,22 @@ class InputConfig(_Section):
     uri_column: str = Field(
         "uri",
         min_length=1,
-        description="The manifest's column that holds the URI; its other columns pass through to the output.",
+        description="Column of the manifest that holds the URI; the other columns pass through to the output.",
     )
     allowed_prefixes: tuple[str, ...] | None = Field(
         None,
-        description="Where inputs of the manifest may lie: folders, objects, or schemes alone (`s3://`); other lines become failed "
-        "rows, NOT_ALLOWED. Null: anywhere, but no local files where the manifest is on an object store.",
+        description="Locations that a manifest may reference: folders, objects, or whole schemes (`s3://`); other lines become failed "
+        "rows, NOT_ALLOWED. Null: any location, but no local files if the manifest is on an object store.",
     )
-    bytes_column: str | None = Field(
+    image_column: str | None = Field(
         None,
         min_length=1,
         description="Column of Parquet files in `uris` that holds encoded images: bytes, or a struct with `bytes`. "
-        "Null: the only one there is, and Parquet files in folders are left out.",
+        "Null: the only such column, and Parquet files in folders are left out.",
     )
     passthrough_columns: tuple[str, ...] = Field(
         (),
-        description="Columns of Parquet files in `uris` that pass through to the output; they are read when the job is planned.",
+        description="Columns of Parquet files in `uris` that pass through to the output; read when the job is planned.",
     )
     extensions: tuple[str, ...] = Field(
         DEFAULT_EXTENSIONS,
@@ -63,17 +80,17 @@ class InputConfig(_Section):
     recursive: bool = Field(True, description="Descend into sub-folders.")
     limit: PositiveInt | None = Field(None, description="Use only the first N inputs; null: all.")
     sample: PositiveInt | None = Field(
-        None, description="Use only N inputs, chosen at random and kept in order; null: all. Goes before `limit`."
+        None, description="Use only N inputs, chosen at random and kept in order; null: all. Applied before `limit`."
     )
-    sample_seed: int = Field(0, ge=0, description="Chooses the sample: the same seed and inputs give the same one.")
+    sample_seed: int = Field(0, ge=0, description="Seed of the sample; the same seed and inputs give the same sample.")
 
     @field_validator("uris")
     @classmethod
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        # A shell variable that is not set would mean the current directory with all that is in it.
+        # A shell variable that is not set would mean the current directory with all its files.
         if not all(uri.strip() for uri in value):
             raise ValueError(
-                "an input is empty, as a shell variable that is not set; for the current directory write ."
+                "an input is empty, as from a shell variable that is not set; for the current directory write ."
             )
         return value
 
@@ -90,26 +107,19 @@ class InputConfig(_Section):
 
 
 class OutputConfig(_Section):
-    """Where the rows go."""
+    """The output folder."""
 
-    uri: str = Field("", description="Folder of the output; one job each. Local path, `s3://`, `gs://`, `az://`.")
+    uri: str = Field("", description="Output folder, one for each job: local path, `s3://`, `gs://`, `az://`.")
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="Parquet compression.")
 
 
-_CREDENTIALS = "the URL has credentials in it"
-# What the chart can take a port from, too: no query, no escapes.
-_PORT = r"[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-_REMOTE = re.compile(r"(?P<scheme>s3|gs|az)://")
-_ENDPOINT = re.compile(rf"^https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:({_PORT}))?(/[A-Za-z0-9._~/@:+=,-]*)?$")
-
-
 class StorageConfig(_Section):
-    """How object stores are reached. Credentials come from the environment, never from here."""
+    """Access to object stores. Credentials come from the environment, never from here."""
 
     endpoint_url: Annotated[str, WithJsonSchema({"type": "string", "pattern": _ENDPOINT.pattern})] | None = Field(
         None,
-        description="URL of the store where it is not the provider's own, such as `https://minio.example:9000`; for all of the job's "
-        "buckets. Null: from the environment (`AWS_ENDPOINT_URL`, `GOOGLE_BASE_URL`, `AZURE_STORAGE_ENDPOINT`), or the provider's.",
+        description="URL of a store that is not the provider's own, such as `https://minio.example:9000`, for all buckets of the "
+        "job. Null: from the environment (`AWS_ENDPOINT_URL`, `GOOGLE_BASE_URL`, `AZURE_STORAGE_ENDPOINT`), or the provider's.",
     )
 
     @field_validator("endpoint_url")
@@ -127,7 +137,7 @@ class StorageConfig(_Section):
 
     region: str | None = Field(None, description="Region of the bucket; null: from the environment (`AWS_REGION`).")
     anonymous: bool = Field(False, description="Send unsigned requests, for public buckets.")
-    timeout_s: float = Field(60.0, gt=0, description="Longest time for one request, in seconds.")
+    timeout_s: float = Field(60.0, gt=0, description="Timeout of one request, in seconds.")
     max_retries: int = Field(
         5,
         ge=0,
@@ -137,19 +147,19 @@ class StorageConfig(_Section):
     retry_timeout_s: float = Field(
         120.0,
         gt=0,
-        description="Longest time for a request with all of its retries, in seconds; an input that the store asks to slow down for "
-        "(503, 429) is tried until then.",
+        description="Timeout of a request with all its retries, in seconds; if the store asks to slow down (503, 429), the request is "
+        "retried until then.",
     )
     fetch_concurrency: int = Field(
         16,
         ge=1,
         le=1024,
-        description="Requests that one task has under way at the most; fewer while the store asks to slow down.",
+        description="Maximum of concurrent requests of one task; fewer while the store asks to slow down.",
     )
 
 
 class TransformConfig(_Section):
-    """Resize, crop and normalise; needed only where the weights do not bring their own."""
+    """Resizing, cropping and normalization; needed only if the weights do not bring their own."""
 
     resize: PositiveInt = Field(256, description="Length of the shorter side after resizing, in pixels.")
     crop: PositiveInt = Field(224, description="Side of the central square that the model sees, in pixels.")
@@ -163,7 +173,7 @@ class TransformConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """Which network, and where its weights are."""
+    """The network and its weights."""
 
     source: Literal["torchvision", "timm", "file", "package"] = Field(
         "torchvision",
@@ -177,7 +187,7 @@ class ModelConfig(_Section):
     )
     weights: str | None = Field(
         "DEFAULT",
-        description="torchvision: name of the weights enum's member. timm: pretrained tag, DEFAULT for its own. file: path or URI. "
+        description="torchvision: member of the weights enum. timm: pretrained tag, DEFAULT for timm's own. file: path or URI. "
         "package: `module:callable` that returns the path of a state dict, or a path or URI, or null if the model comes with its weights.",
     )
     args: tuple[Any, ...] = Field((), description="Arguments of a package's callable.")
@@ -191,22 +201,22 @@ class ModelConfig(_Section):
         description="Class names: a list, a text file's path or URI (one a line), or `imagenet-1k`; null: from the weights, else none.",
     )
     transform: TransformConfig | None = Field(
-        None, description="Null: what the weights bring, else ImageNet's usual 256, 224."
+        None, description="Null: the transform that comes with the weights, else ImageNet's usual 256, 224."
     )
 
 
 class PredictorConfig(_Section):
-    """A predictor class of one's own, used instead of `model`."""
+    """Your own predictor class, used instead of `model`."""
 
     path: str = Field(
-        description="`module:Class`, or a function; the module is looked for in the current directory, then among installed packages."
+        description="`module:Class`, or a function; the module is searched in the current directory, then among installed packages."
     )
     args: tuple[Any, ...] = Field((), description="Positional arguments of the constructor.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the constructor.")
     depends_on_batch: bool = Field(
         False,
         description="Whether rows depend on the other images of their batch on purpose, as batch statistics do. False: a few images are "
-        "predicted alone, in a batch and in another order, and the job ends (exit code 2) where that changes their rows.",
+        "predicted alone, in a batch and in another order, and the job ends (exit code 2) if that changes their rows.",
     )
 
     @field_validator("path")
@@ -221,7 +231,7 @@ class PredictorConfig(_Section):
 
 
 def _as_module_path(value: str) -> str:
-    """What to write in place of a path to a class, as far as that is clear."""
+    """Return what to write in place of a path to a class, as far as that is clear."""
     location, _, name = value.partition(":")
     folder, _, file = location.rpartition("/")
     if folder and file.endswith(".py") and name:
@@ -232,7 +242,7 @@ def _as_module_path(value: str) -> str:
 
 
 class InferenceConfig(_Section):
-    """The actor pool and what each actor does."""
+    """The actor pool, and how an actor predicts."""
 
     actors: PositiveInt = Field(4, description="Number of actors; each holds the model once.")
     gpus_per_actor: float = Field(1, ge=0, description="GPUs of one actor; 0.5 lets two share one, 0 runs on the CPU.")
@@ -241,25 +251,27 @@ class InferenceConfig(_Section):
     )
     device: Literal["auto", "cpu"] = Field(
         "auto",
-        description="Where the network runs; `auto` is the GPU if actors have one, and the job is refused where there is none; "
-        "`cpu` leaves the actors' GPUs idle, to try a GPU job without any.",
+        description="Device of the network; `auto` is the GPU if actors have one, and the job is refused if the node has none; "
+        "`cpu` leaves the actors' GPUs idle, to try a GPU job on nodes without GPUs.",
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Images in a forward pass; `auto`: 16 on a CPU, on a GPU what a doubling search finds, remembered in the job. "
-        "A predictor class gets 32 at once, or this many; no batch has more than 256 MiB of pixels.",
+        description="Images in a forward pass; `auto`: 16 on a CPU, on a GPU the result of a doubling search, recorded in the output. "
+        "A predictor class gets 32 images at once, or this many. No batch has more than 256 MiB of pixels.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Arithmetic of the network; `auto` is bfloat16 where the device is fast at it and at least 99.5 % of the labels of the "
+        description="Arithmetic of the network; `auto` is bfloat16 if the device is fast at it and at least 99.5 % of the labels of the "
         "job's first 512 images are the same, else float32.",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="Use torch.compile, which takes up to a minute; `auto` tries it on long jobs and keeps what is faster.",
+        description="Use torch.compile, which takes up to a minute; `auto` tries it on long jobs and keeps the faster of both.",
     )
-    top_k: int = Field(5, ge=1, le=1000, description="Classes listed for each image, best first.")
-    embedding_dtype: Literal["float16", "float32"] = Field("float32", description="Type of what `task: embed` writes.")
+    top_k: int = Field(5, ge=1, le=1000, description="Number of classes listed for each image, best first.")
+    embedding_dtype: Literal["float16", "float32"] = Field(
+        "float32", description="Type of the values that `task: embed` writes."
+    )
 
     @field_validator("gpus_per_actor")
     @classmethod
@@ -272,43 +284,41 @@ class InferenceConfig(_Section):
 
 
 class PreprocessConfig(_Section):
-    """From bytes to pixels."""
+    """Decoding, and limits on images."""
 
     cpus_per_task: float = Field(1, gt=0, description="CPUs of one fetch-and-decode task.")
-    exact: bool = Field(
-        False, description="Only decode and resize in ways that give bit for bit what the weights' own transform gives."
-    )
-    gpu_jpeg: bool = Field(
-        False,
-        description="Decode JPEG files on the actors' GPUs, for nodes with few CPU cores a GPU; other files, and what the GPU does "
-        "not take, are decoded in the tasks as ever.",
+    decoder: Literal["fast", "exact", "gpu"] = Field(
+        "fast",
+        description="`fast`: pixels may differ from those of the weights' own transform by rounding and scaled decoding. `exact`: they "
+        "are the same bit for bit. `gpu`: JPEG files are decoded on the actors' GPUs, for nodes with few CPU cores a GPU; "
+        "other files, and what the GPU does not take, are decoded in the tasks as with `fast`.",
     )
     damaged: Literal["error", "accept"] = Field(
         "error",
-        description="`error`: damaged and truncated images become error rows. `accept`: those of JPEG and PNG of which a part can be "
-        "decoded are predicted, and the column `damaged` of the predictions says what is wrong with them, null for whole images.",
+        description="`error`: damaged and truncated images become error rows. `accept`: damaged JPEG and PNG files that can be decoded "
+        "in part are predicted, and the column `damaged` of the predictions says what is wrong with them, null for intact images.",
     )
     exif_orientation: bool = Field(True, description="Turn images as their EXIF orientation says.")
     max_pixels: PositiveInt = Field(
-        178956970, description="Images of more pixels (width times height) become error rows, before they are decoded."
+        178956970, description="Images with more pixels (width times height) become error rows before they are decoded."
     )
     decode_timeout_s: float = Field(
         120,
         gt=0,
         description="An image whose decoding takes more seconds of CPU time becomes an error row; a decoder that hangs without using "
-        "the CPU ends after 10 times as many seconds.",
+        "the CPU is ended after 10 times as many seconds.",
     )
     decode_memory_mib: PositiveInt = Field(
         4096,
-        description="Memory for decoding one image alone, which is done where a task has died: images that need more become error rows.",
+        description="Memory for decoding one image alone, as is done after a task has died; images that need more become error rows.",
     )
     max_bytes: PositiveInt = Field(
-        268435456, description="Files of more bytes become error rows, before they are read."
+        268435456, description="Files with more bytes become error rows before they are read."
     )
 
 
 class ErrorsConfig(_Section):
-    """How many failed rows are too many."""
+    """Limits on failed rows."""
 
     max_count: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Stop when more rows than this have failed; null: no limit."
@@ -316,20 +326,20 @@ class ErrorsConfig(_Section):
     max_percent: Annotated[float, Field(ge=0, le=100)] | None = Field(
         5.0, description="Stop when more than this percentage of the rows has failed; null: no limit."
     )
-    min_sample: PositiveInt = Field(1000, description="Rows to have seen before `max_percent` counts.")
+    min_rows: PositiveInt = Field(1000, description="`max_percent` is enforced once this many rows are done.")
 
 
 class ReportConfig(_Section):
     """The report for people, `_report/report.html`."""
 
     enabled: bool = Field(
-        True, description="Make the report when the job ends; `batch-inference report` makes it at any time."
+        True, description="Write the report when the job ends; `batch-inference report` writes it at any time."
     )
     thumbnails: int = Field(
         18,
         ge=0,
         le=60,
-        description="Images shown from each end of the confidences, and of failed ones; they are read again. 0: no image is read.",
+        description="Images shown of the most confident, the least confident and the failed; they are read again. 0: no image is read.",
     )
     gpu_hour_price: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Price of one GPU for an hour, for the cost in the report; null: no cost is shown."
@@ -340,28 +350,28 @@ class ReportConfig(_Section):
 
 
 class PreflightConfig(_Section):
-    """What is tried on one actor before all of them start."""
+    """A trial of the job on one actor, before the others start."""
 
     enabled: bool = Field(
         False,
-        description="Begin a job with a preflight, on one actor of its cluster: what fails there ends it (exit code 2) before the others "
-        "load the model. A job that resumes goes without. `batch-inference preflight` does it at any time.",
+        description="Begin the job with a preflight on one actor of its cluster: a failed check ends the job (exit code 2) before the "
+        "other actors load the model. A job that resumes has none. `batch-inference preflight` does one at any time.",
     )
     samples: int = Field(
-        64, ge=1, le=10_000, description="Images to fetch, decode and predict, spread over the inputs."
+        64, ge=1, le=10_000, description="Images to fetch, decode and predict, spread evenly over the inputs."
     )
-    golden: str | None = Field(
+    golden_manifest: str | None = Field(
         None,
-        description="Manifest of images with the predictions that are expected, such as a file of an earlier output's `predictions/`; "
-        "the first 64 lines are predicted and compared.",
+        description="Manifest of images with their expected predictions, such as a file of an earlier output's `predictions/`; the "
+        "first 64 lines are predicted and compared.",
     )
     golden_tolerance: float = Field(
-        0.02, ge=0, description="How far numbers with fractions may be off; everything else has to be equal."
+        0.02, ge=0, description="Absolute tolerance for floating-point columns; all other columns must match exactly."
     )
 
 
 class JobConfig(_Section):
-    """Everything that one job is.
+    """The whole configuration of a job.
 
     >>> JobConfig(input={"uris": ["photos/"]}, output={"uri": "out/"}).inference.actors
     4
@@ -372,18 +382,18 @@ class JobConfig(_Section):
     storage: StorageConfig = Field(default_factory=StorageConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     predictor: PredictorConfig | None = Field(
-        None, description='`"module:Class"`, or the same with arguments; null: the classifier of `model`.'
+        None, description='`"module:Class"`, or an object with its arguments; null: the classifier of `model`.'
     )
     task: Literal["classify", "embed"] = Field(
         "classify",
-        description="What `model` is for: `classify` writes the best classes, `embed` the features that its last layer classifies by.",
+        description="`classify` writes the best classes of `model`, `embed` the features that its last layer classifies.",
     )
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     preprocess: PreprocessConfig = Field(default_factory=PreprocessConfig)
     errors: ErrorsConfig = Field(default_factory=ErrorsConfig)
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
-    shard_size: int = Field(1000, ge=1, le=1_000_000, description="Inputs of one shard, which is committed as a whole.")
+    shard_size: int = Field(1000, ge=1, le=1_000_000, description="Inputs in a shard, which is committed as a whole.")
 
     @field_validator("predictor", mode="before")
     @classmethod
@@ -412,22 +422,21 @@ class JobConfig(_Section):
 
     @model_validator(mode="after")
     def _jpeg_on_gpus(self) -> JobConfig:
-        if self.preprocess.gpu_jpeg:
+        if self.preprocess.decoder == "gpu":
             problems = [
                 problem
                 for problem, there in (
                     ("a predictor takes images at their own size: decode them in the predictor", self.predictor),
-                    ("preprocess.exact asks for the bits of another decoder", self.preprocess.exact),
                     ("inference.gpus_per_actor is 0, so there is no GPU to do it", self.inference.gpus_per_actor == 0),
                 )
                 if there
             ]
             if problems:
-                raise ValueError(f"preprocess.gpu_jpeg is true, but {'; and '.join(problems)}; set it to false")
+                raise ValueError(f"preprocess.decoder is gpu, but {'; and '.join(problems)}; set it to fast")
         return self
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+        """Return the configuration as YAML, which :func:`load_config` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -436,10 +445,10 @@ def load_config(
     overrides: dict[str, Any] | None = None,
     settings: tuple[str, ...] | list[str] = (),
 ) -> JobConfig:
-    """Reads a YAML file and lays overrides over it.
+    """Read a YAML file and lay overrides over it.
 
     Args:
-        source: YAML file, or ``env:NAME`` for the text of an environment variable, or what was read from one, or None to start
+        source: YAML file, ``env:NAME`` for the text of an environment variable, or a dictionary read from one; None starts
             from the defaults.
         overrides: Nested dictionary that wins over the file; None values are skipped.
         settings: ``a.b=c`` texts that win over both; the value is read as YAML.
@@ -455,7 +464,7 @@ def load_config(
 
 
 def parse_config(data: dict[str, Any]) -> JobConfig:
-    """Validates a nested dictionary.
+    """Validate a nested dictionary.
 
     Raises:
         UserError: All problems at once.
@@ -463,29 +472,45 @@ def parse_config(data: dict[str, Any]) -> JobConfig:
     try:
         return JobConfig.model_validate(data)
     except ValidationError as exc:
-        lines = [_explain(error) for error in exc.errors()]
+        lines = [_explain(error, data) for error in exc.errors()]
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in the configuration"
         raise UserError(
-            "\n  - ".join([count + ":", *lines]), "Mend the keys named; `batch-inference schema` lists all of them."
+            "\n  - ".join([count + ":", *lines]), "Fix the keys named; `batch-inference schema` lists all keys."
         ) from None
 
 
+def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that an earlier version wrote, with the keys renamed since.
+
+    >>> with_new_names({"errors": {"min_sample": 7}, "preprocess": {"exact": True, "gpu_jpeg": False}})
+    {'errors': {'min_rows': 7}, 'preprocess': {'decoder': 'exact'}}
+    """
+    config = copy.deepcopy(stored)
+    for old, new in RENAMED_KEYS.items():
+        section, _, key = old.partition(".")
+        if key in config.get(section, {}):
+            decoder = (_decoders(stored[section]) or ["fast"])[0]
+            value = config[section].pop(key)
+            config[section][new.partition(".")[2]] = decoder if key in _DECODERS else value
+    return config
+
+
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of the configuration; ``job`` in the chart's values has the same."""
+    """Return the JSON Schema (draft 2020-12) of the configuration, which ``job`` in the chart's values has as well."""
     schema = JobConfig.model_json_schema()
-    # The shorthand `predictor: module:Class` is accepted before validation, so pydantic does not know of it.
+    # The shorthand `predictor: module:Class` is accepted before validation, so that pydantic's schema does not have it.
     predictor = schema["properties"]["predictor"]
     predictor["anyOf"].insert(0, {"type": "string", "pattern": MODULE_PATH.pattern})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def read_yaml(path: str, option: str = "--config", first: str = "input:") -> dict[str, Any]:
-    """Reads a YAML file of keys and values.
+    """Read a YAML file of keys and values.
 
     Args:
         path: The file, or ``env:NAME``.
-        option: How its name was given, for messages.
-        first: A key that such a file has, for messages.
+        option: Option that named the file, for messages.
+        first: A key of such a file, for messages.
 
     Raises:
         UserError: If it can't be read, or is something else.
@@ -497,11 +522,11 @@ def read_yaml(path: str, option: str = "--config", first: str = "input:") -> dic
     except (OSError, UnicodeDecodeError) as exc:
         raise UserError(f"cannot read {path}: {exc}", f"Give a readable UTF-8 text file with {option}.") from None
     except yaml.YAMLError as exc:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(exc).split())}", "Mend the line named.") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(exc).split())}", "Fix the line named.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, not keys and values", f"Start it with `{first}`.")
+        raise UserError(f"{path} holds a {type(data).__name__}, not keys and values", f"Begin it with `{first}`.")
     return data
 
 
@@ -527,7 +552,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
                     base[key] = below
             elif isinstance(below, dict):
                 _merge(below, value)
-            # Anything else in the file is a mistake that the validation names.
+            # Anything else in the file is a mistake; validation names it.
         elif value is not None:
             base[key] = value
 
@@ -553,10 +578,12 @@ def _apply_setting(data: dict[str, Any], setting: str) -> None:
     target[last] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, data: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or "the file"
     if error["type"] == "extra_forbidden":
+        if key in RENAMED_KEYS:
+            return f"{key}: {_new_name(key, data)}"
         known = _keys_at(path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
@@ -566,6 +593,29 @@ def _explain(error: Any) -> str:
     short = isinstance(value, (str, int, float, bool, list)) and len(repr(value)) < 80
     shown = f" (given: {value!r})" if short and _CREDENTIALS not in message else ""
     return f"{key}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _new_name(key: str, data: dict[str, Any]) -> str:
+    """Return what to write in place of a key of an earlier version."""
+    section, _, name = key.partition(".")
+    new = RENAMED_KEYS[key]
+    if new.partition(".")[2] in data[section]:
+        return f"this key is now {new}, which is given too; remove {key}"
+    values = [data[section][name]]
+    if name in _DECODERS:
+        values = _decoders(data[section]) or ["fast"]
+    return f"this key has a new name; write {' or '.join(f'{new}: {_yaml(value)}' for value in values)}"
+
+
+def _decoders(section: dict[str, Any]) -> list[str]:
+    """Return the decoders that the keys of earlier versions ask for; the default is none of them."""
+    return [
+        decoder for key, decoder in _DECODERS.items() if str(section.get(key)).lower() in ("true", "yes", "on", "1")
+    ]
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
 
 
 def _keys_at(path: list[str]) -> list[str]:

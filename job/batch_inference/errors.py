@@ -1,30 +1,42 @@
-"""What can go wrong: exceptions that end a job, and values that travel with a row.
+"""Errors: exceptions that end a job, and failures that travel with a row.
 
-An exception ends the program with its exit code and no traceback. A :class:`RowError` does not: it is a value that takes
-the place of a row's prediction and ends in the errors table.
+A :class:`BatchInferenceError` ends the program with its exit code and without a traceback. A :class:`RowFailure` ends nothing: it
+is a value that takes the place of a row's prediction and is written to the errors table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Stage = Literal["list", "fetch", "decode", "preprocess", "infer", "postprocess", "write"]
 STAGES: tuple[Stage, ...] = ("list", "fetch", "decode", "preprocess", "infer", "postprocess", "write")
 
 EXIT_USER = 2
 EXIT_THRESHOLD = 3
-EXIT_COUNTS = 4
+EXIT_ACCOUNTING = 4
 EXIT_SYSTEM = 5
 EXIT_INTERRUPTED = 130
 
+#: Error type of a row that was not tried, because too many others of its shard had failed with one of the types below.
+NOT_TRIED = "NOT_TRIED"
+# These error types say more about the system than about the image. A shard with no other outcome is not committed: the job stops
+# with one error instead of writing the same error for every image.
+STORE_ERROR_TYPES = frozenset(
+    {NOT_TRIED, "ACCESS_DENIED", "UNAUTHENTICATED", "REFUSED", "STORE_UNREACHABLE", "TIMEOUT", "THROTTLED"}
+)
+PREDICTOR_ERROR_TYPES = frozenset({"PREDICTOR_ERROR", "PREDICTOR_CRASH", "OUTPUT_MISMATCH"})
+SYSTEMIC_ERROR_TYPES = STORE_ERROR_TYPES | PREDICTOR_ERROR_TYPES
+
 
 class BatchInferenceError(Exception):
-    """Base of everything that ends a job.
+    """Base class of the exceptions that end a job.
+
+    The first sentence of a subclass, "name: meaning (exit code).", is its row in the table of exit codes in docs/reference.md.
 
     Args:
         message: The fact, with its numbers.
-        remedy: What the reader can do about it, one sentence.
+        remedy: One sentence that says what the reader can do about it.
     """
 
     exit_code = EXIT_SYSTEM
@@ -36,49 +48,49 @@ class BatchInferenceError(Exception):
 
 
 class UserError(BatchInferenceError):
-    """The user's to mend: configuration, input, credentials, model (exit 2)."""
+    """User error: configuration, input, credentials, model or predictor (exit 2)."""
 
     exit_code = EXIT_USER
 
 
-class ThresholdExceeded(BatchInferenceError):  # noqa: N818 - named after the fact, as the exit code's table does
-    """More rows failed than ``errors.max_count`` or ``errors.max_percent`` allow, or all did (exit 3)."""
+class ErrorThresholdExceeded(BatchInferenceError):  # noqa: N818 - named after the fact, as the exit code's table does
+    """Error threshold exceeded: more rows failed than ``errors.max_count`` or ``errors.max_percent`` allow, or all did (exit 3)."""
 
     exit_code = EXIT_THRESHOLD
 
 
-class NoPrediction(ThresholdExceeded):
-    """Every row of the job failed (exit 3)."""
+class NoPredictionError(ErrorThresholdExceeded):
+    """No prediction: every row of the job failed (exit 3)."""
 
 
-class CountsDoNotClose(BatchInferenceError):  # noqa: N818
-    """Rows are missing or double: manifest, ledger and files disagree (exit 4)."""
+class AccountingError(BatchInferenceError):
+    """Accounting error: rows are missing or duplicated (exit 4)."""
 
-    exit_code = EXIT_COUNTS
+    exit_code = EXIT_ACCOUNTING
 
 
-class SystemFault(BatchInferenceError):  # noqa: N818
-    """Store, cluster or disk failed; starting the same command again is worth a try (exit 5)."""
+class InfrastructureError(BatchInferenceError):
+    """Infrastructure error: the store, the cluster or a disk failed; run the same command again (exit 5)."""
 
     exit_code = EXIT_SYSTEM
 
 
-class Interrupted(BatchInferenceError):  # noqa: N818
-    """SIGINT or SIGTERM; the same command resumes (exit 130)."""
+class JobInterruptedError(BatchInferenceError):
+    """Interrupted: SIGINT or SIGTERM stopped the job; the same command resumes it (exit 130)."""
 
     exit_code = EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
-class RowError:
-    """Why one input has no prediction.
+class RowFailure:
+    """The reason why an input has no prediction.
 
     Attributes:
-        stage: Where it failed, one of :data:`STAGES`.
-        error_type: Machine-readable kind in capitals, such as ``TRUNCATED``.
+        stage: Stage that failed, one of :data:`STAGES`.
+        error_type: Machine-readable type in capitals, such as ``TRUNCATED``.
         message: One line for a person.
-        retryable: Whether the same input may well succeed another time (a timeout may, a truncated file does not).
-        traceback: Where a predictor class raised, of bounded length; None for anything else.
+        retryable: Whether the same input may succeed another time (after a timeout it may, a truncated file will not).
+        traceback: Traceback of the predictor class, of bounded length; None for any other failure.
     """
 
     stage: Stage
@@ -88,16 +100,16 @@ class RowError:
     traceback: str | None = None
 
 
-class RowFailure(Exception):  # noqa: N818
-    """Carries a :class:`RowError` out of nested calls; never leaves the task that handles the row.
+class RowError(Exception):
+    """The exception that carries a :class:`RowFailure` out of nested calls; never leaves the task that handles the row.
 
     Args:
-        stage: Where it failed.
-        error_type: Kind in capitals.
+        stage: Stage that failed.
+        error_type: Type in capitals.
         message: The fact.
-        retryable: Whether the same input may well succeed another time.
-        remedy: What to do in this case, where the remedy of the error type does not say it; the row's message ends with it.
-        traceback: Where a predictor class failed.
+        retryable: Whether the same input may succeed another time.
+        remedy: Remedy for this case, if that of the error type does not fit. It ends the row's message.
+        traceback: Traceback of the predictor class.
     """
 
     def __init__(
@@ -110,19 +122,12 @@ class RowFailure(Exception):  # noqa: N818
         traceback: str | None = None,
     ) -> None:
         super().__init__(message)
-        # One line, of bounded length: messages of libraries can hold whole documents.
+        # One line, of bounded length: messages of libraries can contain entire documents.
         self.fact = " ".join(message.split())[:500]
         self.remedy = remedy
         text = f"{self.fact}. {remedy}" if remedy else self.fact
-        self.error = RowError(stage, error_type, text, retryable, traceback)
+        self.error = RowFailure(stage, error_type, text, retryable, traceback)
 
-
-# A row that no attempt was made for, after too many others of its shard had failed for one of the reasons below.
-NOT_TRIED = "NOT_TRIED"
-# Error types that say more about the system than about the image. A shard in which nothing but these happened is not
-# committed: the job stops with one sentence instead of writing them once for each image.
-STORE_ERROR_TYPES = frozenset(
-    {NOT_TRIED, "ACCESS_DENIED", "UNAUTHENTICATED", "REFUSED", "STORE_UNREACHABLE", "TIMEOUT", "THROTTLED"}
-)
-PREDICTOR_ERROR_TYPES = frozenset({"PREDICTOR_ERROR", "PREDICTOR_CRASH", "OUTPUT_MISMATCH"})
-SYSTEMIC_ERROR_TYPES = STORE_ERROR_TYPES | PREDICTOR_ERROR_TYPES
+    def __reduce__(self) -> tuple[Any, ...]:
+        error = self.error
+        return type(self), (error.stage, error.error_type, self.fact, error.retryable, self.remedy, error.traceback)

@@ -55,7 +55,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure of one contender must be, as a multiple of another's in the same round.
+    """A target: the ratio of one contender's figure to another's in the same round.
 
     Attributes:
         scene: Image set and model.
@@ -133,7 +133,7 @@ def paired(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of a target.
+    """The outcome of a target.
 
     Attributes:
         target: The target.

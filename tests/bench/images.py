@@ -103,7 +103,7 @@ LARGE = ImageSet("12mp", 4000, 3000, quality=92, noise=5, seed=12)
 
 
 def versions() -> str:
-    """What the bytes depend on."""
+    """Return what the bytes depend on."""
     return f"Pillow {Image.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 

@@ -72,10 +72,10 @@ def markdown(bench: Bench, runs: Sequence[Run], targets: Sequence[Target], round
         + f"; commit {facts['commit']}.",
         "",
         f"Rounds: {rounds}, interleaved. Medians, ranges in brackets. *Steady*: images a second after the first quarter of the rows, too "
-        "high for whoever decodes ahead. *Worked*: images a second from the first image read to the last prediction, too low for whoever "
-        "loads the model meanwhile. *Start-up*: seconds until the first rows are there. *End to end*: seconds from command to exit. Ratios "
-        "are of the same round; those in the tables of contenders are of *worked*. *Top-1*: agreement with Pillow, "
-        "`weights.transforms()` and float32, with random weights.",
+        "high for contenders that decode ahead. *Worked*: images a second from the first image read to the last prediction, too "
+        "low for those that load the model meanwhile. *Start-up*: seconds until the first rows are there. *End to end*: seconds "
+        "from command to exit. Ratios are of the same round; those in the tables of contenders are of *worked*. *Top-1*: agreement with "
+        "Pillow, `weights.transforms()` and float32, with random weights.",
     ]
     others = max((run.others for run in runs), default=0.0)
     if others > _NOISE:

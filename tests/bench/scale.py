@@ -1,4 +1,4 @@
-"""How far the driver's side goes: rows a second, and time and memory for 10^4 to 10^7 inputs.
+"""Limits of the driver: rows a second, and time and memory for 10^4 to 10^7 inputs.
 
 Everything that a job does outside its workers, each step in a process of its own so that its memory can be read: listing,
 planning from a manifest, collecting and committing rows as the workers send them, resuming with 99 % committed, ``status``,
@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,16 +65,16 @@ def _config(folder: Path, **more: Any) -> Any:
 
 
 def _engine() -> Any:
-    from batch_inference.identity import Engine
-    from batch_inference.transform import Transform
+    from batch_inference.images.transform import Transform
+    from batch_inference.pipeline.engine import Engine
 
     return Engine(None, Transform(), {"model.name": "none"}, False)  # the built-in classifier's, which nothing calls
 
 
 def _result_table(rows: int) -> pa.Table:
     """Rows as the actors send them: the built-in classifier's columns with five classes each, one in a hundred failed."""
-    from batch_inference.factories import CLASSIFIER_SCHEMA, _classifier_table
-    from batch_inference.inference import RESULT_SCHEMA
+    from batch_inference.pipeline.factories import CLASSIFIER_SCHEMA, _classifier_table
+    from batch_inference.pipeline.schemas import RESULT_SCHEMA
 
     rng = np.random.default_rng(0)
     labels = pa.array([f"label number {i}" for i in range(CLASSES)])
@@ -125,7 +126,7 @@ def step_list_store(folder: Path, rows: int) -> dict[str, Any]:
     """Listing a bucket whose store answers at once: what remains is ours."""
     import obstore
 
-    from batch_inference.manifest import find_inputs
+    from batch_inference.inputs.find import find_inputs
 
     def answer(*args: Any, **kwargs: Any) -> Iterator[list[dict[str, Any]]]:
         for start in range(0, rows, 1000):
@@ -149,7 +150,7 @@ def step_list_store(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_list_tree(folder: Path, rows: int) -> dict[str, Any]:
     """Listing a tree of files on a local disk, a thousand in each folder."""
-    from batch_inference.manifest import find_inputs
+    from batch_inference.inputs.find import find_inputs
 
     tree = folder / "tree"
     for i in range(0, rows, 1000):
@@ -165,40 +166,49 @@ def step_list_tree(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_plan(folder: Path, rows: int) -> dict[str, Any]:
     """Reading a manifest, cutting it into shards, writing these: all that a run does before it starts Ray."""
-    from batch_inference.driver import Attempt
-    from batch_inference.ledger import Ledger
-    from batch_inference.manifest import find_inputs
-    from batch_inference.storage import open_output
+    from batch_inference.driver.events import AttemptInfo
+    from batch_inference.driver.job import create_job
+    from batch_inference.inputs.find import find_inputs
+    from batch_inference.output.ledger import Ledger
+    from batch_inference.storage.store import open_output
 
     config = _config(folder)
     begun = time.perf_counter()
     ledger = Ledger(open_output(config))
-    job = Attempt(config, lambda s: None)._plan(ledger, _engine(), find_inputs(config))
+    job = create_job(config, AttemptInfo(""), ledger, _engine(), find_inputs(config))
     ledger.complete_manifest(job)
     return {"seconds": time.perf_counter() - begun, "rows": job.rows}
 
 
 def _collect(folder: Path, keep: Callable[[int, int], bool], block: int) -> tuple[int, float]:
-    from batch_inference import driver
-    from batch_inference.ledger import Ledger
-    from batch_inference.storage import open_output
+    from batch_inference.driver import execute
+    from batch_inference.driver.events import AttemptInfo, Events
+    from batch_inference.driver.job import Planned
+    from batch_inference.driver.recorder import Recorder
+    from batch_inference.driver.resume import Todo
+    from batch_inference.output.ledger import Ledger
+    from batch_inference.pipeline.bottleneck import planned_timings
+    from batch_inference.storage.store import open_output
 
     config = _config(folder)
     ledger = Ledger(open_output(config))
     job = ledger.require_job()
-    pending = [s for s in range(job.shards) if keep(s, job.shards)]
-    attempt = driver.Attempt(config, lambda s: None)
+    todo = Todo(tuple(s for s in range(job.shards) if keep(s, job.shards)), {}, is_first=False)
+    attempt = AttemptInfo("")
+    recorder = Recorder(config, ledger.store, job, attempt)
+    events = Events(attempt.started, recorder)
+    planned = Planned(ledger, job, _engine(), None)
+    execution = execute.Execution(config, attempt, planned, todo, events, recorder, threading.Event())
+    record = recorder.begin_work(events.progress, planned_timings(config, len(todo)))
 
-    def fake(
-        store: Any, config: Any, engine: Any, rows: dict[int, int], *more: Any, **named: Any
-    ) -> Iterator[pa.Table]:
-        yield from _blocks(rows.copy(), block)
+    def fake(spec: Any) -> Iterator[pa.Table]:
+        yield from _blocks(dict(spec.rows), block)
 
-    with mock.patch.object(driver, "results", fake):
+    with mock.patch.object(execute, "results", fake):
         begun = time.perf_counter()
-        attempt._work(ledger, job, _engine(), pending, {})
+        execution.work(record)
         seconds = time.perf_counter() - begun
-    return sum(job.rows_of(s) for s in pending), seconds
+    return sum(job.rows_of(s) for s in todo.pending), seconds
 
 
 def step_collect(folder: Path, rows: int, block: int = SHARD) -> dict[str, Any]:
@@ -209,7 +219,7 @@ def step_collect(folder: Path, rows: int, block: int = SHARD) -> dict[str, Any]:
 
 def step_status(folder: Path, rows: int) -> dict[str, Any]:
     """``status`` on 99 % of the commits."""
-    from batch_inference.status import status
+    from batch_inference.output.status import status
 
     begun = time.perf_counter()
     found = status(str(folder / "out"))
@@ -218,9 +228,9 @@ def step_status(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_resume(folder: Path, rows: int) -> dict[str, Any]:
     """A second start with 99 % committed, until it knows what is left; then the rest, so that the job can be finished."""
-    from batch_inference.driver import Attempt
-    from batch_inference.ledger import Ledger
-    from batch_inference.storage import open_output
+    from batch_inference.driver.progress import Progress
+    from batch_inference.output.ledger import Ledger
+    from batch_inference.storage.store import open_output
 
     config = _config(folder)
     begun = time.perf_counter()
@@ -228,7 +238,7 @@ def step_resume(folder: Path, rows: int) -> dict[str, Any]:
     job = ledger.require_job()
     ledger.complete_manifest(job)
     commits = ledger.commits()
-    Attempt(config, lambda s: None)._resume(job, commits, {})
+    Progress().resume(job, commits, {})
     pending = sorted(set(range(job.shards)) - {c.shard for c in commits})
     seconds = time.perf_counter() - begun
     _collect(folder, lambda s, n: s in set(pending), SHARD)
@@ -237,20 +247,25 @@ def step_resume(folder: Path, rows: int) -> dict[str, Any]:
 
 def step_finish(folder: Path, rows: int) -> dict[str, Any]:
     """The end of a job: recount, sweep, ``_SUCCESS``."""
-    from batch_inference.driver import Attempt
-    from batch_inference.ledger import Ledger
-    from batch_inference.storage import open_output
+    from batch_inference.driver.events import AttemptInfo, Events
+    from batch_inference.driver.finish import finish
+    from batch_inference.driver.job import Planned
+    from batch_inference.driver.recorder import Recorder
+    from batch_inference.output.ledger import Ledger
+    from batch_inference.storage.store import open_output
 
     config = _config(folder)
     begun = time.perf_counter()
-    ledger = Ledger(open_output(config))
-    result = Attempt(config, lambda s: None)._finish(ledger, ledger.require_job())
+    ledger, attempt = Ledger(open_output(config)), AttemptInfo("")
+    planned = Planned(ledger, ledger.require_job(), _engine(), None)
+    recorder = Recorder(config, ledger.store, planned.job, attempt)
+    result = finish(config, attempt, planned, Events(attempt.started, recorder), recorder, None)
     return {"seconds": time.perf_counter() - begun, "rows": result.rows}
 
 
 def step_verify(folder: Path, rows: int) -> dict[str, Any]:
     """``verify`` on the finished output: every row of every file."""
-    from batch_inference.verifier import verify
+    from batch_inference.output.verify import verify
 
     begun = time.perf_counter()
     found = verify(str(folder / "out"))

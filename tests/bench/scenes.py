@@ -1,4 +1,4 @@
-"""What is measured: image sets, models, contenders."""
+"""Scenes of the benchmark: image sets, models, contenders."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ SCENES = (
 
 
 def shortened(scenes: Sequence[Scene]) -> tuple[Scene, ...]:
-    """The same with a few images: shows that everything works, measures nothing."""
+    """Return the scenes with a few images: they show that everything works, and measure nothing."""
     return tuple(replace(scene, count=8 if scene.images is LARGE else 48) for scene in scenes)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from batch_inference.demo import demo_config, make_photos
+from batch_inference.cli.demo import demo_config, make_photos
 
 RAY = "import ray; ray.init('local', include_dashboard=False, log_to_driver=False)"
 TORCH = "import torch"

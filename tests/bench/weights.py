@@ -72,7 +72,7 @@ def load(model: str, file: str | Path) -> Any:
 
 
 def transform_of(model: str) -> Any:
-    """What ``weights.transforms()`` gives for the published weights, which need not be there for it."""
+    """Return ``weights.transforms()`` of the published weights, without the weights."""
     from torchvision.models import get_model_weights
 
     return get_model_weights(model).DEFAULT.transforms()

@@ -12,9 +12,9 @@ import jsonschema
 import kubernetes_validate
 from kubernetes_validate import utils
 
-from .render import Manifest
+from tests.charts.render import Manifest
 
-# The package would read its two megabytes of schemas anew for every object.
+# The package would read its two megabytes of schemas again for every object.
 utils.schema_contents = functools.cache(utils.schema_contents)
 
 KUBERNETES = "1.34"
@@ -32,7 +32,7 @@ def _kubernetes(text: str) -> None:
 
 
 def pods(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The pod templates in an object, by role."""
+    """Return the pod templates in an object, by role."""
     spec = manifest["spec"]
     if "submitterPodTemplate" in spec:
         yield "submitter", spec["submitterPodTemplate"]
@@ -44,7 +44,7 @@ def pods(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def valid(manifests: list[Manifest]) -> None:
-    """Raises unless every object, and every pod in it, is what the API server takes, to the last key."""
+    """Raise unless the API server would accept every key of every object and of every pod in it."""
     for manifest in manifests:
         if manifest["apiVersion"] not in ("ray.io/v1", "monitoring.coreos.com/v1"):
             _kubernetes(json.dumps(manifest, sort_keys=True))
@@ -60,7 +60,7 @@ def valid(manifests: list[Manifest]) -> None:
 
 
 def unique(spec: dict[str, Any]) -> None:
-    """Raises if a list that Kubernetes takes for a map has a key twice."""
+    """Raise if a list that Kubernetes treats as a map has duplicate keys."""
     for container in spec["containers"]:
         for key, name in (("env", "name"), ("volumeMounts", "mountPath"), ("ports", "name")):
             names = [item[name] for item in container.get(key, [])]
@@ -72,7 +72,7 @@ def unique(spec: dict[str, Any]) -> None:
 
 
 def restricted(spec: dict[str, Any]) -> None:
-    """Raises unless a pod passes Pod Security "restricted", and has a read-only root file system besides."""
+    """Raise unless a pod passes Pod Security "restricted" and has a read-only root file system."""
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == 1000
@@ -84,7 +84,7 @@ def restricted(spec: dict[str, Any]) -> None:
 
 
 def hardened(context: dict[str, Any]) -> None:
-    """Raises unless a container's security context is as strict as it gets."""
+    """Raise unless a container's security context is as strict as possible."""
     assert context["allowPrivilegeEscalation"] is False
     assert context["readOnlyRootFilesystem"] is True
     assert context["capabilities"] == {"drop": ["ALL"]}

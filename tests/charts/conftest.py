@@ -1,4 +1,4 @@
-"""Compiles what the tests ask before the first of them starts, so that no test's time limit has to cover a compiler."""
+"""Compile the programs that tests use before the first test starts, so that no test's timeout has to cover a compiler."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.charts import oracle, renderer
 from tests.e2e.cluster.programs import tool
-
-from . import oracle, renderer
 
 HERE = Path(__file__).parent
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Makes the programs, or finds them in the cache, unless nothing here is going to run."""
+    """Compile the programs or find them in the cache, unless no test here is going to run."""
     if not session.config.option.collectonly and any(HERE in item.path.parents for item in session.items):
         oracle.program()
         renderer.program()

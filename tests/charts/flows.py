@@ -1,4 +1,4 @@
-"""What NetworkPolicies let through, worked out as Kubernetes defines it: https://kubernetes.io/docs/concepts/services-networking/network-policies/.
+"""Connections that NetworkPolicies allow, computed as Kubernetes defines it: https://kubernetes.io/docs/concepts/services-networking/network-policies/.
 
 For networks at hand enforce none. Of a connection both ends are asked: what the source's policies let out, and the destination's in.
 """
@@ -10,12 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.charts import check
+from tests.charts.render import rayjob
+
 Policy = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod, as far as policies look at it; one without a namespace is an address outside the cluster."""
+    """A pod, with what policies select by; one without a namespace is an address outside the cluster."""
 
     name: str
     address: str
@@ -24,7 +27,7 @@ class Pod:
 
 
 def allowed(policies: Iterable[Policy], source: Pod, target: Pod, port: int, protocol: str = "TCP") -> bool:
-    """Whether a connection comes about."""
+    """Return whether a connection is allowed."""
     every = list(policies)
     return _lets(every, source, target, "Egress", port, protocol) and _lets(
         every, target, source, "Ingress", port, protocol
@@ -72,3 +75,17 @@ def _is(pod: Pod, end: dict[str, Any], namespace: str) -> bool:
 def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     assert set(selector) <= {"matchLabels"}, selector
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+
+
+def pod(role: str, release: str = "demo", values: dict[str, Any] | None = None, namespace: str = "default") -> Pod:
+    """Return a pod of a release of the rayjob chart, with its labels."""
+    templates = dict(check.pods(rayjob(values, name=release)))
+    return Pod(f"{release}'s {role}", "10.0.0.9", namespace, templates[role]["metadata"]["labels"])
+
+
+HEAD, WORKER, SUBMITTER = pod("head"), pod("gpu"), pod("submitter")
+OUTSIDER = Pod("an outsider", "10.0.0.7", "default", {"app": "web"})
+OPERATOR = Pod("the operator", "10.0.0.2", "kuberay", {"app.kubernetes.io/component": "kuberay-operator"})
+DNS = Pod("DNS", "10.0.0.3", "kube-system", {"k8s-app": "kube-dns"})
+INTERNET = Pod("an object store", "52.216.1.1")
+IN_CLUSTER_STORE = Pod("a store in the cluster", "10.0.0.4", "data", {"app": "store"})

@@ -1,4 +1,4 @@
-"""Renders charts as `helm template` does, by default with the code behind it, and remembers what it has rendered."""
+"""Render charts as `helm template` does, by default with Helm's library, and cache the results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 
 import yaml
 
+from tests.charts import renderer
 from tests.e2e.cluster.programs import tool
-
-from . import renderer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELM = REPOSITORY / "helm"
@@ -29,7 +28,7 @@ GIVEN: dict[str, Values] = {
 
 
 class HelmError(Exception):
-    """Helm refused; `problems` are the chart's own, one sentence each, and `schema` those that the schema names."""
+    """Helm refused the values; `problems` are the chart's, one sentence each, and `schema` those of the schema."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -38,7 +37,7 @@ class HelmError(Exception):
 
 
 def merged(base: Values, top: Values) -> Values:
-    """Lays values over others, as Helm does."""
+    """Merge values over others, as Helm does."""
     result = dict(base)
     for key, value in top.items():
         below = result.get(key)
@@ -47,7 +46,7 @@ def merged(base: Values, top: Values) -> Values:
 
 
 def render_text(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "library") -> str:
-    """The manifests of a chart as text; a default input and output are filled in.
+    """Return the manifests of a chart as text; a default input and output are filled in.
 
     Args:
         chart: The chart.
@@ -61,23 +60,23 @@ def render_text(chart: str, values: Values | None = None, *, name: str = "demo",
 
 
 def render(chart: str, values: Values | None = None, *, name: str = "demo", helm: str = "library") -> list[Manifest]:
-    """The manifests of a chart."""
+    """Return the manifests of a chart."""
     return [item for item in yaml.load_all(render_text(chart, values, name=name, helm=helm), _Loader) if item]
 
 
 def find(manifests: list[Manifest], kind: str) -> Manifest:
-    """The one manifest of a kind."""
+    """Return the only manifest of a kind."""
     (found,) = [item for item in manifests if item["kind"] == kind]
     return found
 
 
 def rayjob(values: Values | None = None, *, name: str = "demo") -> Manifest:
-    """The RayJob of the rayjob chart."""
+    """Return the RayJob of the rayjob chart."""
     return find(render("rayjob", values, name=name), "RayJob")
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads a lone = as the text that it is for every other library."""
+    """Read a lone = as text, as every other library does."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: node.value)

@@ -1,7 +1,7 @@
-"""Every rule of the operator, Kueue, Kubernetes and Ray that values could break, with the values that do.
+"""Every rule of the operator, Kueue, Kubernetes and Ray that values could break, with values that break it.
 
-The chart refuses each case when it renders: by one of its rules, or because its schema knows no such key, or no such value.
-Where the operator has the rule, the same mistake written by hand (`manifest`) is refused by the operator's own code.
+The chart refuses each case when it renders: by one of its rules, or because its schema knows no such key or value.
+If the operator has the rule, its own code refuses the same mistake written by hand (`manifest`).
 
 `python -m tests.charts.rules` writes RULES.md, the table of them.
 """
@@ -18,7 +18,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Case:
-    """A mistake: in values, and where the operator has a rule for it, in a manifest."""
+    """A mistake: in values and, if the operator has a rule for it, in a manifest."""
 
     rule: int
     title: str
@@ -26,7 +26,7 @@ class Case:
     says: str
     manifest: Edit | None = None
     operator: str = ""
-    queued: Edit | None = None  # In the manifest of a job in a queue, for Kueue's webhook.
+    queued: Edit | None = None  # in the manifest of a job in a queue, for Kueue's webhook
     kueue: str = ""
     name: str = "demo"
     base: dict[str, Any] = field(
@@ -35,7 +35,7 @@ class Case:
 
 
 def put(path: str, value: Any) -> Edit:
-    """An edit that sets what is at a path, such as `spec.workerGroupSpecs.0.minReplicas`."""
+    """Return an edit that sets the value at a path, such as `spec.workerGroupSpecs.0.minReplicas`."""
 
     def edit(manifest: dict[str, Any]) -> None:
         *parents, last = path.split(".")
@@ -51,29 +51,29 @@ def put(path: str, value: Any) -> Edit:
 
 
 def both(*edits: Edit) -> Edit:
-    """Several edits."""
+    """Return an edit that makes several edits."""
 
     def edit(manifest: dict[str, Any]) -> None:
-        for one in edits:
-            one(manifest)
+        for change in edits:
+            change(manifest)
 
     return edit
 
 
 def env(name: str, value: str = "1") -> Edit:
-    """An edit that gives the head a variable."""
+    """Return an edit that gives the head a variable."""
     return lambda manifest: manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
         "env"
     ].append({"name": name, "value": value})
 
 
 def label(name: str, value: str) -> Edit:
-    """An edit that sets a label of Kueue's."""
+    """Return an edit that sets a label of Kueue's."""
     return lambda manifest: manifest["metadata"]["labels"].update({f"kueue.x-k8s.io/{name}": value})
 
 
 def topology(**kinds: str) -> dict[str, str]:
-    """Annotations that ask Kueue for a topology, by kind."""
+    """Return annotations that ask Kueue for a topology, by kind."""
     return {f"kueue.x-k8s.io/podset-{kind}-topology": value for kind, value in kinds.items()}
 
 
@@ -87,7 +87,7 @@ REDIS = put(f"{CLUSTER}.gcsFaultToleranceOptions", {"redisAddress": "redis:6379"
 
 
 def rule(policy: str, ttl: int = 0, **condition: str) -> dict[str, Any]:
-    """A deletion rule."""
+    """Return a deletion rule."""
     return {"policy": policy, "condition": {**condition, "ttlSeconds": ttl}}
 
 
@@ -99,12 +99,12 @@ ENDS = [
 
 
 def deletion(*rules: Any, **more: Any) -> dict[str, Any]:
-    """Values with deletion rules."""
+    """Return values with deletion rules."""
     return {"run": {"shutdownAfterJobFinishes": False, "deletionRules": list(rules)}, **more}
 
 
 def strategy(*rules: Any) -> Edit:
-    """A manifest with deletion rules."""
+    """Return an edit that sets deletion rules."""
     return both(
         put("spec.shutdownAfterJobFinishes", False), put("spec.deletionStrategy", {"deletionRules": list(rules)})
     )
@@ -112,37 +112,37 @@ def strategy(*rules: Any) -> Edit:
 
 RULES = {
     1: "The name of a run fits, and is a DNS-1035 label",
-    2: "The submission mode is one that there is",
+    2: "The submission mode is valid",
     3: "A suspended job deletes its cluster, and has one of its own",
     4: "A time to live is not negative, and something is deleted after it",
-    5: "Deletion rules are whole, agree with each other, and leave no cluster behind",
+    5: "Deletion rules are complete, consistent, and leave no cluster behind",
     6: "There is a cluster, or the name of one",
     7: "A shared or interactive cluster takes no retries and no sidecar",
     8: "A sidecar has no submitter, and its head does not restart",
-    9: "Deadlines and retries are numbers that mean something, and the operator knows them",
-    10: "Tokens are Ray's, and its version has them",
-    11: "What belongs to others is not set",
+    9: "Deadlines and retries are valid, and the operator supports them",
+    10: "Tokens are Ray's, and its version supports them",
+    11: "Fields that belong to others are not set",
     12: "Every pod has a container",
-    13: "Resources and labels are said once, where Ray and the operator read them",
-    14: "Numbers of workers are in order",
-    15: "Settings of the autoscaler are its version's",
+    13: "Resources and labels are given once, where Ray and the operator read them",
+    14: "Numbers of workers are consistent",
+    15: "Settings of the autoscaler belong to its version",
     16: "The autoscaler is on in one place, and its pods do not restart",
-    17: "No fault tolerance by the back door",
-    18: "Nothing that the operator has behind a gate",
+    17: "No fault tolerance through other settings",
+    18: "No operator feature behind a gate",
     19: "The name of the ServiceAccount fits",
     20: "The submitter has a container and does not restart",
-    21: "What Kueue wants of a job in a queue",
+    21: "Kueue's requirements for a job in a queue",
     22: "The entrypoint is never free text",
     23: "Actors fit on workers, and no GPU idles",
     24: "Object store and heap fit into the memory",
-    25: "Nothing is named or mounted twice, or not at all",
+    25: "Every name and every mount exists exactly once",
     26: "The deadline to start is before the one to end",
     27: "No job deletes itself",
-    0: "Ours: what the job itself needs",
+    0: "The chart's own: requirements of the job",
 }
 
 CASES = [
-    Case(1, "name too long", {}, "has 39 characters, 38 are left", put("metadata.name", "a" * 48), "no more than 47", name="a" * 39),
+    Case(1, "name too long", {}, "has 39 characters, 38 fit", put("metadata.name", "a" * 48), "no more than 47", name="a" * 39),
     Case(1, "name starts with a digit", {}, "starting with a letter", put("metadata.name", "1demo"), "DNS1035", name="1demo"),
     Case(1, "name with a dot", {"nameOverride": "de.mo"}, "is not of a-z", put("metadata.name", "de.mo"), "DNS1035"),
     Case(2, "submission mode with a typo", {"submissionMode": "K8sjobMode"}, UNKNOWN),
@@ -175,10 +175,10 @@ CASES = [
     Case(5, "workers deleted under the autoscaler", deletion(*ENDS, rule("DeleteWorkers", jobStatus="FAILED"), **SCALING),
          "has policy DeleteWorkers and autoscaling.enabled is true", strategy(*ENDS, rule("DeleteWorkers", jobStatus="FAILED")),
          "not supported with autoscaling", base=SCALING),
-    Case(5, "shared cluster deleted", deletion(ENDS[0], **SHARED), "is not the job's to delete", strategy(ENDS[0]),
+    Case(5, "shared cluster deleted", deletion(ENDS[0], **SHARED), "that a job must not delete", strategy(ENDS[0]),
          "not supported when ClusterSelector", base=SHARED),
     Case(5, "an end that no rule meets", deletion(*ENDS[:2]), "no DeleteCluster for jobDeploymentStatus Failed"),
-    Case(5, "cluster never deleted", {"run": {"shutdownAfterJobFinishes": False}}, "its GPUs would stay for ever"),
+    Case(5, "cluster never deleted", {"run": {"shutdownAfterJobFinishes": False}}, "its GPUs would stay allocated forever"),
     Case(6, "no cluster at all", {"rayClusterSpec": None}, UNKNOWN, lambda job: job["spec"].pop("rayClusterSpec"), "must be set"),
     Case(6, "cluster without a name", {"clusterSelector": " "}, "pattern", put("spec.clusterSelector", {"ray.io/cluster": ""}),
          "should not be empty"),
@@ -251,7 +251,7 @@ CASES = [
     Case(16, "suspended workers under the autoscaler", {"workers": {"suspend": True}, **SCALING}, UNKNOWN, put(f"{GROUP}.suspend", True),
          "cannot be suspended with Autoscaler", base=SCALING),
     Case(16, "the operator's own command", {"head": {"env": [{"name": "KUBERAY_GEN_AUTOSCALER_START_CMD", "value": "x"}]}},
-         "which is the operator's"),
+         "which the operator sets"),
     Case(17, "fault tolerance by annotation", {"run": {"annotations": {"ray.io/ft-enabled": "true"}}}, "run.annotations sets ray.io/ft",
          both(REDIS, put("metadata.annotations", {"ray.io/ft-enabled": "true"})), "both set"),
     Case(17, "external storage by annotation", {"run": {"annotations": {"ray.io/external-storage-namespace": "x"}}},
@@ -279,10 +279,10 @@ CASES = [
     Case(20, "submitter that restarts", {"submitter": {"restartPolicy": "Always"}}, UNKNOWN),
     Case(21, "queue and a cluster that stays", deletion(*ENDS, queue={"name": "q"}), "which Kueue refuses",
          queued=strategy(*ENDS), kueue="should delete the cluster after finishing"),
-    Case(21, "queue and suspended", {"queue": {"name": "q"}, "run": {"suspend": True}}, "is Kueue's to say"),
+    Case(21, "queue and suspended", {"queue": {"name": "q"}, "run": {"suspend": True}}, "but Kueue decides whether"),
     Case(21, "queue and autoscaling", {"queue": {"name": "q"}, **SCALING}, "set queue.elastic=true",
          queued=put(f"{CLUSTER}.enableInTreeAutoscaling", True), kueue="only use autoscaling when workload slicing is enabled"),
-    Case(21, "queue and a shared cluster", {"queue": {"name": "q"}, **SHARED}, "give the queue to the raycluster release"),
+    Case(21, "queue and a shared cluster", {"queue": {"name": "q"}, **SHARED}, "set the queue in the raycluster release"),
     Case(21, "queue of an impossible name", {"queue": {"name": "a..b"}}, "pattern",
          queued=label("queue-name", "a..b"), kueue="RFC 1123 subdomain"),
     Case(21, "time in the queue's terms that is none", {"run": {"labels": {"kueue.x-k8s.io/max-exec-time-seconds": "0"}}},
@@ -294,9 +294,9 @@ CASES = [
     Case(21, "two topologies", {"pods": {"annotations": topology(required="zone")}, "workers": {"annotations": topology(preferred="rack")}},
          "ask Kueue for 2 topologies", queued=put(f"{GROUP}.template.metadata.annotations", topology(required="zone", preferred="rack")),
          kueue="must not contain more than one topology annotation"),
-    Case(21, "topology that is no label", {"workers": {"annotations": topology(required="a b")}}, "which is no label of nodes",
+    Case(21, "topology that is no label", {"workers": {"annotations": topology(required="a b")}}, "which is not a valid node label",
          queued=put(f"{GROUP}.template.metadata.annotations", topology(required="a b")), kueue="name part must consist of"),
-    Case(21, "topology by yes and no", {"head": {"annotations": topology(unconstrained="yes")}}, 'takes "true" or "false"',
+    Case(21, "topology by yes and no", {"head": {"annotations": topology(unconstrained="yes")}}, 'accepts "true" or "false"',
          queued=put(f"{HEAD}.template.metadata.annotations", topology(unconstrained="yes")), kueue="must be a boolean value"),
     Case(21, "slice of unknown size", {"workers": {"annotations": topology(**{"slice-required": "rack"})}}, "not in groups or slices",
          queued=put(f"{GROUP}.template.metadata.annotations", topology(**{"slice-required": "rack"})), kueue="must be set when"),
@@ -322,7 +322,7 @@ CASES = [
     Case(25, "path mounted twice", {"pods": {"volumeMounts": [{"name": "job", "mountPath": "/tmp"}]}}, "mounts /tmp a second time"),  # noqa: S108
     Case(25, "mount without a volume", {"workers": {"volumeMounts": [{"name": "a", "mountPath": "/a"}]}}, "there is no such volume"),
     Case(25, "the chart's volume mounted again", {"pods": {"volumeMounts": [{"name": "model-cache", "mountPath": "/models"}]}},
-         "a volume of the chart's"),
+         "a volume of the chart that"),
     Case(25, "cache where another volume is", {"modelCache": {"mountPath": "/tmp"}}, "where the chart mounts another volume"),  # noqa: S108
     Case(25, "variable with two values", {"pods": {"env": [{"name": "A", "value": "1", "valueFrom": {"fieldRef": {"fieldPath": "x"}}}]}},
          "not' failed"),
@@ -334,8 +334,8 @@ CASES = [
          {"run": {"activeDeadlineSeconds": 1801}, "autoscaling": {"enabled": True, "waitSeconds": 1801}},
          "autoscaling.waitSeconds is 1801"),
     Case(27, "job that deletes itself", deletion(rule("DeleteSelf", jobStatus="FAILED")), "value must be one of"),
-    Case(0, "a schedule whose runs have one output", {"schedule": {"cron": "@daily"}}, "all but the first would find their job done"),
-    Case(0, "the time of a run without a schedule", {"job": {"output": {"uri": "s3://o/{time:%Y}/"}}}, "only runs of a schedule know"),
+    Case(0, "a schedule whose runs have one output", {"schedule": {"cron": "@daily"}}, "all runs but the first would find their job done"),
+    Case(0, "the time of a run without a schedule", {"job": {"output": {"uri": "s3://o/{time:%Y}/"}}}, "only runs of a schedule replace"),
     Case(0, "a schedule of suspended runs",
          {"schedule": {"cron": "@daily"}, "job": {"output": {"uri": "s3://o/{time:%Y}/"}}, "run": {"suspend": True}},
          "set schedule.suspend to start none"),
@@ -343,20 +343,20 @@ CASES = [
          {"schedule": {"cron": "@daily"}, "job": {"output": {"uri": "s3://o/{time:%Y}/"}}, "preflightHook": {"enabled": True}},
          "set preflightHook.enabled=false, and job.preflight.enabled=true"),
     Case(0, "a preflight's pod beside a shared cluster", {"clusterSelector": "shared", "preflightHook": {"enabled": True}},
-         "whose pod would ask for GPUs beside that cluster's"),
+         "its pod would request GPUs in addition to that cluster's"),
     Case(0, "a schedule of six fields", {"schedule": {"cron": "0 30 2 * * *"}}, "does not match pattern"),
     Case(0, "no input", {"job": {"input": {"uris": []}}}, "job.input.uris is empty"),
     Case(0, "two inputs", {"job": {"input": {"manifest": "s3://m.csv"}}}, "are both given"),
     Case(0, "no output", {"job": {"output": {"uri": ""}}}, "job.output.uri is empty"),
-    Case(0, "output that is gone with the pod", {"job": {"output": {"uri": "/data/out"}}}, "a path that is gone with the pod"),
-    Case(0, "output that is gone with the pod, as a URI", {"job": {"output": {"uri": "file:///tmp/out"}}},
-         "a path that is gone with the pod"),
-    Case(0, "output on a volume that is gone with the pod",
+    Case(0, "output that is lost with the pod", {"job": {"output": {"uri": "/data/out"}}}, "a path that is lost with the pod"),
+    Case(0, "output that is lost with the pod, as a URI", {"job": {"output": {"uri": "file:///tmp/out"}}},
+         "a path that is lost with the pod"),
+    Case(0, "output on a volume that is lost with the pod",
          {"job": {"output": {"uri": "/data/out"}}, "pods": {"volumes": [{"name": "data", "emptyDir": {}}],
                                                             "volumeMounts": [{"name": "data", "mountPath": "/data"}]}},
-         "a path that is gone with the pod"),
-    Case(0, "job too long to be sent along", {"job": {"input": {"uris": [f"s3://bucket/{i:030}/" for i in range(1000)]}}, **SHARED},
-         "32768 bytes can be sent along"),
+         "a path that is lost with the pod"),
+    Case(0, "job too long to be sent", {"job": {"input": {"uris": [f"s3://bucket/{i:030}/" for i in range(1000)]}}, **SHARED},
+         "at most 32768 bytes can be sent"),
     Case(0, "alerts that nothing is scraped for", {"monitoring": {"rules": {"enabled": True}}}, "set monitoring.podMonitor.enabled=true"),
     Case(0, "scraping of a shared cluster", {"monitoring": {"podMonitor": {"enabled": True}}, **SHARED}, "no Ray pods to scrape"),
     Case(0, "alerts for a shared cluster", {"monitoring": {"rules": {"enabled": True}}, **SHARED}, "set it in the raycluster release"),
@@ -364,8 +364,22 @@ CASES = [
     Case(0, "taint tolerated twice over", {"pods": {"tolerations": [{"operator": "Exists", "value": "x"}]}}, "not' failed"),
     Case(0, "skew of nothing", {"pods": {"topologySpreadConstraints": [
         {"maxSkew": 0, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]}}, "minimum"),
-    Case(0, "dashboard that nobody reaches", {"head": {"rayStartParams": {"dashboard-host": "127.0.0.1"}}}, "which is the operator's"),
-    Case(0, "label that the release has", {"run": {"labels": {"app.kubernetes.io/managed-by": "me"}}}, "which the release is found by"),
+    Case(0, "dashboard that nobody reaches", {"head": {"rayStartParams": {"dashboard-host": "127.0.0.1"}}}, "which the operator sets"),
+    Case(0, "label that the release has", {"run": {"labels": {"app.kubernetes.io/managed-by": "me"}}}, "by which the release is selected"),
+    Case(0, "limit of errors by its earlier key", {"job": {"errors": {"min_sample": 2000000}}},
+         "job.errors.min_sample has a new name: write job.errors.min_rows: 2000000"),
+    Case(0, "column of images by its earlier key", {"job": {"input": {"bytes_column": "image & more"}}},
+         'job.input.bytes_column has a new name: write job.input.image_column: "image & more"'),
+    Case(0, "golden images by their earlier key", {"job": {"preflight": {"golden": "s3://b/golden.parquet"}}},
+         'job.preflight.golden has a new name: write job.preflight.golden_manifest: "s3://b/golden.parquet"'),
+    Case(0, "exact decoder by its earlier key", {"job": {"preprocess": {"exact": True, "gpu_jpeg": False}}},
+         "job.preprocess.exact has a new name: write job.preprocess.decoder: exact"),
+    Case(0, "decoder on GPUs by its earlier key", {"job": {"preprocess": {"gpu_jpeg": True}}},
+         "job.preprocess.gpu_jpeg has a new name: write job.preprocess.decoder: gpu"),
+    Case(0, "both decoders by their earlier keys", {"job": {"preprocess": {"exact": True, "gpu_jpeg": True}}},
+         "job.preprocess.exact has a new name: write job.preprocess.decoder: exact or job.preprocess.decoder: gpu"),
+    Case(0, "default decoder by its earlier key", {"job": {"preprocess": {"exact": False}}},
+         "job.preprocess.exact has a new name: write job.preprocess.decoder: fast"),
     Case(0, "mistyped key of the job", {"job": {"inference": {"actor": 2}}}, UNKNOWN),
     Case(0, "mistyped toleration", {"pods": {"tolerations": [{"keys": "gpu"}]}}, UNKNOWN),
     Case(0, "section set to nothing", {"job": {"inference": None}}, "missing propert"),
@@ -373,13 +387,13 @@ CASES = [
 
 
 def table() -> str:
-    """RULES.md: each rule with its cases."""
+    """Return the text of RULES.md: each rule with its cases."""
     lines = [
         "# What the charts refuse",
         "",
-        "Each line is a case of `test_rules.py`: values that the chart refuses when it renders. Where the last column says so, the "
+        "Each line is a case of `test_rules.py`: values that the chart refuses when it renders. If the last column says so, the "
         "same mistake,",
-        "written by hand into a manifest, was refused by KubeRay's own validation (the oracle), so that the rule is the operator's; or, "
+        "written by hand into a manifest, was refused by KubeRay's own validation (the oracle), so the rule is the operator's; or, "
         "in a queue,",
         "by Kueue's webhook (`tests/platform`).",
         "",

@@ -1,4 +1,4 @@
-"""A program that answers lines of JSON with lines of JSON, started once and asked often."""
+"""A program that answers lines of JSON with lines of JSON; it is started once and used often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that the schema allows, made up by hypothesis: some keys at a time, the others at their defaults."""
+"""Hypothesis strategies for values that the schema allows: some keys at a time, the others at their defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 from hypothesis import strategies as st
 
-from .render import HELM, Values
+from tests.charts.render import HELM, Values
 
 # Kubernetes' own structures nest deeply, and the operator looks into none of them; one that goes far enough will do.
 DEEP = {"affinity": "nodeAffinity", "volumes": "emptyDir"}
@@ -20,8 +20,9 @@ BOUNDS = {"actors": 64, "top_k": 10}
 
 @functools.cache
 def schema(chart: str) -> dict[str, Any]:
-    """A chart's schema."""
-    loaded: dict[str, Any] = json.loads((HELM / chart / "values.schema.json").read_text())
+    """Return a chart's schema."""
+    text = (HELM / chart / "values.schema.json").read_text()
+    loaded: dict[str, Any] = json.loads(text, object_hook=_without_deprecated)
     for name, kept in DEEP.items():
         item = loaded["$defs"][name]
         item = item.get("items", item)
@@ -32,10 +33,14 @@ def schema(chart: str) -> dict[str, Any]:
     return loaded
 
 
+def _without_deprecated(part: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if not (isinstance(value, dict) and value.get("deprecated"))}
+
+
 def leaves(
     part: dict[str, Any], whole: dict[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """The keys of a schema that have values rather than keys below them."""
+    """Return the keys of a schema that have values and no keys below them."""
     for name, value in part["properties"].items():
         if name in ("global", "common"):
             continue
@@ -55,7 +60,7 @@ def _strategy(name: str, value: dict[str, Any], whole: dict[str, Any]) -> st.Sea
 
 
 def of(part: dict[str, Any], types: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Values of a part of a schema, as far as these schemas go."""
+    """Return a strategy for values of a part of a schema; it supports what these schemas use."""
     if "$ref" in part:
         return of(types[part["$ref"].rpartition("/")[2]], types)
     if "const" in part:
@@ -148,7 +153,7 @@ def _choices(chart: str) -> tuple[tuple[tuple[str, ...], st.SearchStrategy[Any]]
 
 @st.composite
 def values(draw: st.DrawFn, chart: str) -> Values:
-    """Values with up to ten keys of a chart changed."""
+    """Return a strategy for values with up to ten keys of a chart changed."""
     chosen: Values = {}
     picked = draw(st.lists(st.sampled_from(range(len(_choices(chart)))), min_size=1, max_size=10, unique=True))
     for index in picked:

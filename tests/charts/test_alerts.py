@@ -1,4 +1,4 @@
-"""The charts' alerts and dashboard: `promtool test rules` on each alert, and nothing asks for a metric that there is not."""
+"""The charts' alerts and dashboard: `promtool test rules` on each alert, and no query uses a metric that does not exist."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from batch_inference.metrics import METRICS
-from tests.prometheus import dashboard_queries, program
-
-from . import check
-from .render import HELM, REPOSITORY, Manifest, find, render
+from batch_inference.telemetry.metrics import METRICS
+from tests.charts import check
+from tests.charts.render import HELM, REPOSITORY, Manifest, find, render
+from tests.support.prometheus import dashboard_queries, program
 
 ON = {"monitoring": {"podMonitor": {"enabled": True}, "rules": {"enabled": True}, "dashboard": {"enabled": True}}}
 MINE = 'namespace="default", app_kubernetes_io_instance="demo", run="demo-0123abcd"'
@@ -26,7 +25,7 @@ charts = pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
 
 
 def series(name: str, values: str, labels: str = "", mine: str = MINE) -> dict[str, str]:
-    """A series of this release's run, a value a minute: `0+5x60` is 0, 5, … 300."""
+    """Return a series of this release's run, one value per minute: `0+5x60` is 0, 5, … 300."""
     return {"series": f"{name}{{{', '.join(filter(None, (mine, labels)))}}}", "values": values}
 
 
@@ -59,14 +58,14 @@ def commits(values: str) -> dict[str, str]:
 
 
 def status(name: str, state: str, values: str, namespace: str = 'namespace="default"') -> dict[str, str]:
-    """What KubeRay's operator says of a RayJob."""
+    """Return KubeRay's metric for a RayJob."""
     labels = f'{namespace}, name="{name}", deployment_status="{state}"'
     return {"series": f"kuberay_job_deployment_status{{{labels}}}", "values": values}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Series, and whether an alert fires at a minute: then `says` is its summary."""
+    """Series, and whether an alert fires at a minute; if so, `says` is its summary."""
 
     alert: str
     title: str
@@ -199,7 +198,7 @@ def test_thresholds_are_the_values(chart: str) -> None:
 @pytest.mark.parametrize(
     "waits", [{"queue": {"name": "gpus"}}, {"cluster": {"suspend": True}}], ids=["queued", "suspended"]
 )
-def test_a_cluster_that_may_be_suspended_is_not_reported_as_pending(waits: dict[str, Any]) -> None:
+def test_cluster_that_may_be_suspended_is_not_reported_as_pending(waits: dict[str, Any]) -> None:
     (group,) = find(render("raycluster", {**ON, **waits}), "PrometheusRule")["spec"]["groups"]
     assert {rule["alert"].removeprefix("BatchInference") for rule in group["rules"]} == set(alerts("rayjob")) - {
         "PodsPending"
@@ -211,9 +210,9 @@ def metrics_in(expression: str) -> set[str]:
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
-    """KubeRay's own, whose names only a cluster can tell, are asked for there."""
-    known = {metric.scraped for metric in METRICS}
-    known |= {f"{metric.scraped}{end}" for metric in METRICS for end in ("_bucket", "_sum", "_count")}
+    """KubeRay's metrics, whose names only a cluster knows, are tested there."""
+    known = {metric.prometheus_name for metric in METRICS}
+    known |= {f"{metric.prometheus_name}{end}" for metric in METRICS for end in ("_bucket", "_sum", "_count")}
     known |= {"kuberay_job_deployment_status", "kuberay_cluster_condition_provisioned"}
     asked = set()
     for chart in ("rayjob", "raycluster"):
@@ -223,7 +222,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
         assert metrics_in(expression), expression
         asked |= metrics_in(expression)
     assert asked <= known
-    unseen = {m.scraped for m in METRICS} - {name.removesuffix("_sum").removesuffix("_count") for name in asked}
+    unseen = {m.prometheus_name for m in METRICS} - {name.removesuffix("_sum").removesuffix("_count") for name in asked}
     assert unseen == set(), "metrics that neither a panel nor an alert shows"
 
 
@@ -262,7 +261,7 @@ def test_every_alert_has_its_section_in_the_runbook(chart: str) -> None:
 
 
 @charts
-def test_the_monitor_finds_the_ray_pods_and_no_other(chart: str) -> None:
+def test_monitor_finds_the_ray_pods_and_no_other(chart: str) -> None:
     monitor = find(render(chart, ON), "PodMonitor")["spec"]
     (endpoint,) = monitor["podMetricsEndpoints"]
     selected = dict(monitor["selector"]["matchLabels"])

@@ -9,24 +9,19 @@ import pytest
 import yaml
 from lupa.lua51 import LuaRuntime
 
-ARGOCD = Path(__file__).parents[2] / "k8s" / "argocd"
-# As in Argo CD's own repository: what each object's health is.
-CASES = [
-    (kind.name, test["inputPath"], test["healthStatus"])
-    for kind in sorted((ARGOCD / "ray.io").iterdir())
-    for test in yaml.safe_load((kind / "health_test.yaml").read_text())["tests"]
-]
+from tests.charts.argocd import ARGOCD, CASES
+
 STATES = (
     "", "Initializing", "Running", "Complete", "Failed", "ValidationFailed", "Suspending", "Suspended", "Retrying", "Waiting",
 )  # fmt: skip
 
 
-# Of Lua's libraries Argo CD has three, and a few functions of os, unless told otherwise.
+# By default Argo CD has three of Lua's libraries, and a few functions of os.
 CLOSED = ("string", "math", "io", "debug", "os", "coroutine")
 
 
 def health(kind: str, obj: dict[str, Any], *, closed: bool = False) -> dict[str, str]:
-    """What the script says of an object, in the version of Lua that Argo CD has, with all libraries or without."""
+    """Return the script's result for an object, in Argo CD's version of Lua, with all libraries or without."""
     lua: Any = LuaRuntime(unpack_returned_tuples=True)
     for library in CLOSED if closed else ():
         lua.globals()[library] = None
@@ -60,7 +55,7 @@ def test_every_case_is_used() -> None:
     assert listed == {(file.parents[1].name, file.name) for file in ARGOCD.glob("ray.io/*/testdata/*.yaml")}
 
 
-def test_the_patch_of_argocd_s_configmap_has_these_scripts() -> None:
+def test_patch_of_argocd_s_configmap_has_these_scripts() -> None:
     patch = yaml.safe_load((ARGOCD / "argocd-cm-patch.yaml").read_text())
     assert patch == {
         "data": {
@@ -72,7 +67,7 @@ def test_the_patch_of_argocd_s_configmap_has_these_scripts() -> None:
 
 
 @pytest.mark.parametrize("file", ["application.yaml", "applicationset.yaml"])
-def test_the_examples_differ_in_nothing_but_their_jobs(file: str) -> None:
+def test_examples_differ_in_nothing_but_their_jobs(file: str) -> None:
     found = yaml.safe_load((ARGOCD / file).read_text())
     spec = found["spec"]["template"]["spec"] if found["kind"] == "ApplicationSet" else found["spec"]
     chart = yaml.safe_load((ARGOCD.parents[1] / "helm/rayjob/Chart.yaml").read_text())

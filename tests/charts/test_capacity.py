@@ -1,4 +1,4 @@
-"""The chart's arithmetic and that of `batch-inference plan` are one: same sizes, same verdicts, same words, same defaults."""
+"""The chart and `batch-inference plan` do the same arithmetic: same sizes, same verdicts, same words, same defaults."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from batch_inference.capacity import (
-    SHARED_CLUSTER,
+from batch_inference.config import parse_config
+from batch_inference.driver.planner import pods
+from batch_inference.errors import UserError
+from batch_inference.kubernetes.capacity import (
+    SHARED_CLUSTER_NAMES,
+    ActorPool,
     Autoscaling,
     Capacity,
-    Cluster,
+    ClusterValues,
     CpuWorkers,
     Head,
-    Pool,
     Workers,
-    capacity,
+    size_cluster,
 )
-from batch_inference.config import parse_config
-from batch_inference.errors import UserError
-from batch_inference.planner import pods
-
-from .render import HELM, HelmError, Manifest, Values, find, merged, render
+from tests.charts.render import HELM, HelmError, Manifest, Values, find, merged, render
 
 EXAMPLES = 200
 
@@ -37,8 +36,8 @@ cpus = st.sampled_from([0.5, 1, 1.25, 2, 3.7, 4]) | st.floats(0.001, 16).map(lam
 gib = st.integers(1, 64) | st.floats(1, 64).map(lambda x: round(x, 2))
 percent = st.integers(10, 60)
 clusters = st.builds(
-    Cluster,
-    st.builds(Pool, st.integers(1, 40), gpus, cpus, cpus),
+    ClusterValues,
+    st.builds(ActorPool, st.integers(1, 40), gpus, cpus, cpus),
     st.builds(
         Workers,
         st.integers(1, 8),
@@ -65,8 +64,8 @@ clusters = st.builds(
 )
 
 
-def values_of(cluster: Cluster, chart: str) -> Values:
-    """The values that describe a cluster."""
+def values_of(cluster: ClusterValues, chart: str) -> Values:
+    """Return the values that describe a cluster."""
     pool, workers, cpu_workers = cluster.pool, cluster.workers, cluster.cpu_workers
     shared: Values = {
         "workers": {
@@ -104,7 +103,7 @@ def values_of(cluster: Cluster, chart: str) -> Values:
 
 
 def rendered(manifest: Manifest) -> list[dict[str, Any]]:
-    """The sizes of the pods in a manifest."""
+    """Return the sizes of the pods in a manifest."""
     cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
     return [_size(group) for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]]
 
@@ -123,18 +122,18 @@ def _size(group: Manifest) -> dict[str, Any]:
 
 
 def computed(found: Capacity) -> list[dict[str, Any]]:
-    """The sizes that the module computes, in the manifest's order."""
+    """Return the sizes that the module computes, in the manifest's order."""
     sizes = [found.head, found.workers] + ([found.cpu_workers] if found.cpu_workers.replicas else [])
     names = ("replicas", "cpu_millis", "memory_mib", "object_store_mib", "gpus", "cpus")
     return [{name: getattr(size, name) for name in names} for size in sizes]
 
 
-def planned(cluster: Cluster, chart: str) -> Capacity:
-    """What the program finds: for a job by the function behind `plan --values`, from the very values that the chart gets."""
+def planned(cluster: ClusterValues, chart: str) -> Capacity:
+    """Return the program's sizes and problems; for a job with the function behind `plan --values`, from the values that the chart gets."""
     if chart == "raycluster":
-        return capacity(cluster, SHARED_CLUSTER)
+        return size_cluster(cluster, SHARED_CLUSTER_NAMES)
     values = values_of(cluster, chart)
-    whole = capacity(cluster)
+    whole = size_cluster(cluster)
     try:
         config = parse_config(values["job"])
     except UserError as error:  # The configuration itself refuses this one, before anything is planned.
@@ -152,11 +151,11 @@ def test_chart_and_program_agree(chart: str) -> None:
     verdicts = {"fits": 0, "refused": 0}
 
     @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
-    @example(Cluster())
-    @example(Cluster(Pool(actors=6, gpus_per_actor=0.5), Workers(gpus_per_worker=2)))
-    @example(Cluster(Pool(gpus_per_actor=0)))
+    @example(ClusterValues())
+    @example(ClusterValues(ActorPool(actors=6, gpus_per_actor=0.5), Workers(gpus_per_worker=2)))
+    @example(ClusterValues(ActorPool(gpus_per_actor=0)))
     @given(clusters)
-    def agree(cluster: Cluster) -> None:
+    def agree(cluster: ClusterValues) -> None:
         found = planned(cluster, chart)
         try:
             manifests = render(chart, values_of(cluster, chart))
@@ -208,7 +207,7 @@ def test_workers_follow_from_the_actor_pool(
 
 
 def names(shape: Any, path: str = "") -> dict[str, dict[str, Any]]:
-    """The keys of a JSON Schema as pydantic writes it, with their type, bounds and default."""
+    """Return the keys of a JSON Schema as pydantic writes it, with their type, bounds and default."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in shape["properties"].items():
         if "$ref" in value:
@@ -221,12 +220,12 @@ def names(shape: Any, path: str = "") -> dict[str, dict[str, Any]]:
     return found
 
 
-SHAPE = TypeAdapter(Cluster).json_schema()
+SHAPE = TypeAdapter(ClusterValues).json_schema()
 TYPES = SHAPE["$defs"]
 
 
 @pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
-def test_the_program_has_the_chart_s_defaults_and_bounds(chart: str) -> None:
+def test_program_has_the_chart_s_defaults_and_bounds(chart: str) -> None:
     shape = {**SHAPE, "properties": {key: value for key, value in SHAPE["properties"].items() if key != "pool"}}
     found = names(shape)
     assert len(found) == 20
@@ -240,12 +239,12 @@ def test_the_program_has_the_chart_s_defaults_and_bounds(chart: str) -> None:
         assert expected == {"type": part["type"], **bounds, "default": default}, path
 
 
-def test_the_program_has_the_chart_s_defaults_of_the_actor_pool() -> None:
+def test_program_has_the_chart_s_defaults_of_the_actor_pool() -> None:
     job = yaml.safe_load((HELM / "rayjob" / "values.yaml").read_text())["job"]
     pool = yaml.safe_load((HELM / "raycluster" / "values.yaml").read_text())["actorPool"]
     assert parse_config(job) == parse_config({})
-    assert Cluster.of(parse_config({}), {}) == Cluster()
-    given = Cluster().pool
+    assert ClusterValues.of(parse_config({}), {}) == ClusterValues()
+    given = ClusterValues().pool
     assert pool == {
         "actors": given.actors,
         "gpusPerActor": given.gpus_per_actor,
@@ -267,18 +266,18 @@ def test_the_program_has_the_chart_s_defaults_of_the_actor_pool() -> None:
     ],
     ids=str,
 )
-def test_a_value_that_the_chart_refuses_by_its_schema_is_refused_by_the_program(values: Values) -> None:
+def test_value_that_the_chart_refuses_by_its_schema_is_refused_by_the_program(values: Values) -> None:
     with pytest.raises(HelmError):
         render("rayjob", values)
     with pytest.raises(UserError, match=rf"{next(iter(values))}"):
         pods(parse_config({}), values)
 
 
-def test_the_all_keys_file_is_planned() -> None:
+def test_all_keys_file_is_planned() -> None:
     values = yaml.safe_load((HELM.parent / "tests" / "charts" / "values" / "rayjob.yaml").read_text())
     assert pods(parse_config({}), values) is None  # It joins a cluster.
     # A predictor excludes embeddings and decoding on GPUs, as a manifest excludes URIs.
-    together = {"input": {"manifest": None}, "task": "classify", "preprocess": {"gpu_jpeg": False}}
+    together = {"input": {"manifest": None}, "task": "classify", "preprocess": {"decoder": "exact"}}
     job = merged(values["job"], together)
     run = {"suspend": False, "shutdownAfterJobFinishes": True, "deletionRules": []}
     own = merged(values, {"clusterSelector": "", "job": together, "run": run, "schedule": {"cron": ""}})

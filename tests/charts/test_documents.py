@@ -1,4 +1,4 @@
-"""What the documents install, the chart renders and the operator takes."""
+"""The chart renders, and the operator accepts, every installation in the documents."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import re
 import pytest
 import yaml
 
-from tests.docs.documents import Block, blocks, commands, documents, helm_values, prose
-
-from . import check
-from .oracle import ask
-from .render import HelmError, Values, merged, render, render_text
+from tests.charts import check
+from tests.charts.oracle import ask
+from tests.charts.render import HelmError, Values, merged, render, render_text
+from tests.support.documents import Block, blocks, commands, documents, helm_values, prose
 
 INSTALLED = [
     pytest.param(block, words, id=f"{block}-{words[2]}")
@@ -25,7 +24,7 @@ INSTALLED = [
 
 
 def _written(block: Block, words: list[str]) -> Values:
-    """Values from files that the document itself shows."""
+    """Return values from files that the document itself shows."""
     values: Values = {}
     shown = {other.file: other.text for other in blocks(block.document) if other.language == "yaml"}
     for option, file in itertools.pairwise(words):
@@ -39,7 +38,7 @@ def test_some_are_there() -> None:
 
 
 @pytest.mark.parametrize(("block", "words"), INSTALLED)
-def test_what_is_installed_is_rendered_and_taken(block: Block, words: list[str]) -> None:
+def test_documented_installs_are_rendered_and_accepted(block: Block, words: list[str]) -> None:
     values = merged(_written(block, words), helm_values(words))
     chart = words[3].rpartition("/")[2]
     text = render_text(chart, values, name=words[2])
@@ -57,7 +56,7 @@ def test_what_is_installed_is_rendered_and_taken(block: Block, words: list[str])
         ({"gpus_per_actor": 3, "cpus_per_actor": 0.00001}, "`… problems in the values:`"),
     ],
 )
-def test_what_helm_says_is_in_troubleshooting(inference: Values, heading: str) -> None:
+def test_helm_messages_are_in_troubleshooting(inference: Values, heading: str) -> None:
     assert f"### {heading}" in [line for _, line in prose("docs/troubleshooting.md")]
     with pytest.raises(HelmError) as caught:
         render_text("rayjob", {"job": {"inference": inference}, "workers": {"cpus": 1}})

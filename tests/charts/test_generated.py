@@ -1,4 +1,4 @@
-"""Whatever values the charts accept, KubeRay and Kubernetes accept what they render."""
+"""KubeRay and Kubernetes accept everything that the charts render."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from batch_inference.config import parse_config
 from batch_inference.errors import UserError
-
-from . import check
-from .oracle import ask
-from .render import HelmError, Values, find, render, render_text
-from .strategies import values
+from tests.charts import check
+from tests.charts.oracle import ask
+from tests.charts.render import HelmError, Values, find, render, render_text
+from tests.charts.strategies import values
 
 EXAMPLES = {"rayjob": 400, "raycluster": 200}
 # Values that pass alone and clash together are rare enough; if most were refused, nothing would be tested.
@@ -82,7 +81,7 @@ tricky = st.sampled_from(
     st.none() | st.floats(0, 100),
     st.integers(1, 2**40),
 )
-def test_the_job_arrives_as_it_was_given(uris: list[str], name: str, percent: float | None, pixels: int) -> None:
+def test_job_arrives_as_it_was_given(uris: list[str], name: str, percent: float | None, pixels: int) -> None:
     job = {
         "input": {"uris": uris},
         "output": {"uri": "s3://out/"},
@@ -95,8 +94,8 @@ def test_the_job_arrives_as_it_was_given(uris: list[str], name: str, percent: fl
     assert parse_config(rendered) == parse_config(job)
 
 
-def test_a_value_of_the_job_that_only_the_program_checks_is_found_by_it() -> None:
-    """What JSON Schema can't say stays the program's to refuse; this documents where the line is."""
+def test_value_of_the_job_that_only_the_program_checks_is_found_by_it() -> None:
+    """The program refuses what JSON Schema cannot express; this documents the boundary."""
     job = {"predictor": {"path": "module:Class"}, "input": {"uris": ["a"]}}
     assert parse_config(job)
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""What the charts render, feature by feature."""
+"""Rendered manifests, feature by feature."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import yaml
 
 from batch_inference.config import StorageConfig, load_config
 from batch_inference.environment import RUN_VARIABLE, WAIT_VARIABLE
-from batch_inference.submitter import request_body
-
-from . import check
-from .render import Manifest, find, merged, rayjob, render
+from batch_inference.kubernetes.submitter import request_body
+from tests.charts import check
+from tests.charts.render import Manifest, find, merged, rayjob, render
 
 GPU = "nvidia.com/gpu"
 
@@ -45,7 +44,7 @@ def environment(pod: Manifest) -> dict[str, Any]:
 # --- the run and its name ---
 
 
-def test_the_same_values_are_the_same_run_and_others_another() -> None:
+def test_same_values_are_the_same_run_and_others_another() -> None:
     name = rayjob()["metadata"]["name"]
     assert re.fullmatch(r"demo-[0-9a-f]{8}", name)
     assert rayjob({"run": {"history": 9}})["metadata"]["name"] == name
@@ -63,17 +62,17 @@ def test_the_same_values_are_the_same_run_and_others_another() -> None:
     assert name not in names
 
 
-def test_the_longest_name_fits() -> None:
+def test_longest_name_fits() -> None:
     assert len(rayjob(name="a" * 38)["metadata"]["name"]) == 47
 
 
-def test_the_version_of_the_chart_does_not_change_a_run() -> None:
+def test_version_of_the_chart_does_not_change_a_run() -> None:
     text = yaml.safe_dump(rayjob()["spec"])
     assert "helm.sh/chart" not in text
     assert "app.kubernetes.io/version" not in text
 
 
-def test_the_job_is_mounted_in_every_pod_under_the_run_s_name() -> None:
+def test_job_is_mounted_in_every_pod_under_the_run_s_name() -> None:
     manifests = render("rayjob")
     config = find(manifests, "ConfigMap")
     assert list(config["data"]) == ["job.yaml"]
@@ -86,7 +85,7 @@ def test_the_job_is_mounted_in_every_pod_under_the_run_s_name() -> None:
         assert {"name": "job", "mountPath": "/etc/batch-inference", "readOnly": True} in container(pod)["volumeMounts"]
 
 
-def test_the_submitter_is_ours_and_no_shell_reads_it() -> None:
+def test_submitter_is_ours_and_no_shell_reads_it() -> None:
     spec = rayjob()["spec"]
     assert spec["submissionMode"] == "K8sJobMode"
     submitter = container(pods()["submitter"])
@@ -97,8 +96,8 @@ def test_the_submitter_is_ours_and_no_shell_reads_it() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"clusterSelector": "shared"}], ids=["own cluster", "shared cluster"])
-def test_the_entrypoint_is_what_the_submitter_submits(values: dict[str, Any], tmp_path: Path) -> None:
-    """With the chart's own arguments; but for the config's path nobody reads the file, which is in the pod."""
+def test_entrypoint_is_what_the_submitter_submits(values: dict[str, Any], tmp_path: Path) -> None:
+    """With the chart's own arguments; the file is in the pod, so only its path is checked."""
     spec = rayjob(values)["spec"]
     args = container(spec["submitterPodTemplate"]["spec"])["args"]
     (tmp_path / "job.yaml").write_text("{}")
@@ -115,7 +114,7 @@ def test_safe_defaults() -> None:
     assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] is False
 
 
-def test_a_job_on_a_shared_cluster_brings_no_cluster_and_sends_its_configuration_along() -> None:
+def test_job_on_a_shared_cluster_brings_no_cluster_and_sends_its_configuration_along() -> None:
     spec = rayjob({"clusterSelector": "shared"})["spec"]
     assert spec["clusterSelector"] == {"ray.io/cluster": "shared"}
     assert "rayClusterSpec" not in spec
@@ -136,7 +135,7 @@ def test_deletion_rules() -> None:
     assert spec["deletionStrategy"]["deletionRules"] == rules
 
 
-def test_a_queue_labels_the_job_and_leaves_suspension_to_kueue() -> None:
+def test_queue_labels_the_job_and_leaves_suspension_to_kueue() -> None:
     job = rayjob({"queue": {"name": "gpus", "priorityClass": "nightly"}})
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "nightly"
@@ -148,7 +147,7 @@ def test_a_queue_labels_the_job_and_leaves_suspension_to_kueue() -> None:
 # --- the cluster ---
 
 
-def test_the_head_runs_no_tasks_and_sees_no_gpu() -> None:
+def test_head_runs_no_tasks_and_sees_no_gpu() -> None:
     head = cluster()["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == head["rayStartParams"]["num-gpus"] == "0"
     assert GPU not in container(pods()["head"])["resources"]["limits"]
@@ -169,7 +168,7 @@ def test_gpu_requests_equal_limits_and_are_told_to_ray() -> None:
     assert resources["requests"]["memory"] == resources["limits"]["memory"]
 
 
-def test_no_gpus_is_all_it_takes_to_run_on_cpus() -> None:
+def test_zero_gpus_alone_runs_on_cpus() -> None:
     (group,) = cluster({"job": {"inference": {"gpus_per_actor": 0, "actors": 2}}})["workerGroupSpecs"]
     assert (group["groupName"], group["replicas"], group["rayStartParams"]["num-gpus"]) == ("actors", 2, "0")
     assert "gpu" not in yaml.safe_dump(group["template"]["spec"]["containers"][0]["resources"])
@@ -203,7 +202,7 @@ def test_autoscaling_is_version_2_up_to_the_actor_pool() -> None:
     check.hardened(spec["autoscalerOptions"]["securityContext"])
 
 
-def test_the_submitter_knows_the_name_of_its_run() -> None:
+def test_submitter_knows_the_name_of_its_run() -> None:
     job = find(render("rayjob", {}), "RayJob")
     (submitter,) = (pod["spec"] for role, pod in check.pods(job) if role == "submitter")
     assert environment(submitter)[RUN_VARIABLE] == job["metadata"]["name"]
@@ -230,7 +229,7 @@ def test_tokens_of_ray() -> None:
     assert "authOptions" not in cluster({"rayVersion": "2.51.0"})
 
 
-def test_the_cluster_of_raycluster_is_that_of_rayjob() -> None:
+def test_cluster_of_raycluster_is_that_of_rayjob() -> None:
     shared = find(render("raycluster"), "RayCluster")
     assert shared["metadata"]["name"] == "demo"
     own = cluster()
@@ -264,7 +263,7 @@ def test_claimed_gpus_are_told_to_ray_too() -> None:
     assert group["rayStartParams"]["num-gpus"] == "2"
 
 
-def test_who_needs_no_gpus_claims_none() -> None:
+def test_pods_without_gpus_claim_none() -> None:
     values = {"workers": {"gpuClaimTemplate": "two-gpus"}, "job": {"inference": {"gpus_per_actor": 0}}}
     assert "resourceClaims" not in cluster(values)["workerGroupSpecs"][0]["template"]["spec"]
 
@@ -284,7 +283,7 @@ def test_more_parameters_of_ray_and_the_size_of_scratch() -> None:
     assert {"name": "scratch", "emptyDir": {"sizeLimit": "7Gi"}} in group["template"]["spec"]["volumes"]
 
 
-def test_a_shared_cluster_has_its_queue_labels_and_suspension() -> None:
+def test_shared_cluster_has_its_queue_labels_and_suspension() -> None:
     own = {"labels": {"team": "a"}, "annotations": {"example.com/b": "c"}, "suspend": True}
     metadata = find(render("raycluster", {"cluster": own}), "RayCluster")["metadata"]
     assert metadata["labels"]["team"] == "a"
@@ -317,7 +316,7 @@ def hook(chart: str, values: dict[str, Any] | None = None) -> Manifest:
 
 
 @pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
-def test_the_test_s_pod_is_restricted_and_placed_as_the_head(chart: str) -> None:
+def test_test_s_pod_is_restricted_and_placed_as_the_head(chart: str) -> None:
     claim = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
     values = {
         "pods": {"volumes": [claim], "volumeMounts": [{"name": "data", "mountPath": "/data"}]},
@@ -376,8 +375,8 @@ def test_helm_test_of_a_cluster_has_its_token() -> None:
     ("workers", "code", "says"),
     [(2, 0, "OK: 2 of 2 workers have joined"), (1, 1, "FAILED after 1 s: 1 of 2 workers"), (None, 1, "no answer from")],
 )
-def test_the_test_s_script_counts_what_the_dashboard_says(workers: int | None, code: int, says: str) -> None:
-    """The dashboard's answer is as Ray 2.60 gives it, cut to what is read."""
+def test_test_s_script_counts_what_the_dashboard_says(workers: int | None, code: int, says: str) -> None:
+    """The dashboard's answer is that of Ray 2.60, cut to what is read."""
     nodes = [{"state": "ALIVE", "is_head_node": True}, {"state": "DEAD", "is_head_node": False}]
     nodes += [{"state": "ALIVE", "is_head_node": False}] * (workers or 0)
 
@@ -426,7 +425,7 @@ def test_only_the_autoscaler_s_pod_gets_a_token() -> None:
     assert [account["automountServiceAccountToken"] for account in accounts] == [False, False]
 
 
-def test_the_cloud_identity_is_the_ray_pods_alone() -> None:
+def test_cloud_identity_is_the_ray_pods_alone() -> None:
     values = {"serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/reader"}}}
     reader, submitter = [item for item in render("rayjob", values) if item["kind"] == "ServiceAccount"]
     assert reader["metadata"]["annotations"] == values["serviceAccount"]["annotations"]
@@ -438,7 +437,7 @@ def test_the_cloud_identity_is_the_ray_pods_alone() -> None:
     assert len([item for item in render("rayjob", own) if item["kind"] == "ServiceAccount"]) == 1
 
 
-def test_the_image_by_digest_and_its_secrets() -> None:
+def test_image_by_digest_and_its_secrets() -> None:
     digest = "sha256:" + "0" * 64
     for pod in pods({"image": {"repository": "r/i", "tag": "1", "digest": digest, "pullSecrets": ["s"]}}).values():
         assert container(pod)["image"] == f"r/i@{digest}"
@@ -512,7 +511,7 @@ def test_variables_are_merged_by_name_the_role_s_winning() -> None:
     assert all(container(pod)["envFrom"] == [{"secretRef": {"name": "s3"}}] for pod in found.values())
 
 
-def test_the_model_cache_is_a_folder_or_a_claim() -> None:
+def test_model_cache_is_a_folder_or_a_claim() -> None:
     def cache(values: dict[str, Any]) -> Manifest:
         (volume,) = [item for item in pods(values)["gpu"]["volumes"] if item["name"] == "model-cache"]
         return volume
@@ -533,7 +532,7 @@ def test_local_output_on_a_mounted_volume_is_fine() -> None:
 
 
 @pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
-def test_the_defaults_are_valid(chart: str) -> None:
+def test_defaults_are_valid(chart: str) -> None:
     check.valid(render(chart))
 
 
@@ -553,7 +552,7 @@ def test_pods_keep_the_name_that_the_operator_gives_them(chart: str) -> None:
 
 @pytest.mark.parametrize("role", ["head", "workers", "cpuWorkers"])
 def test_each_pod_ends_its_work_within_the_time_it_has(role: str) -> None:
-    """The driver by the head's hook, for Kubernetes' signal reaches Ray only; workers by Ray, which drains its node."""
+    """The head's hook stops the driver, since Kubernetes' signal reaches only Ray; Ray drains the nodes of workers."""
     grace = {"head": 60, "workers": 30, "cpuWorkers": 30}
     for seconds in (grace[role], 10, 3600):
         values = merged({"cpuWorkers": {"replicas": 1}}, {role: {"terminationGracePeriodSeconds": seconds}})
@@ -562,7 +561,7 @@ def test_each_pod_ends_its_work_within_the_time_it_has(role: str) -> None:
         drains = environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
         if role == "head":
             command = container(pod)["lifecycle"]["preStop"]["exec"]["command"]
-            assert command == ["python", "-m", "batch_inference.termination", str(seconds - 5)]
+            assert command == ["batch-inference", "prestop", str(seconds - 5)]
             assert drains == "0"
         else:
             assert "lifecycle" not in container(pod)

@@ -1,4 +1,4 @@
-"""Manifests that provision GPU nodes: against the schemas of those who read them, and against the presets that go with them."""
+"""Manifests that provision GPU nodes: against the schemas of their controllers, and against their presets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from . import check
-from .test_presets import PRESETS, values
+from tests.charts import check
+from tests.charts.presets import PRESETS, values
 
 FOLDER = Path(__file__).parents[2] / "k8s" / "node-pools"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -75,7 +75,7 @@ def test_manifests_are_what_their_readers_take(file: Path) -> None:
 
 
 def offered(documents: list[dict[str, Any]]) -> tuple[dict[str, set[str]], set[tuple[str, str]]]:
-    """Labels with their values, and taints, that the nodes of a manifest have by its own words."""
+    """Return labels with their values, and taints, that a manifest gives its nodes."""
     labels: dict[str, set[str]] = {}
     taints: set[tuple[str, str]] = set()
     for document in documents:
@@ -105,7 +105,7 @@ def test_workers_find_the_nodes_that_are_made_for_them(name: str) -> None:
     assert [taint for taint in taints if taint not in tolerated and (taint[0], None) not in tolerated] == []
 
 
-def test_the_claim_is_of_as_many_gpus_as_a_worker_has() -> None:
+def test_claim_is_of_as_many_gpus_as_a_worker_has() -> None:
     (template,) = documents(FOLDER / "dra.yaml")
     workers = values(next(preset for preset in PRESETS if preset.stem == "dra"))["workers"]
     (request,) = template["spec"]["spec"]["devices"]["requests"]
@@ -113,7 +113,7 @@ def test_the_claim_is_of_as_many_gpus_as_a_worker_has() -> None:
     assert workers["gpusPerWorker"] == request["exactly"]["count"]
 
 
-def test_the_pre_pull_passes_pod_security() -> None:
+def test_pre_pull_passes_pod_security() -> None:
     (document,) = documents(FOLDER / "prepull.yaml")
     spec = document["spec"]["template"]["spec"]
     check.restricted({"volumes": [], **spec})

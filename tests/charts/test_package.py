@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from batch_inference import __version__
+from tests.charts.render import GIVEN, HELM, REPOSITORY
 from tests.e2e.cluster.programs import tool
-
-from .render import GIVEN, HELM, REPOSITORY
 
 _spec = importlib.util.spec_from_file_location("package", HELM / "package.py")
 assert _spec and _spec.loader
@@ -28,7 +27,7 @@ IMAGE = f"registry.example:5000/team/batch-inference@{DIGEST}"
 
 @pytest.mark.parametrize("chart", package.CHARTS)
 @pytest.mark.parametrize("helm", ["helm", "helm4"])
-def test_a_package_installs_the_image_that_it_was_made_for(chart: str, helm: str, tmp_path: Path) -> None:
+def test_package_installs_the_image_that_it_was_made_for(chart: str, helm: str, tmp_path: Path) -> None:
     program = str(tool(helm, from_path=False))
     file = package.package(chart, "1.2.3", IMAGE, tmp_path, program)
     with tarfile.open(file) as archive:
@@ -47,9 +46,9 @@ def test_a_package_installs_the_image_that_it_was_made_for(chart: str, helm: str
 
 @pytest.mark.parametrize(
     ("version", "image", "says"),
-    [("v1.2", IMAGE, "v1.2 is no version"), ("1.2.3", "batch-inference:1.2.3", "no image by digest")],
+    [("v1.2", IMAGE, "v1.2 is not a version"), ("1.2.3", "batch-inference:1.2.3", "not an image by digest")],
 )
-def test_what_is_not_certain_is_not_packaged(version: str, image: str, says: str, tmp_path: Path) -> None:
+def test_uncertain_versions_and_images_are_not_packaged(version: str, image: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):
         package.package("rayjob", version, image, tmp_path)
 

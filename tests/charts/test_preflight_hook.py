@@ -1,4 +1,4 @@
-"""The job tried in a pod of its own, before Helm installs anything."""
+"""The preflight hook: the job is tried in a pod of its own, before Helm installs anything."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from . import check
-from .flows import Pod, allowed
-from .render import Values, find, merged, render
-from .test_network import DNS, HEAD, IN_CLUSTER_STORE, INTERNET, OPERATOR, STRANGER
+from tests.charts import check
+from tests.charts.flows import DNS, HEAD, IN_CLUSTER_STORE, INTERNET, OPERATOR, OUTSIDER, Pod, allowed
+from tests.charts.render import Values, find, merged, render
 
 ON: Values = {"preflightHook": {"enabled": True}}
 
@@ -28,12 +27,12 @@ def pod(values: Values) -> dict[str, Any]:
     return dict(job["spec"]["template"]["spec"])
 
 
-def test_without_it_there_is_no_hook() -> None:
+def test_hook_is_off_by_default() -> None:
     assert hooks({"preflightHook": {"enabled": False}}) == []
 
 
-def test_what_the_pod_needs_is_there_before_it() -> None:
-    """Nothing of the release is, when Helm runs its hooks."""
+def test_objects_that_the_pod_needs_exist_before_it() -> None:
+    """Nothing of the release exists when Helm runs its hooks."""
     made = hooks({"serviceAccount": {"annotations": {"example.com/role": "reader"}}})
     order = {item["kind"]: int(item["metadata"]["annotations"].get("helm.sh/hook-weight", 0)) for item in made}
     assert order == {"ConfigMap": -10, "ServiceAccount": -10, "NetworkPolicy": -10, "Job": 0}
@@ -55,7 +54,7 @@ def test_what_the_pod_needs_is_there_before_it() -> None:
     ]
 
 
-def test_an_account_that_is_there_already_is_used() -> None:
+def test_account_that_is_there_already_is_used() -> None:
     values = {"serviceAccount": {"create": False, "name": "mine"}}
     assert {item["kind"] for item in hooks(values)} == {"ConfigMap", "NetworkPolicy", "Job"}
     assert pod(values)["serviceAccountName"] == "mine"
@@ -71,13 +70,13 @@ def test_an_account_that_is_there_already_is_used() -> None:
     ],
     ids=str,
 )
-def test_it_takes_the_gpus_of_one_actor(values: Values, gpus: str | None) -> None:
+def test_pod_takes_the_gpus_of_one_actor(values: Values, gpus: str | None) -> None:
     (container,) = pod(values)["containers"]
     assert container["resources"]["limits"].get("nvidia.com/gpu") == gpus
     assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
 
 
-def test_it_goes_where_workers_go_and_may_do_no_more() -> None:
+def test_pod_has_placement_and_rights_of_a_worker() -> None:
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     own = {"tolerations": tolerations, "nodeSelector": {"pool": "gpu"}, "annotations": {"gke-gcsfuse/volumes": "true"}}
     values = {
@@ -106,14 +105,14 @@ def test_claimed_gpus() -> None:
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
 
 
-def test_a_worker_of_many_actors_is_asked_for_one_actor_s_share() -> None:
+def test_worker_of_many_actors_is_asked_for_one_actor_s_share() -> None:
     values = {"job": {"inference": {"actors": 16}}, "workers": {"gpusPerWorker": 8, "cpus": 40, "memoryGiB": 120}}
     (container,) = pod(values)["containers"]
     requests = container["resources"]["requests"]
     assert (requests["cpu"], requests["memory"], requests["nvidia.com/gpu"]) == ("5000m", "15360Mi", "1")
 
 
-def test_nobody_reaches_it_and_it_reaches_the_store_before_the_release_has_policies() -> None:
+def test_pod_reaches_the_store_and_is_unreachable_before_the_release_has_policies() -> None:
     values = {"job": {"storage": {"endpoint_url": "http://store.data.svc:8333"}}}
     policies = [item for item in hooks(values) if item["kind"] == "NetworkPolicy"]
     (job,) = (item for item in hooks(values) if item["kind"] == "Job")
@@ -122,7 +121,7 @@ def test_nobody_reaches_it_and_it_reaches_the_store_before_the_release_has_polic
     assert allowed(policies, mine, DNS, 53)
     assert allowed(policies, mine, INTERNET, 443)
     assert not allowed(policies, mine, INTERNET, 22)
-    for stranger in (STRANGER, HEAD, OPERATOR):
-        assert not allowed(policies, stranger, mine, 6379)
+    for outsider in (OUTSIDER, HEAD, OPERATOR):
+        assert not allowed(policies, outsider, mine, 6379)
     assert hooks({"networkPolicy": {"enabled": False}})
     assert not [item for item in hooks({"networkPolicy": {"enabled": False}}) if item["kind"] == "NetworkPolicy"]

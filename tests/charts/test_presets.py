@@ -9,24 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
-from . import check
-from .oracle import ask
-from .render import Manifest, find, rayjob, render
+from tests.charts import check
+from tests.charts.oracle import ask
+from tests.charts.presets import PRESETS, values
+from tests.charts.render import Manifest, find, rayjob, render
 
-PRESETS = sorted((Path(__file__).parents[2] / "k8s" / "presets").glob("*.yaml"))
 README = Path(__file__).parents[2] / "k8s" / "README.md"
 # All that a preset may change: where workers go, what a GPU is called there, and how long a node waits for them.
 MAY_DIFFER = {"affinity", "nodeSelector", "resourceClaims", "terminationGracePeriodSeconds", "tolerations"}
 presets = pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 
 
-def values(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(file.read_text())
-    return found
-
-
 def run(given: dict[str, Any] | None = None) -> Manifest:
-    """The RayJob, without its name, which has a digest of the values in it."""
+    """Return the RayJob without its name, which contains a digest of the values."""
     manifest = rayjob(given)
     named: Manifest = yaml.safe_load(yaml.safe_dump(manifest).replace(manifest["metadata"]["name"], "the-run"))
     return named
@@ -72,15 +67,15 @@ def test_presets_differ_in_where_workers_go_and_nothing_else(file: Path) -> None
 
 
 @presets
-def test_the_head_stays_on_nodes_without_gpus_that_nobody_takes_away(file: Path) -> None:
+def test_head_stays_on_nodes_without_gpus_that_nobody_takes_away(file: Path) -> None:
     def head(manifest: Manifest) -> Any:
         return manifest["spec"]["rayClusterSpec"]["headGroupSpec"]
 
     assert head(run(values(file))) == head(run())
 
 
-def test_the_table_says_what_each_preset_expects() -> None:
-    """Every label, taint and resource of a preset stands in its row, and every preset has one."""
+def test_table_says_what_each_preset_expects() -> None:
+    """Every preset has a row with each of its labels, taints and resources."""
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` (\|.+)$", README.read_text(), re.MULTILINE))
     assert set(rows) >= {file.stem for file in PRESETS}
     for file in PRESETS:

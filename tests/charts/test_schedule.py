@@ -1,4 +1,4 @@
-"""A release with a schedule: a CronJob, and the run that its pods make of what the chart gave them."""
+"""A release with a schedule: a CronJob, and the run that its pods create."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import yaml
 
-from batch_inference.scheduler import start
-
-from . import check
-from .flows import Pod, allowed
-from .oracle import ask
-from .render import Manifest, find, merged, rayjob, render
+from batch_inference.kubernetes.schedule import start_run
+from tests.charts import check
+from tests.charts.flows import Pod, allowed
+from tests.charts.oracle import ask
+from tests.charts.render import Manifest, find, merged, rayjob, render
 
 DAILY = {
     "schedule": {"cron": "30 2 * * *", "timeZone": "Europe/Berlin"},
@@ -34,7 +33,7 @@ JOB = {
 
 
 class Cluster:
-    """Takes what is created, as the API server would."""
+    """A stand-in for the API server that keeps created objects."""
 
     def __init__(self) -> None:
         self.there: dict[tuple[str, str], dict[str, Any]] = {}
@@ -49,16 +48,16 @@ class Cluster:
 
 
 def made(values: dict[str, Any], folder: Path) -> tuple[Manifest, Manifest]:
-    """The RayJob and the ConfigMap that a pod of the schedule creates."""
+    """Return the RayJob and the ConfigMap that a pod of the schedule creates."""
     data = next(item for item in render("rayjob", values) if item["kind"] == "ConfigMap")["data"]
     for name, text in data.items():
         (folder / name).write_text(text)
     cluster = Cluster()
-    name = start(cluster, folder, JOB, values["schedule"]["timeZone"])  # type: ignore[arg-type]
+    name = start_run(cluster, folder, JOB, values["schedule"]["timeZone"])  # type: ignore[arg-type]
     return cluster.there["rayjobs", name], cluster.there["configmaps", name]
 
 
-def test_with_a_schedule_there_is_a_cronjob_and_no_run() -> None:
+def test_schedule_renders_a_cronjob_and_no_run() -> None:
     manifests = render("rayjob", DAILY)
     check.valid(manifests)
     assert "RayJob" not in {item["kind"] for item in manifests}
@@ -72,7 +71,7 @@ def test_with_a_schedule_there_is_a_cronjob_and_no_run() -> None:
     ]
 
 
-def test_the_run_is_the_one_that_the_chart_would_make_at_once(tmp_path: Path) -> None:
+def test_run_is_the_one_that_the_chart_would_make_at_once(tmp_path: Path) -> None:
     values = merged(DAILY, {"queue": {"name": "gpus"}, "run": {"labels": {"team": "vision"}}})
     scheduled, config = made(values, tmp_path)
     at_once = rayjob(
@@ -98,7 +97,7 @@ def test_the_run_is_the_one_that_the_chart_would_make_at_once(tmp_path: Path) ->
     assert job["output"]["uri"] == "s3://predictions/2025-11-25/"
 
 
-def test_the_longest_name_fits_and_is_not_that_of_a_job_of_the_schedule(tmp_path: Path) -> None:
+def test_longest_name_fits_and_is_not_that_of_a_job_of_the_schedule(tmp_path: Path) -> None:
     values = merged(DAILY, {"nameOverride": "a" * 38})
     run, _ = made(values, tmp_path)
     assert len(run["metadata"]["name"]) == 47
@@ -109,7 +108,7 @@ def test_the_longest_name_fits_and_is_not_that_of_a_job_of_the_schedule(tmp_path
     assert f"{cronjob}-{minute}" != run["metadata"]["name"]
 
 
-def test_the_scheduler_reaches_the_api_server_and_no_other_pod_does() -> None:
+def test_scheduler_reaches_the_api_server_and_no_other_pod_does() -> None:
     manifests = render("rayjob", DAILY)
     policies = [item for item in manifests if item["kind"] == "NetworkPolicy"]
     labels = find(manifests, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]

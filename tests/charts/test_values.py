@@ -1,4 +1,4 @@
-"""Values, schema, reference and the files that set every key name the same keys, and what is generated is fresh."""
+"""Values, schema, reference and the files that set every key have the same keys, and generated files are fresh."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.charts import check
+from tests.charts.oracle import ask
+from tests.charts.render import GIVEN, HELM, REPOSITORY, HelmError, Values, merged, render, render_text
 from tests.e2e.cluster.programs import tool
-
-from . import check
-from .oracle import ask
-from .render import GIVEN, HELM, REPOSITORY, HelmError, Values, merged, render, render_text
 
 CHARTS = ("rayjob", "raycluster")
 charts = pytest.mark.parametrize("chart", CHARTS)
@@ -56,9 +55,9 @@ def schema(chart: str) -> Values:
 
 
 def schema_keys(part: Values, types: Values, path: str = "") -> Iterator[str]:
-    """The keys that a schema names, as far as values.yaml would; what is Kubernetes' own ends with its name."""
+    """Return the keys of a schema, as deep as values.yaml has them; keys with a Kubernetes type have no keys below."""
     for name, value in part["properties"].items():
-        if name in ("global", "common"):
+        if name in ("global", "common") or value.get("deprecated"):
             continue
         below = f"{path}.{name}".lstrip(".")
         options = [value, *value.get("anyOf", [])]
@@ -82,7 +81,7 @@ def present(values: Any, key: str) -> bool:
     return True
 
 
-def test_what_is_generated_is_fresh() -> None:
+def test_generated_files_are_fresh() -> None:
     stale = [str(path) for path, text in generate.products().items() if path.read_text() != text]
     assert stale == [], "run python helm/generate.py"
 
@@ -131,7 +130,7 @@ def test_no_object_of_the_schema_takes_keys_that_it_does_not_name(chart: str) ->
 
 
 @charts
-def test_the_all_keys_file_renders_but_for_keys_that_exclude_each_other(chart: str) -> None:
+def test_all_keys_file_renders_but_for_keys_that_exclude_each_other(chart: str) -> None:
     values = merged(all_keys(chart), TOGETHER[chart])
     checked, errors = ask(render_text(chart, values))
     assert (len(checked), errors) == (1, [])
@@ -162,7 +161,7 @@ def test_lint_is_clean(chart: str, helm: str, tmp_path: Any) -> None:
 
 @charts
 @pytest.mark.parametrize("keys", ["defaults", "all keys"])
-def test_the_commands_and_the_library_render_the_same(chart: str, keys: str) -> None:
+def test_commands_and_the_library_render_the_same(chart: str, keys: str) -> None:
     values = merged(all_keys(chart), TOGETHER[chart]) if keys == "all keys" else {}
     text = render_text(chart, values)
     assert text == render_text(chart, values, helm="helm")
@@ -170,7 +169,7 @@ def test_the_commands_and_the_library_render_the_same(chart: str, keys: str) -> 
 
 
 @pytest.mark.parametrize("values", [{"nonsense": 1}, {"head": {"memoryGiB": 1, "objectStorePercent": 5}}], ids=str)
-def test_the_commands_and_the_library_refuse_the_same(values: Values) -> None:
+def test_commands_and_the_library_refuse_the_same(values: Values) -> None:
     refused = []
     for helm in ("library", "helm", "helm4"):
         with pytest.raises(HelmError) as error:
@@ -182,7 +181,7 @@ def test_the_commands_and_the_library_refuse_the_same(values: Values) -> None:
 
 @charts
 @pytest.mark.parametrize("helm", ["helm", "helm4"])
-def test_a_packaged_chart_renders_the_same_as_the_checkout(chart: str, helm: str, tmp_path: Path) -> None:
+def test_packaged_chart_renders_the_same_as_the_checkout(chart: str, helm: str, tmp_path: Path) -> None:
     program = tool(helm, from_path=False)
     subprocess.run([program, "package", HELM / chart, "--destination", tmp_path], capture_output=True, check=True)
     (package,) = tmp_path.glob(f"{chart}-*.tgz")

@@ -1,4 +1,4 @@
-"""Writes the schemas of custom resources as JSON Schema into schemas/: python -m tests.charts.vendor [CRD VERSION]...
+"""Write the schemas of custom resources as JSON Schema into schemas/: python -m tests.charts.vendor [CRD VERSION]...
 
 KubeRay's, Karpenter's and the Prometheus operator's come from their modules. Those that are in no Go module are given as files of their
 CRDs, each with what its version is:
@@ -35,7 +35,7 @@ MODULES = {
 
 
 def strict(schema: Any) -> Any:
-    """Turns the API server's dialect into JSON Schema that refuses unknown keys, which the API server would drop."""
+    """Convert the API server's dialect to JSON Schema that refuses unknown keys, which the API server would drop."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -50,7 +50,7 @@ def strict(schema: Any) -> Any:
 
 
 def plain(schema: Any) -> Any:
-    """Leaves out descriptions, which are most of a CRD."""
+    """Remove descriptions, which are most of a CRD."""
     if isinstance(schema, dict):
         return {
             key: plain(value) for key, value in schema.items() if key != "description" or not isinstance(value, str)
@@ -59,7 +59,7 @@ def plain(schema: Any) -> Any:
 
 
 def write(file: Path, origin: str, *, described: bool = False) -> None:
-    """Writes the schema of the version of a CRD that is stored."""
+    """Write the schema of a CRD's stored version."""
     crd = yaml.safe_load(file.read_text())
     stored = next(item for item in crd["spec"]["versions"] if item["storage"])
     schema = strict(stored["schema"]["openAPIV3Schema"])
@@ -72,7 +72,7 @@ def write(file: Path, origin: str, *, described: bool = False) -> None:
 
 
 def crds(origin: str) -> Path:
-    """The folder with the CRDs that one of :data:`MODULES` ships."""
+    """Return the folder with the CRDs that one of :data:`MODULES` ships."""
     module, release, folder, _ = MODULES[origin]
     with tempfile.TemporaryDirectory() as elsewhere:
         downloaded = run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=Path(elsewhere), timeout=600)
@@ -80,7 +80,7 @@ def crds(origin: str) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    """Reads CRDs that modules ship, and those that are given."""
+    """Read CRDs that modules ship, and those that are given."""
     bases = module_folder("kuberay-operator") / "config" / "crd" / "bases"
     for kind in ("rayjobs", "rayclusters"):
         write(bases / f"ray.io_{kind}.yaml", f"KubeRay {version('kuberay-operator')}", described=True)

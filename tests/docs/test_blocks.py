@@ -21,10 +21,9 @@ import pytest
 import typer
 import yaml
 
-from batch_inference.cli import app
+from batch_inference.cli.app import app
 from batch_inference.config import JobConfig, load_config, parse_config
-
-from .documents import REPOSITORY, Block, blocks, commands, documents, helm_values
+from tests.support.documents import REPOSITORY, Block, blocks, commands, documents, helm_values
 
 # Programs that only the reader has, or that everyone has.
 _OTHERS = {
@@ -197,6 +196,6 @@ def test_block(block: Block) -> None:
         ("brainfuck", "+"),
     ],
 )
-def test_a_mistake_is_found(language: str, text: str) -> None:
+def test_mistake_in_a_block_is_found(language: str, text: str) -> None:
     with pytest.raises(Exception):  # noqa: B017 - of whatever kind
         test_block(Block("none.md", 1, "", language, text + "\n"))

@@ -7,8 +7,7 @@ import re
 import pytest
 
 from batch_inference.config import JobConfig
-
-from .documents import REPOSITORY, documents, prose
+from tests.support.documents import REPOSITORY, documents, prose
 
 _TABLE = re.findall(r"^\| `([\w.]+)` \|", (REPOSITORY / "helm" / "README.md").read_text(), re.MULTILINE)
 KEYS = {*_TABLE, *(key.removeprefix("job.") for key in _TABLE)}

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from .documents import REPOSITORY, anchors, documents, links
+from tests.support.documents import REPOSITORY, anchors, documents, links
 
 # Where the charts' packages, Git's folders and the like begin.
 _ELSEWHERE = re.compile(r"[a-z]+:")

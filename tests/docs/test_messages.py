@@ -1,4 +1,4 @@
-"""What troubleshooting.md quotes is what the program, the charts or Ray print.
+"""Headings of troubleshooting.md are messages of the program, the charts or Ray.
 
 `…` in a heading stands for anything. What the programs of others say (Helm, Kubernetes, KubeRay) is in sections of their own and
 not compared, but for Ray, which is installed.
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from .documents import REPOSITORY, prose
+from tests.support.documents import REPOSITORY, prose
 
 DOCUMENT = "docs/troubleshooting.md"
 OWN = {"Before the job starts", "While it runs"}
@@ -41,7 +41,7 @@ def _quoted() -> list[tuple[str, str]]:
 def _texts() -> tuple[str, ...]:
     """Every text of the program's source, with … where values are put in."""
     found: set[str] = set()
-    for file in sorted((REPOSITORY / "job" / "batch_inference").glob("*.py")):
+    for file in sorted((REPOSITORY / "job" / "batch_inference").rglob("*.py")):
         found.update(_of(ast.parse(file.read_text())))
     return tuple(found)
 
@@ -89,7 +89,7 @@ def test_messages_of_the_program_are_in_its_source(message: str) -> None:
     assert _is_printed(message), f"{DOCUMENT} quotes what is in no text of job/batch_inference"
 
 
-def test_a_message_that_is_not_there_is_found() -> None:
+def test_missing_message_is_found() -> None:
     assert not _is_printed("the moon is … of cheese")
     assert not _is_printed("… of … rows succeeded = … %")
 
@@ -108,6 +108,6 @@ def test_messages_of_ray_are_in_its_source() -> None:
         assert any(message in file.read_text(errors="replace") for file in files), message
 
 
-def test_no_message_has_two_entries() -> None:
+def test_messages_have_one_entry_each() -> None:
     messages = [message for _, message in _quoted()]
     assert len(set(messages)) == len(messages)

@@ -1,4 +1,4 @@
-"""What is known about a cluster when a test fails in it."""
+"""Evidence from a cluster in which a test has failed."""
 
 from __future__ import annotations
 

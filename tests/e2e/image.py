@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .cluster import base_image
-from .cluster.cache import digest, locked
-from .cluster.images import engine_run, image_exists
-from .cluster.process import CommandError, say
+from tests.e2e.cluster import base_image
+from tests.e2e.cluster.cache import digest, locked
+from tests.e2e.cluster.images import engine_run, image_exists
+from tests.e2e.cluster.process import CommandError, say
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "localhost/batch-inference"

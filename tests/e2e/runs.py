@@ -20,6 +20,8 @@ from tests.e2e.world import NAMESPACE, World, kind_values, until
 # A node of two CPUs starts three Ray pods and torch in each of them; bounded, not expected.
 RUN_SECONDS = 420
 ENDED = ("Complete", "Failed", "ValidationFailed")
+# Values of a job that runs on the CPU, with the device that a GPU job has.
+WITHOUT_GPUS = {"job": {"inference": {"actors": 1, "gpus_per_actor": 0, "device": "auto"}}}
 Values = dict[str, Any]
 
 
@@ -41,7 +43,7 @@ class Kubernetes:
         return list(self.core.list_namespaced_pod(NAMESPACE, label_selector=selector).items)
 
     def dashboard(self, service: str, path: str) -> Any:
-        """What Ray's dashboard answers, through the API server, once the head is taken for ready."""
+        """Return the answer of Ray's dashboard through the API server, once the head is ready."""
 
         def answer() -> Any:
             self.core.api_client.set_default_header("X-Ray-Authorization", f"Bearer {self.token(service)}")
@@ -186,7 +188,7 @@ class Releases:
         )
 
     def left(self, name: str) -> list[str]:
-        """What is in the namespace of a release."""
+        """Return the objects of a release in the namespace."""
         selector = f"app.kubernetes.io/instance={name}"
         kinds = "pods,jobs,services,configmaps,serviceaccounts,rayjobs,rayclusters"
         arguments = ("get", kinds, "--namespace", NAMESPACE, "--selector", selector, "--output=name")
@@ -204,3 +206,27 @@ class Releases:
         printed = run(program, *arguments, "--values", file, env=self._world.cluster.env, timeout=300)
         self.printed.append(printed)
         return printed
+
+
+PHOTOS, BROKEN = 20, 5
+# A job with a class of the user's own, mounted from a ConfigMap; how long it takes does not depend on the machine.
+SLOW: dict[str, Any] = {
+    "job": {
+        "input": {"uris": [], "manifest": "s3://images/many.csv"},
+        "predictor": "slow:Slow",
+        "inference": {"batch_size": 4},
+        "errors": {"max_percent": None},
+    },
+    "pods": {
+        "env": [{"name": "PYTHONPATH", "value": "/opt/predictors"}],
+        "volumes": [{"name": "predictors", "configMap": {"name": "slow-predictor"}}],
+        "volumeMounts": [{"name": "predictors", "mountPath": "/opt/predictors"}],
+    },
+}
+
+
+def verified(world: World, output: str, rows: int, errors: int) -> None:
+    done = world.program("verify", output, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["ok"], found["finished"], found["rows"], found["errors"]) == (True, True, rows, errors)

@@ -1,4 +1,4 @@
-"""What the test cluster's tooling promises without a cluster."""
+"""Promises of the test cluster's tools that need no cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_product_is_made_once() -> None:
     assert len(made) == 1
 
 
-def test_what_an_interrupted_run_left_is_never_used() -> None:
+def test_leftovers_of_an_interrupted_run_are_never_used() -> None:
     def interrupted(folder: Path) -> None:
         (folder / "half").write_text("")
         raise KeyboardInterrupt

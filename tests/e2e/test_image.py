@@ -41,7 +41,7 @@ def in_image(*command: str, options: tuple[str, ...] = (), timeout: float = 120,
 
 
 def python(code: str) -> str:
-    """What a program prints that the image's Python runs."""
+    """Run a program with the image's Python; return what it prints."""
     return in_image("python", "-c", code)
 
 
@@ -71,7 +71,7 @@ def test_the_demo_needs_no_network_no_disk_and_no_privilege() -> None:
     assert "SUCCEEDED: 20 of 20 images accounted for, 15 predictions and 5 errors" in printed
 
 
-def test_what_kuberay_starts_is_there() -> None:
+def test_programs_that_kuberay_starts_are_in_the_image() -> None:
     printed = in_image("/bin/bash", "-c", "--", "id -u; id -g; command -v ray batch-inference wget; ray --version")
     bin_folder = "/opt/venv/bin"
     paths = [f"{bin_folder}/ray", f"{bin_folder}/batch-inference", "/usr/bin/wget"]
@@ -127,7 +127,7 @@ print(lacking[:5], dated[:5])
     assert python(code).splitlines()[-1] == "[] []"
 
 
-def test_nothing_of_the_build_stays() -> None:
+def test_image_has_no_leftovers_of_the_build() -> None:
     printed = in_image("bash", "-c", "command -v uv pip gcc; ls /opt /run/secrets /var/lib/apt/lists /opt/models 2>&1")
     assert "bin/" not in printed
     assert "tools" not in printed

@@ -16,26 +16,10 @@ import torchvision
 
 from tests.charts.render import merged
 from tests.e2e.cluster.process import CommandError
-from tests.e2e.runs import Kubernetes, Releases, Run
+from tests.e2e.runs import BROKEN, PHOTOS, SLOW, WITHOUT_GPUS, Kubernetes, Releases, Run, verified
 from tests.e2e.world import CREDENTIALS, NAMESPACE, World, until
 
-PHOTOS, BROKEN = 20, 5
 HOOK = "app.kubernetes.io/component=preflight"
-WITHOUT_GPUS = {"job": {"inference": {"actors": 1, "gpus_per_actor": 0, "device": "auto"}}}
-# A job with a class of the user's own, mounted from a ConfigMap; how long it takes does not depend on the machine.
-SLOW: dict[str, Any] = {
-    "job": {
-        "input": {"uris": [], "manifest": "s3://images/many.csv"},
-        "predictor": "slow:Slow",
-        "inference": {"batch_size": 4},
-        "errors": {"max_percent": None},
-    },
-    "pods": {
-        "env": [{"name": "PYTHONPATH", "value": "/opt/predictors"}],
-        "volumes": [{"name": "predictors", "configMap": {"name": "slow-predictor"}}],
-        "volumeMounts": [{"name": "predictors", "mountPath": "/opt/predictors"}],
-    },
-}
 
 
 @pytest.fixture
@@ -45,13 +29,6 @@ def many(world: World, slow_predictor: Path) -> int:
     rows = [f"s3://images/photos/{name},{i}" for i in range(10) for name in sorted(names)]
     world.store("s3://images").put("many.csv", "\n".join(["uri,round", *rows]).encode())
     return len(rows)
-
-
-def verified(world: World, output: str, rows: int, errors: int) -> None:
-    done = world.program("verify", output, "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert (found["ok"], found["finished"], found["rows"], found["errors"]) == (True, True, rows, errors)
 
 
 def verdict(log: str) -> str:
@@ -175,7 +152,7 @@ def test_a_preflight_that_fails_installs_nothing(world: World, kubernetes: Kuber
     assert "FAIL" in said and "s3://images/phots/" in said
     assert "Traceback" not in said
     assert not [item for item in kubernetes.ray("rayjobs") if item["metadata"]["name"].startswith("tried")]
-    # Helm has removed what the pod needed; its log stays for whoever tried.
+    # Helm has removed what the pod needed; its log stays.
     world.cluster.kubectl("delete", "job", "tried-preflight", "--namespace", NAMESPACE)
     until("nothing is left", lambda: not releases.left("tried"), 60)
 
@@ -201,8 +178,8 @@ def test_gpus_that_nobody_has_end_the_job_at_its_deadline(releases: Releases) ->
 
 
 @pytest.mark.parametrize("helm", ["helm", "helm4"])
-def test_no_upgrade_edits_a_run(helm: str, kubernetes: Kubernetes, releases: Releases) -> None:
-    """What the operator has rewritten, what a user has changed by hand, and whether it is suspended stay as they are."""
+def test_upgrade_edits_no_run(helm: str, kubernetes: Kubernetes, releases: Releases) -> None:
+    """Edits of the operator, edits by hand, and suspension stay as they are."""
     name = f"held-{helm}"
     values: dict[str, Any] = {**WITHOUT_GPUS, "run": {"suspend": True}}
     first = releases.rayjob(name, values, helm=helm)

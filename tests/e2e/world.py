@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from batch_inference.cli.demo import make_photos
 from batch_inference.config import StorageConfig
-from batch_inference.demo import make_photos
-from batch_inference.storage import Store
+from batch_inference.storage.store import Store
 from tests.e2e.cluster import Cluster, base_image, engine, tools
 from tests.e2e.cluster.images import engine_run, image_exists
 from tests.e2e.cluster.process import CommandError, kill, say

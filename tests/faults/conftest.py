@@ -1,4 +1,4 @@
-"""What the fault tests share: servers and cluster of the other tests, and one table of outcomes."""
+"""Fixtures of the fault tests: servers and cluster of the other tests, and one table of outcomes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.e2e.conftest import (
     world,
 )
 from tests.faults import report
-from tests.job.conftest import cluster, program, proxy, s3
+from tests.job.conftest import cluster, google_key, program, proxy, s3
 
 __all__ = [
-    "all_releases", "cluster", "kubernetes", "program", "proxy", "pytest_collection_modifyitems",
+    "all_releases", "cluster", "google_key", "kubernetes", "program", "proxy", "pytest_collection_modifyitems",
     "pytest_runtest_makereport", "releases", "s3", "slow_predictor", "world",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parents[2] / "build/faults"
 
 @pytest.fixture(scope="module")
 def record(request: pytest.FixtureRequest) -> Iterator[Callable[[report.Outcome], None]]:
-    """Takes an outcome into the table, which is written anew each time, and printed at the end."""
+    """Record an outcome in the table, which is rewritten each time, and printed at the end."""
     outcomes: list[report.Outcome] = []
     file = FOLDER / f"{Path(request.node.name).stem.removeprefix('test_')}.md"
 

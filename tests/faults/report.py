@@ -1,11 +1,14 @@
-"""What was injected, what held: one table, written by the run itself."""
+"""The table of injected faults and of promises that held, written by the run itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-HEAD = "| fault | promise | injected | held | rows lost | rows doubled | time to recover, s |\n| --- | --- | --- | --- | --- | --- | --- |"
+HEAD = (
+    "| fault | promise | injected | held | rows lost | rows duplicated | time to recover, s |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Outcome:
         injected: How often it was done.
         held: How often the promise held.
         lost: Inputs without a row.
-        doubled: Inputs with more than one.
+        duplicated: Inputs with more than one.
         recover_s: Longest time from an injection, or from the start after it, until all was well; None where nothing had stopped.
     """
 
@@ -27,7 +30,7 @@ class Outcome:
     injected: int
     held: int
     lost: int
-    doubled: int
+    duplicated: int
     recover_s: float | None = None
 
 
@@ -37,9 +40,9 @@ def table(outcomes: list[Outcome]) -> str:
     for one in outcomes:
         recover = "" if one.recover_s is None else f"{one.recover_s:.1f}"
         lines.append(
-            f"| {one.fault} | {one.promise} | {one.injected} | {one.held} | {one.lost} | {one.doubled} | {recover} |"
+            f"| {one.fault} | {one.promise} | {one.injected} | {one.held} | {one.lost} | {one.duplicated} | {recover} |"
         )
-    sums = [sum(getattr(one, name) for one in outcomes) for name in ("injected", "held", "lost", "doubled")]
+    sums = [sum(getattr(one, name) for one in outcomes) for name in ("injected", "held", "lost", "duplicated")]
     lines.append(f"| all {len(outcomes)} | | " + " | ".join(map(str, sums)) + " | |")
     return "\n".join(lines) + "\n"
 

@@ -13,11 +13,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batch_inference.history import attempts
+from batch_inference.output.attempts import read_attempts
 from tests.charts.render import merged
 from tests.e2e.cluster.process import CommandError
-from tests.e2e.runs import Kubernetes, Releases, Run
-from tests.e2e.test_rayjob import BROKEN, PHOTOS, SLOW, verified
+from tests.e2e.runs import BROKEN, PHOTOS, SLOW, Kubernetes, Releases, Run, verified
 from tests.e2e.world import NAMESPACE, World, until
 from tests.faults.report import Outcome
 
@@ -58,7 +57,7 @@ class Count:
 
     def __init__(self, fault: str, promise: str) -> None:
         self.fault, self.promise = fault, promise
-        self.injected = self.held = self.lost = self.doubled = 0
+        self.injected = self.held = self.lost = self.duplicated = 0
         self.longest = 0.0
 
     @contextlib.contextmanager
@@ -68,7 +67,9 @@ class Count:
         finally:
             if rows:
                 self.rows(world, release, rows)
-            record(Outcome(self.fault, self.promise, self.injected, self.held, self.lost, self.doubled, self.longest))
+            record(
+                Outcome(self.fault, self.promise, self.injected, self.held, self.lost, self.duplicated, self.longest)
+            )
 
     def rows(self, world: World, release: str, rows: int) -> None:
         """Looks for the manifest's lines in the files of the output: a line is a photo and the number of its round."""
@@ -79,7 +80,7 @@ class Count:
                 table = pd.read_parquet(io.BytesIO(store.get(info.path)))
                 seen.update(zip(table["uri"], table["round"], strict=True))
         self.lost = rows - len(seen)
-        self.doubled = sum(count > 1 for count in seen.values())
+        self.duplicated = sum(count > 1 for count in seen.values())
 
 
 def pod_of(run: Run, component: str) -> str:
@@ -104,10 +105,10 @@ def kill_in_node(world: World, words: str, number: str = "KILL") -> None:
 
 
 @pytest.mark.parametrize("component", ["workers", "submitter", "operator", "drain", "store"])
-def test_the_attempt_goes_on(
+def test_attempt_goes_on(
     component: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
 ) -> None:
-    """What is not the head or the driver may go at any time."""
+    """Pods other than the head may go at any time."""
     release = f"fault-{component}"
     run = releases.rayjob(release, JOB)
     run.until_running()
@@ -123,7 +124,7 @@ def test_the_attempt_goes_on(
             count.held += run.status["jobStatus"] in ("RUNNING", "SUCCEEDED") and not run.status.get("failed", 0)
         ends_well(world, run, release, many)
     assert run.status.get("failed", 0) == 0
-    assert (count.injected, count.held, count.lost, count.doubled) == (TIMES, TIMES, 0, 0)
+    assert (count.injected, count.held, count.lost, count.duplicated) == (TIMES, TIMES, 0, 0)
 
 
 @contextlib.contextmanager
@@ -199,7 +200,7 @@ def evicted(world: World, kubernetes: Kubernetes, run: Run, release: str) -> Non
     """The head goes as at a drain: its driver is told, and leaves word of its end. Ray, its log and the operator may be gone first."""
 
     def interrupted() -> int:
-        return sum(one.state == "interrupted" for one in attempts(world.store(f"s3://images/out/{release}/")))
+        return sum(one.state == "interrupted" for one in read_attempts(world.store(f"s3://images/out/{release}/")))
 
     before = interrupted()
     kubernetes.core.delete_namespaced_pod(pod_of(run, "head"), NAMESPACE)
@@ -208,7 +209,7 @@ def evicted(world: World, kubernetes: Kubernetes, run: Run, release: str) -> Non
 
 @pytest.mark.parametrize("victim", ["driver", "head", "head evicted"])
 @pytest.mark.timeout(2400)
-def test_the_next_attempt_resumes(
+def test_next_attempt_resumes(
     victim: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
 ) -> None:
     """With the head goes the attempt. KubeRay makes another head or another cluster, where what is left is done."""
@@ -219,7 +220,7 @@ def test_the_next_attempt_resumes(
     with count.kept(record, world, release, many):
         resumes(victim, world, kubernetes, run, release, count)
         ends_well(world, run, release, many)
-    assert (count.injected, count.held, count.lost, count.doubled) == (TIMES, TIMES, 0, 0)
+    assert (count.injected, count.held, count.lost, count.duplicated) == (TIMES, TIMES, 0, 0)
 
 
 def resumes(victim: str, world: World, kubernetes: Kubernetes, run: Run, release: str, count: Count) -> None:

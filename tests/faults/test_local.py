@@ -19,11 +19,10 @@ import pytest
 from PIL import Image
 
 from batch_inference.config import StorageConfig
-from batch_inference.storage import Store
+from batch_inference.storage.store import Store
 from tests.faults.report import Outcome
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy, stop
-from tests.job.test_kills import find, wait_for
+from tests.support.jobs import find, job_args, start, verified, wait_for
+from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 Record = Callable[[Outcome], None]
@@ -65,7 +64,7 @@ class Inputs:
                     failed |= dict(zip(names, table["error_type"], strict=True))
         return seen, failed
 
-    def missing_and_double(self, output: str = "out") -> tuple[int, int]:
+    def missing_and_duplicated(self, output: str = "out") -> tuple[int, int]:
         seen, _ = self.rows(output)
         assert set(seen) <= set(self.names)
         return sum(name not in seen for name in self.names), sum(count > 1 for count in seen.values())
@@ -131,13 +130,15 @@ def test_a_store_that_fails_now_and_then_costs_no_row(
     proxy.answer = lambda method, path: None
     assert done.returncode == 0, done.stdout + done.stderr
     inputs.verified(program)
-    lost, doubled = inputs.missing_and_double()
+    lost, duplicated = inputs.missing_and_duplicated()
     _, failed = inputs.rows()
     record(
-        Outcome(fault, "sent again; no row fails", injector.done, injector.done - len(failed), lost, doubled, seconds)
+        Outcome(
+            fault, "sent again; no row fails", injector.done, injector.done - len(failed), lost, duplicated, seconds
+        )
     )
     assert injector.done >= TIMES
-    assert (failed, lost, doubled) == ({}, 0, 0)
+    assert (failed, lost, duplicated) == ({}, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +155,16 @@ def test_an_object_that_cannot_be_had_is_one_row(
     proxy.answer = lambda method, path: None
     assert done.returncode == 0, done.stdout + done.stderr
     inputs.verified(program)
-    lost, doubled = inputs.missing_and_double()
+    lost, duplicated = inputs.missing_and_duplicated()
     _, failed = inputs.rows()
     held = sum(failed.get(name) == expected for name in chosen)
     record(
-        Outcome(f"input: {fault}", f"one row {expected}, its neighbours keep theirs", len(chosen), held, lost, doubled)
+        Outcome(
+            f"input: {fault}", f"one row {expected}, its neighbours keep theirs", len(chosen), held, lost, duplicated
+        )
     )
     assert failed == dict.fromkeys(chosen, expected)
-    assert (lost, doubled) == (0, 0)
+    assert (lost, duplicated) == (0, 0)
 
 
 def test_an_object_that_was_replaced_since_planning_is_one_row_until_it_is_meant(
@@ -181,14 +184,14 @@ def test_an_object_that_was_replaced_since_planning_is_one_row_until_it_is_meant
     done = program("retry", f"{inputs.uri}/out", "--error-type", "CHANGED", *endpoint)
     assert done.returncode == 0, done.stdout + done.stderr
     inputs.verified(program)
-    lost, doubled = inputs.missing_and_double()
+    lost, duplicated = inputs.missing_and_duplicated()
     record(
         Outcome(
             "input: replaced since planning", "one row CHANGED; a retry takes what is there",
-            len(chosen), held, lost, doubled, time.monotonic() - begun,
+            len(chosen), held, lost, duplicated, time.monotonic() - begun,
         )
     )  # fmt: skip
-    assert (inputs.rows()[1], lost, doubled) == ({}, 0, 0)
+    assert (inputs.rows()[1], lost, duplicated) == ({}, 0, 0)
 
 
 def replaced_when_planned(inputs: Inputs, proxy: Proxy, names: list[str]) -> None:
@@ -219,17 +222,17 @@ def test_an_image_that_kills_the_predictor_is_one_row(inputs: Inputs, program: P
     seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout + done.stderr
     inputs.verified(program)
-    lost, doubled = inputs.missing_and_double()
+    lost, duplicated = inputs.missing_and_duplicated()
     _, failed = inputs.rows()
     held = sum(failed.get(name) == "PREDICTOR_CRASH" for name in chosen)
     record(
         Outcome(
             "an image kills the predictor's process", "one row, its neighbours keep theirs",
-            len(chosen), held, lost, doubled, seconds,
+            len(chosen), held, lost, duplicated, seconds,
         )
     )  # fmt: skip
     assert failed == dict.fromkeys(chosen, "PREDICTOR_CRASH")
-    assert (lost, doubled) == (0, 0)
+    assert (lost, duplicated) == (0, 0)
 
 
 def test_failed_rows_are_predictions_after_a_retry(
@@ -247,7 +250,7 @@ def test_failed_rows_are_predictions_after_a_retry(
     seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout + done.stderr
     inputs.verified(program)
-    lost, doubled = inputs.missing_and_double()
+    lost, duplicated = inputs.missing_and_duplicated()
     _, failed = inputs.rows()
     record(
         Outcome(
@@ -256,11 +259,11 @@ def test_failed_rows_are_predictions_after_a_retry(
             len(chosen),
             len(chosen - set(failed)),
             lost,
-            doubled,
+            duplicated,
             seconds,
         )
     )
-    assert (failed, lost, doubled) == ({}, 0, 0)
+    assert (failed, lost, duplicated) == ({}, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ def test_failed_rows_are_predictions_after_a_retry(
 def test_a_job_that_ends_in_the_middle_resumes(
     fault: str, what: int, code: int, inputs: Inputs, proxy: Proxy, program: Program, record: Record
 ) -> None:
-    """Again and again at another request, until the job is done: nothing that was committed is done anew."""
+    """Again and again at another request, until the job is done: nothing that was committed is done again."""
     rng = random.Random(3)
     held = times = 0
     longest = 0.0
@@ -300,11 +303,15 @@ def test_a_job_that_ends_in_the_middle_resumes(
         longest = max(longest, time.monotonic() - begun)
         assert done.returncode == 0, done.stdout + done.stderr
         inputs.verified(program, f"out-{job}")
-    lost, doubled = map(sum, zip(*(inputs.missing_and_double(f"out-{j}") for j in range(1, job + 1)), strict=True))
-    record(
-        Outcome(f"{fault} in the middle", f"exit {code} with the reason; resumes", times, held, lost, doubled, longest)
+    lost, duplicated = map(
+        sum, zip(*(inputs.missing_and_duplicated(f"out-{j}") for j in range(1, job + 1)), strict=True)
     )
-    assert (held, lost, doubled) == (times, 0, 0)
+    record(
+        Outcome(
+            f"{fault} in the middle", f"exit {code} with the reason; resumes", times, held, lost, duplicated, longest
+        )
+    )
+    assert (held, lost, duplicated) == (times, 0, 0)
 
 
 KILLS = [
@@ -322,9 +329,9 @@ def test_a_process_that_is_killed_costs_no_row(
     fault: str, title: str | None, number: signal.Signals,
     inputs: Inputs, cluster: dict[str, str], program: Program, record: Record, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Whoever dies at whatever moment; where the attempt ends with it, the next one resumes."""
+    """Any process may die at any moment; if the attempt ends with it, the next one resumes."""
     rng = random.Random(4)
-    times = held = job = lost = doubled = 0
+    times = held = job = lost = duplicated = 0
     longest = 0.0
     while times < TIMES:
         job += 1
@@ -361,11 +368,11 @@ def test_a_process_that_is_killed_costs_no_row(
             finally:
                 stop(process)
         inputs.verified(program, f"out-{job}")
-        one = inputs.missing_and_double(f"out-{job}")
-        lost, doubled = lost + one[0], doubled + one[1]
+        one = inputs.missing_and_duplicated(f"out-{job}")
+        lost, duplicated = lost + one[0], duplicated + one[1]
     promise = "resumes" if title in (None, "ray::ShardWriter") else "goes on by itself"
-    record(Outcome(fault, promise, times, held, lost, doubled, longest))
-    assert (held, lost, doubled) == (times, 0, 0)
+    record(Outcome(fault, promise, times, held, lost, duplicated, longest))
+    assert (held, lost, duplicated) == (times, 0, 0)
 
 
 class _Alive:
@@ -406,7 +413,7 @@ def test_a_full_disk_ends_the_attempt_and_the_next_one_resumes(
 ) -> None:
     folder = photos(IMAGES)
     names = {file.name for file in folder.iterdir()}
-    held = lost = doubled = 0
+    held = lost = duplicated = 0
     longest = 0.0
     for place in range(TIMES):
         with small_disk(tmp_path / f"disk-{place}", 4) as disk:
@@ -431,20 +438,20 @@ def test_a_full_disk_ends_the_attempt_and_the_next_one_resumes(
             files = [*disk.glob("job/predictions/*"), *disk.glob("job/errors/*")]
             seen = Counter(uri.rpartition("/")[2] for file in files for uri in pd.read_parquet(file)["uri"])
             lost += len(names - set(seen))
-            doubled += sum(count > 1 for count in seen.values())
-    record(Outcome("output's disk full", "exit 5 with the reason; resumes", TIMES, held, lost, doubled, longest))
-    assert (held, lost, doubled) == (TIMES, 0, 0)
+            duplicated += sum(count > 1 for count in seen.values())
+    record(Outcome("output's disk full", "exit 5 with the reason; resumes", TIMES, held, lost, duplicated, longest))
+    assert (held, lost, duplicated) == (TIMES, 0, 0)
 
 
 def test_two_drivers_at_once_make_one_result(inputs: Inputs, program: Program, record: Record, tmp_path: Path) -> None:
-    lost = doubled = held = 0
+    lost = duplicated = held = 0
     for place in range(TIMES):
         logs = [tmp_path / f"{place}-{i}.log" for i in range(2)]
         processes = [start(*inputs.args(f"out-{place}"), log=log) for log in logs]
         codes = [process.wait(150) for process in processes]
         assert codes == [0, 0], [log.read_text() for log in logs]
         inputs.verified(program, f"out-{place}")
-        one = inputs.missing_and_double(f"out-{place}")
-        lost, doubled, held = lost + one[0], doubled + one[1], held + (one == (0, 0))
-    record(Outcome("two drivers at once", "one result", TIMES, held, lost, doubled))
-    assert (held, lost, doubled) == (TIMES, 0, 0)
+        one = inputs.missing_and_duplicated(f"out-{place}")
+        lost, duplicated, held = lost + one[0], duplicated + one[1], held + (one == (0, 0))
+    record(Outcome("two drivers at once", "one result", TIMES, held, lost, duplicated))
+    assert (held, lost, duplicated) == (TIMES, 0, 0)

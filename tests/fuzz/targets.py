@@ -1,4 +1,4 @@
-"""What is fed with damaged inputs, and what it may raise: a failed row or a message for a person, and nothing else."""
+"""The readers that are fed with damaged inputs. They may raise a failed row or a message for a person, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,37 +19,39 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from batch_inference import manifest
 from batch_inference.config import InputConfig, JobConfig, PreprocessConfig, StorageConfig, load_config
-from batch_inference.containers import contents
-from batch_inference.decoding import decode, pixels_of
-from batch_inference.errors import RowFailure, UserError
-from batch_inference.fetcher import Fetcher
-from batch_inference.isolation import Helper
-from batch_inference.manifest import apart
-from batch_inference.members import runs
-from batch_inference.prefixes import Prefixes
-from batch_inference.runs import fetched
-from batch_inference.storage import canonical_uri, display, split_bucket
-from batch_inference.terminal import plain
-from batch_inference.transform import Transform
-from tests.unit.containers import parquet, tar
+from batch_inference.errors import RowError, UserError
+from batch_inference.images.pixels import decode, pixels_of
+from batch_inference.images.sandbox import SandboxedGenerator, decode_limits
+from batch_inference.images.transform import Transform
+from batch_inference.inputs import manifest_files, manifest_formats
+from batch_inference.inputs.allowlist import Allowlist
+from batch_inference.inputs.coalesce import plan_reads
+from batch_inference.inputs.containers import read_contents
+from batch_inference.inputs.parquet import Unpack, unpack_in_process
+from batch_inference.inputs.reads import fetch_inputs
+from batch_inference.output import manifest
+from batch_inference.output.manifest import split_locations
+from batch_inference.storage.fetcher import Fetcher
+from batch_inference.storage.uris import canonical_uri, display_uri, split_bucket
+from batch_inference.text import printable
+from tests.support.containers import parquet, tar
 
 FAST, EXACT = (
     PreprocessConfig(max_pixels=10**7, decode_timeout_s=5, decode_memory_mib=512),
-    PreprocessConfig(exact=True, max_pixels=10**7),
+    PreprocessConfig(decoder="exact", max_pixels=10**7),
 )
 ACCEPT = FAST.model_copy(update={"damaged": "accept"})
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that reads a stranger's bytes.
+    """A reader of untrusted bytes.
 
     Attributes:
-        name: As it stands in the table.
+        name: Its name in the table.
         seeds: Good inputs.
-        read: Reads one; raises nothing but what is expected.
+        read: Reads one input; raises only if there is a finding.
     """
 
     name: str
@@ -58,16 +60,16 @@ class Target:
 
 
 def photo(width: int = 320, height: int = 240) -> Image.Image:
-    """Smooth and noisy parts, in colour."""
+    """Return an image with smooth and noisy parts, in color."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], axis=2)
     return Image.fromarray(np.clip(base + rng.normal(0, 12, base.shape), 0, 255).astype(np.uint8))
 
 
-def encoded(kind: str, mode: str = "RGB", **options: object) -> bytes:
+def encoded(image_format: str, mode: str = "RGB", **options: object) -> bytes:
     out = io.BytesIO()
-    photo().convert(mode).save(out, kind, **options)
+    photo().convert(mode).save(out, image_format, **options)
     return out.getvalue()
 
 
@@ -92,28 +94,28 @@ def _decode(data: bytes) -> None:
     for config in (FAST, EXACT, ACCEPT):
         try:
             pixels = decode(data, config, Transform())
-        except RowFailure:
+        except RowError:
             continue
         assert pixels.shape == (224, 224, 3)
     try:
         pixels_of(data, FAST, None)
-    except RowFailure:
+    except RowError:
         return
 
 
 def _manifest(ending: str) -> Callable[[bytes], None]:
-    section = InputConfig(manifest=f"s3://bucket/list.{ending}", allowed_prefixes=("s3://bucket/",))
-    prefixes = Prefixes.of(section)
-    assert prefixes is not None
+    config = InputConfig(manifest=f"s3://bucket/list.{ending}", allowed_prefixes=("s3://bucket/",))
+    allowlist = Allowlist.from_config(config)
+    assert allowlist is not None
 
     def read(data: bytes) -> None:
         uri = f"s3://bucket/list.{ending}"
         try:
-            table = manifest._checked_columns(manifest._parse_manifest(uri, data, "uri"), section, uri)
-            for value in manifest._canonical_column(table["uri"], "s3://bucket").to_pylist():
-                prefixes.refusal(value)
-                plain(value)
-            for _, part in manifest.cut(table.slice(0, 1000), 100):
+            table = manifest_files.select_columns(manifest_formats.parse_manifest(uri, data, "uri"), config, uri)
+            for value in manifest_files.canonical_column(table["uri"], "s3://bucket").to_pylist():
+                allowlist.refusal(value)
+                printable(value)
+            for _, part in manifest.cut_shards(table.slice(0, 1000), 100):
                 manifest.encode_shard(part)
         except UserError as exc:
             assert exc.message and exc.remedy
@@ -122,36 +124,36 @@ def _manifest(ending: str) -> Callable[[bytes], None]:
 
 
 def _archive(ending: str) -> Callable[[bytes], None]:
-    """Lists what is in a file, and reads it: a Parquet file's pages as they are after a task has died of them."""
+    """Return a reader that lists a file and reads its members, a Parquet file's pages in the sandbox."""
     folder = tempfile.mkdtemp(prefix="fuzz-")
-    section = InputConfig(uris=(folder,), bytes_column="image" if ending == "parquet" else None)
+    config = InputConfig(uris=(folder,), image_column="image" if ending == "parquet" else None)
     fetcher = Fetcher(StorageConfig())
 
     def read(data: bytes) -> None:
         file = Path(folder, f"{os.getpid()}.{ending}")
         file.write_bytes(data)
         try:
-            (found,) = contents([f"file://{file}"], section, StorageConfig())
+            (contents,) = read_contents([f"file://{file}"], config, StorageConfig())
         except UserError as exc:
             assert exc.message and exc.remedy
             return
-        uris, where = apart(found.table.slice(0, 100))
-        unpack = _helper(os.getpid()).unpack
-        read = list(fetched(runs(uris["uri"].to_pylist(), where, fetcher, 10**6, None, unpack), 1))
-        assert sorted(one.row for one in read) == list(range(uris.num_rows))
-        assert all(one.error is None or (one.error.message and not one.data) for one in read)
+        uris, locations = split_locations(contents.table.slice(0, 100))
+        unpack = _unpacker(os.getpid())
+        fetched = list(fetch_inputs(plan_reads(uris["uri"].to_pylist(), locations, fetcher, 10**6, None, unpack), 1))
+        assert sorted(entry.row for entry in fetched) == list(range(uris.num_rows))
+        assert all(entry.error is None or (entry.error.message and not entry.data) for entry in fetched)
 
     return read
 
 
 @functools.lru_cache
-def _helper(process: int) -> Helper:
-    """One for each process that inputs are read in; it ends with that."""
-    return Helper(FAST, None)
+def _unpacker(process: int) -> Unpack:
+    """Return the sandbox of a process that inputs are read in; it ends with that process."""
+    return SandboxedGenerator(unpack_in_process, decode_limits(FAST))
 
 
 def _sparse() -> bytes:
-    """An archive with sparse members of both formats that GNU tar writes."""
+    """Return an archive with sparse members of both formats that GNU tar writes."""
     old, new = tarfile.TarInfo("old.jpg"), tarfile.TarInfo("new.jpg")
     old.type = tarfile.GNUTYPE_SPARSE
     new.size = 1024
@@ -165,8 +167,8 @@ def _sparse() -> bytes:
     return old.tobuf(tarfile.GNU_FORMAT) + new.tobuf(tarfile.PAX_FORMAT) + map_of_parts + tar({"a.jpg": b"x"})
 
 
-def _kinds(images: list[bytes]) -> list[bytes]:
-    """Parquet files whose images are in columns of other kinds than bytes."""
+def _column_types(images: list[bytes]) -> list[bytes]:
+    """Return Parquet files whose images are in columns of other types than bytes."""
     column = pa.array(images, pa.binary())
     lists = pa.array([list(image[:200]) for image in images], pa.list_(pa.uint8()))
     fixed = pa.array([image[:200] for image in images], pa.binary(200))
@@ -205,15 +207,15 @@ def _uri(data: bytes) -> None:
     try:
         uri = canonical_uri(text)
     except UserError as exc:
-        plain(exc.message)
+        printable(exc.message)
         return
     assert canonical_uri(uri) == uri
     split_bucket(uri)
-    plain(display(uri))
+    printable(display_uri(uri))
 
 
 def targets() -> list[Target]:
-    """All of them."""
+    """Return all targets."""
     uris = [f"s3://bucket/photos/{i}.jpg" for i in range(50)]
     table = pa.table({"uri": uris, "id": list(range(50)), "caption": [f"a photo, {i}" for i in range(50)]})
     files: dict[str, bytes] = {}
@@ -236,7 +238,7 @@ def targets() -> list[Target]:
             tar(jpegs), tar(jpegs, "pax"), tar({"a" * 150 + ".jpg": b"x"}), tar({"a.jpg": b"x"}) + tar({"b.jpg": b"y"}, "pax"), _sparse(),
         ], _archive("tar")),
         Target("Parquet of images", [
-            parquet(images), parquet(images, struct=False), parquet([None, *images]), *_kinds(images),
+            parquet(images), parquet(images, struct=False), parquet([None, *images]), *_column_types(images),
         ], _archive("parquet")),
         Target("configuration", [full.encode(), b"input: {uris: [s3://b/a/]}\noutput: {uri: s3://b/o}\n"], _config),
         Target("--set", [b"inference.actors=2", b"input.uris=[a, b]", b"model.transform={crop: 10}"], _setting),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,16 +11,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-from tests.job import stores
-from tests.job.servers import BIN, Proxy, ray_cluster, s3_server
+from tests.support import emulators
+from tests.support.jobs import HERE, PROGRAM, RUN_TIMEOUT_S, environment
+from tests.support.servers import Proxy, ray_cluster, s3_server
 
-PROGRAM = str(BIN / "batch-inference")
-HERE = Path(__file__).parent
-# Long enough for a cold start of Ray and torch on two busy cores; a job that hangs is found all the same.
-RUN_TIMEOUT_S = 240
 S3_ENV = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 # Also for the Ray cluster's processes, which do the reading.
-os.environ.update(S3_ENV | stores.AZURE_ENV)
+os.environ.update(S3_ENV | emulators.AZURE_ENV)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +41,7 @@ def google_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RSAPublicKe
     file = tmp_path_factory.mktemp("google") / "key.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
-        yield stores.google_key_file(file)
+        yield emulators.google_key_file(file)
 
 
 @pytest.fixture(scope="session")
@@ -73,40 +69,6 @@ def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
-
-
-def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The program's environment: as the test's, without authentication of Ray's test cluster."""
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "COLUMNS": "120", **(extra or {})}
-
-
-def start(*args: str, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """Starts the program and returns at once."""
-    out = log.open("ab") if log else subprocess.DEVNULL
-    return subprocess.Popen(
-        [PROGRAM, *args], cwd=HERE, env=environment(env), stdout=out, stderr=out, start_new_session=True
-    )
-
-
-def job_args(
-    photos: Path | str, output: Path | str, *, shard_size: int = 10, predictor: str = "predictors:MeanColor"
-) -> list[str]:
-    """Arguments of a small job with a trivial predictor on the CPU; no image is read again for the report."""
-    return [
-        "run", str(photos), "--output", str(output), "--dashboard-host", "none",
-        "--set", f"predictor={predictor}", "--set", "inference.actors=1", "--set", "inference.gpus_per_actor=0",
-        "--set", "inference.batch_size=8", "--set", f"shard_size={shard_size}", "--set", "errors.max_percent=null",
-        "--set", "report.thumbnails=0",
-    ]  # fmt: skip
-
-
-def verified(output: str, program: Callable[..., subprocess.CompletedProcess[str]], *args: str) -> dict[str, object]:
-    """What ``verify`` finds, which must be that all is well."""
-    done = program("verify", output, "--json", *args)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["ok"] and found["finished"], found
-    return dict(found)
 
 
 sys.path.insert(0, str(HERE))

@@ -132,7 +132,7 @@ class TypesDrift:
 
 
 class TypesExclude(TypesDrift):
-    """The same with two columns that no type holds."""
+    """Return two columns as well that no type holds."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, object]:
         out = super().__call__(batch)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from ray._private.services import get_node_ip_address
 
-from tests.job.conftest import HERE, job_args, verified
-from tests.job.servers import BIN, RAY_READY_S, free_ports, stop
+from tests.support.jobs import HERE, job_args, verified
+from tests.support.servers import BIN, RAY_READY_S, free_ports, stop
 
 WAIT = "BATCH_INFERENCE_WAIT_FOR_WORKERS_S"
 HEAD = "f" * 51 + "00000"  # The ID that the fake nodes' provider gives to the head.
@@ -137,7 +137,7 @@ def test_workers_come_for_a_job_and_go_afterwards(
         time.sleep(1)
 
 
-def test_workers_that_do_not_come_are_waited_for_so_long_and_no_longer(
+def test_missing_workers_are_waited_for_as_long_as_configured(
     growing: str,
     photos: Callable[..., Path],
     tmp_path: Path,

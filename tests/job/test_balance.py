@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from batch_inference.config import StorageConfig
-from batch_inference.storage import Store
-from tests.job.conftest import job_args
-from tests.job.servers import Proxy
+from batch_inference.storage.store import Store
+from tests.support.jobs import job_args
+from tests.support.servers import Proxy
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.job.conftest import HERE, environment, job_args
-from tests.terminal import COLUMNS, CONTROL, on_a_terminal
+from tests.support.jobs import HERE, environment, job_args
+from tests.support.terminal import COLUMNS, CONTROL, on_a_terminal
 
 
 def test_a_run_on_a_terminal(photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str]) -> None:

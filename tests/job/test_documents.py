@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import spark
-from tests.docs.documents import Block, blocks, commands, headings
-from tests.job.conftest import environment
-from tests.job.servers import BIN, ray_cluster
+from tests.support import spark
+from tests.support.documents import Block, blocks, commands, headings
+from tests.support.jobs import environment
+from tests.support.servers import BIN, ray_cluster
 
 GUIDE, RECIPES = "docs/guide.md", "docs/recipes.md"
 ELSEWHERE = {"docker", "helm", "kubectl"}

@@ -15,11 +15,10 @@ import psutil
 import pytest
 
 from batch_inference.config import StorageConfig
-from batch_inference.history import attempts
-from batch_inference.storage import Store
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy, stop
-from tests.job.test_kills import wait_for
+from batch_inference.output.attempts import read_attempts
+from batch_inference.storage.store import Store
+from tests.support.jobs import job_args, start, verified, wait_for
+from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -44,7 +43,7 @@ def upload(folder: Path, uri: str, url: str) -> None:
         store.put(file.name, file.read_bytes())
 
 
-def test_0_and_nothing_of_rays_own_words_on_the_terminal(
+def test_finished_job_ends_with_0_and_prints_no_line_of_ray(
     photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     """The whole way with a Ray of its own, as on a laptop."""
@@ -67,14 +66,14 @@ def test_0_and_nothing_of_rays_own_words_on_the_terminal(
         (["--set", "predictor=null", "--model", "resnet1"], "resnet1", "."),
     ],
 )  # fmt: skip
-def test_2_for_what_the_user_can_mend(
+def test_user_error_ends_with_2(
     change: list[str], fact: str, remedy: str, photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     failed(program(*job_args(photos(20), tmp_path / "out"), *change), 2, fact, remedy)
     assert not list((tmp_path / "out").glob("_commits/*"))
 
 
-def test_2_for_inputs_that_are_not_there(tmp_path: Path, program: Program) -> None:
+def test_missing_inputs_end_with_2(tmp_path: Path, program: Program) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.md").write_text("x")
     failed(
@@ -88,7 +87,7 @@ def test_2_for_inputs_that_are_not_there(tmp_path: Path, program: Program) -> No
     )
 
 
-def test_2_within_the_first_shard_when_every_fetch_is_denied(
+def test_denied_access_to_every_image_ends_with_2_within_the_first_shard(
     photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
     source, output = f"s3://tests/{tmp_path.name}/in", f"s3://tests/{tmp_path.name}/out"
@@ -103,14 +102,14 @@ def test_2_within_the_first_shard_when_every_fetch_is_denied(
     assert not list(ledger.objects("errors"))
     verdict = json.loads(ledger.get("_FAILED"))
     assert verdict["exit_code"] == 2
-    # Mended, the same command does everything.
+    # Once that is fixed, the same command does everything.
     proxy.answer = lambda method, path: None
     done = program(*args, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(ledger.objects("_FAILED"))
 
 
-def test_a_few_denied_images_are_rows_not_a_failure(
+def test_denied_access_to_a_few_images_is_rows_and_no_failure(
     photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
     source, output = f"s3://tests/{tmp_path.name}/in", f"s3://tests/{tmp_path.name}/out"
@@ -123,18 +122,18 @@ def test_a_few_denied_images_are_rows_not_a_failure(
     assert "fetch ACCESS_DENIED 2" in done.stdout
 
 
-def test_2_for_wrong_credentials_on_the_output(
+def test_wrong_credentials_of_the_output_end_with_2(
     photos: Callable[..., Path], tmp_path: Path, program: Program, s3: str
 ) -> None:
     args = [*job_args(photos(5), f"s3://tests/{tmp_path.name}"), "--set", f"storage.endpoint_url={s3}"]
     failed(program(*args, env={"AWS_SECRET_ACCESS_KEY": "wrong"}), 2, "access denied|not authenticated", "credentials")
 
 
-def test_3_when_more_rows_fail_than_allowed(
+def test_more_failed_rows_than_allowed_end_with_3(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     args = [*job_args(photos(80, bad_percent=30), tmp_path / "out"), "--address", cluster["address"]]
-    limits = ["--set", "errors.max_percent=20", "--set", "errors.min_sample=40"]
+    limits = ["--set", "errors.max_percent=20", "--set", "errors.min_rows=40"]
     failed(program(*args, *limits), 3, r"rows failed = \d\d\.\d %, more than errors.max_percent = 20", "max_percent")
     failed(program(*args, "--set", "errors.max_count=5"), 3, "more than errors.max_count = 5", "max_count")
     # A raised limit is no other job: it resumes and finishes.
@@ -143,7 +142,7 @@ def test_3_when_more_rows_fail_than_allowed(
     verified(str(tmp_path / "out"), program)
 
 
-def test_3_again_in_seconds_where_the_same_run_is_retried_by_itself(
+def test_automatic_retry_of_the_same_run_ends_with_3_again_in_seconds(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     """As the operator does, on a cluster with GPUs; a person who starts the command again means it."""
@@ -160,7 +159,7 @@ def test_3_again_in_seconds_where_the_same_run_is_retried_by_itself(
     verified(str(tmp_path / "out"), program)
 
 
-def test_4_when_the_counts_do_not_close(
+def test_accounting_error_ends_with_4(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     """A file that the ledger names is lost: neither `run` nor `verify` calls that a success."""
@@ -173,13 +172,13 @@ def test_4_when_the_counts_do_not_close(
     assert done.returncode == 4
     assert f"predictions/{lost.name} is committed but missing" in done.stdout
     failed(program(*args), 4, f"{lost.name} is committed but missing", "_commits")
-    # The remedy works: without its commit the shard is done anew.
+    # The remedy works: without its commit the shard is done again.
     (output / "_commits/shard-00001.json").unlink()
     assert program(*args).returncode == 0
     verified(str(output), program)
 
 
-def test_5_when_the_store_stops_in_the_middle_and_then_it_resumes(
+def test_store_that_stops_ends_the_job_with_5_and_it_resumes(
     photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, cluster: dict[str, str]
 ) -> None:
     output = f"s3://tests/{tmp_path.name}"
@@ -206,7 +205,7 @@ def test_5_when_the_store_stops_in_the_middle_and_then_it_resumes(
     verified(output, program, "--set", f"storage.endpoint_url={proxy.url}")
 
 
-def test_5_when_there_is_no_cluster(photos: Callable[..., Path], tmp_path: Path, program: Program) -> None:
+def test_missing_cluster_ends_with_5(photos: Callable[..., Path], tmp_path: Path, program: Program) -> None:
     failed(
         program(*job_args(photos(5), tmp_path / "out"), "--address", "127.0.0.1:9"),
         5,
@@ -232,7 +231,7 @@ def test_a_file_left_by_a_driver_that_died_after_losing_is_found_and_swept(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_130_within_seconds_when_interrupted_and_then_it_resumes(
+def test_interrupted_job_ends_with_130_within_seconds_and_resumes(
     number: signal.Signals, photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     """Ctrl-C reaches the whole process group, Ray's processes included."""
@@ -258,14 +257,14 @@ def test_130_within_seconds_when_interrupted_and_then_it_resumes(
     status = json.loads(program("status", str(output), "--json").stdout)
     assert (status["state"], status["shards_done"]) == ("unfinished", committed)
     assert program("verify", str(output)).returncode == 0
-    (attempt,) = attempts(Store(str(output), StorageConfig()))
+    (attempt,) = read_attempts(Store(str(output), StorageConfig()))
     assert attempt.state == "interrupted"
     assert not (output / "_FAILED").exists()
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("program_name", ["raylet", "gcs_server"])
-def test_5_with_a_verdict_when_a_process_of_ray_s_is_killed_and_then_it_resumes(
+def test_killed_process_of_ray_ends_with_5_and_a_verdict_and_the_job_resumes(
     program_name: str, photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     """Ray's native code ends the driver then, past everything of Python's."""
@@ -296,7 +295,7 @@ def test_5_with_a_verdict_when_a_process_of_ray_s_is_killed_and_then_it_resumes(
 
 
 @pytest.mark.timeout(200)
-def test_nothing_is_left_of_a_program_that_is_killed(photos: Callable[..., Path], tmp_path: Path) -> None:
+def test_killed_program_leaves_nothing(photos: Callable[..., Path], tmp_path: Path) -> None:
     """Its driver is another process, with a Ray below it."""
     output, log = tmp_path / "out", tmp_path / "log"
     args = job_args(photos(120), output)
@@ -318,7 +317,7 @@ def test_nothing_is_left_of_a_program_that_is_killed(photos: Callable[..., Path]
     assert not alive
 
 
-def test_130_while_ray_itself_waits_for_the_model(
+def test_interrupt_while_ray_waits_for_the_model_ends_with_130(
     photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     """The driver is then in Ray's native code, which lets one kind of exception through."""

@@ -1,4 +1,4 @@
-"""The same images as objects, in tar files and in Parquet files of a real S3 store: what comes out, and what it asks for."""
+"""Images as objects, in tar files and in Parquet files of a real S3 store: their rows, and the requests for them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_inference.config import StorageConfig
-from batch_inference.ledger import Ledger
-from batch_inference.storage import Store
-from tests.conftest import broken, jpeg
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy
-from tests.job.test_kills import wait_for
-from tests.unit.containers import parquet, tar
+from batch_inference.output.ledger import Ledger
+from batch_inference.storage.store import Store
+from tests.support.containers import parquet, tar
+from tests.support.images import broken, jpeg
+from tests.support.jobs import job_args, start, verified, wait_for
+from tests.support.servers import Proxy
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -7,7 +7,6 @@ counts what is read again.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -16,15 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from batch_inference import manifest
 from batch_inference.config import StorageConfig
-from batch_inference.ledger import Ledger
-from batch_inference.storage import Store
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy, stop
+from batch_inference.output import manifest
+from batch_inference.output.ledger import Ledger
+from batch_inference.storage.store import Store
+from tests.support.jobs import find, job_args, start, verified, wait_for
+from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -105,7 +103,7 @@ def test_driver_killed_at_random_moments(
     middle = [n for n in committed_before_kill if 0 < n < SHARDS]
     print(
         f"driver killed {kills} times in {runs} runs of {jobs} jobs (seed {seed}); commits at the kill: {sorted(committed_before_kill)}; "
-        "rows lost 0, doubled 0, committed shards read again 0"
+        "rows lost 0, duplicated 0, committed shards read again 0"
     )
     assert len(middle) >= DRIVER_KILLS // 3, "too few kills met a job in the middle; the moments are badly chosen"
 
@@ -137,14 +135,16 @@ def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict
         found = verified(str(output), program)
         assert (found["predictions"], found["errors"]) == (228, 12)
     assert len(pids) == ACTOR_KILLS
-    print(f"actor killed {len(pids)} times in {ACTOR_KILLS} runs: each run finished by itself, rows lost 0, doubled 0")
+    print(
+        f"actor killed {len(pids)} times in {ACTOR_KILLS} runs: each run finished by itself, rows lost 0, duplicated 0"
+    )
 
 
 @pytest.mark.timeout(300)
 def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
     photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], program: Program
 ) -> None:
-    """What a writer held is lost with it; nothing of that was committed."""
+    """A writer that dies loses rows that were not committed."""
     output, log = tmp_path / "out", tmp_path / "log"
     args = [*job_args(photos(240, bad_percent=5), output, shard_size=10), "--set", "predictor.args=[0.1]"]
     args += ["--address", cluster["address"]]
@@ -159,22 +159,3 @@ def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
     done = program(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     verified(str(output), program)
-
-
-def find(cluster: dict[str, str], title: str) -> psutil.Process:
-    """The cluster's newest process with that title (Ray names its workers by what they run)."""
-    found = []
-    for process in psutil.Process(int(cluster["process"])).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # one that has just ended
-            if " ".join(process.cmdline()).startswith(title):
-                found.append(process)
-    assert found, f"no process of the cluster is called {title}"
-    return max(found, key=lambda process: process.create_time())
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)

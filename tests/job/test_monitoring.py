@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from batch_inference.config import StorageConfig
-from batch_inference.metrics import METRICS
-from batch_inference.storage import Store
+from batch_inference.storage.store import Store
+from batch_inference.telemetry.metrics import METRICS
 from tests.charts.render import HELM, find, render
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy
-from tests.prometheus import Prometheus, dashboard_queries, server, unanswered
+from tests.support.jobs import job_args, start, verified
+from tests.support.prometheus import Prometheus, dashboard_queries, server, unanswered
+from tests.support.servers import Proxy
 
 IMAGES, BAD_PERCENT, SHARD = 240, 10, 12
 RUN, RELEASE, NAMESPACE = "demo-0123abcd", "demo", "default"
@@ -112,7 +112,7 @@ def test_prometheus_sees_what_the_summary_says_and_every_query_has_data(
         for (name, labels), value in values.items():
             print(f"| {name} | {labels} | {value:g} |")
         assert seen == expected
-        assert {name for name, _ in values} == {metric.scraped for metric in METRICS}
+        assert {name for name, _ in values} == {metric.prometheus_name for metric in METRICS}
         assert values["ray_batch_inference_out_of_memory_splits_total", ""] >= 10
         assert values["ray_batch_inference_retries_total", "kind=request"] >= 3
         broken = [rule["lastError"] for rule in prometheus.rules() if rule["health"] == "err"]
@@ -135,7 +135,7 @@ def kill(cluster: dict[str, str], title: str, kind: str, killed: set[str]) -> No
 
 
 def workers_lines(cluster: dict[str, str]) -> list[dict[str, Any]]:
-    """What tasks and actors of the run have logged."""
+    """Return the lines that tasks and actors of the run have logged."""
     text = "\n".join(file.read_text() for file in Path(cluster["logs"]).glob("worker-*.err"))
     return [json.loads(line) for line in text.splitlines() if line.startswith("{") and RUN in line]
 
@@ -166,12 +166,12 @@ def last_values(prometheus: Prometheus) -> dict[tuple[str, str], float]:
     values = {}
     for metric in METRICS:
         ours = [label for label in metric.labels if label != "run"]
-        name = metric.scraped + ("_count" if metric.type == "histogram" else "")
+        name = metric.prometheus_name + ("_count" if metric.type == "histogram" else "")
         # Gauges are gone when the run is.
         query = f"sum by ({', '.join(['run', *ours])}) (last_over_time({name}{{run={json.dumps(RUN)}}}[5m]))"
         for one in sorted(prometheus.query(query), key=lambda one: sorted(one["metric"].items())):
             labels = ", ".join(f"{label}={one['metric'][label]}" for label in ours)
-            values[metric.scraped, labels] = float(one["value"][1])
+            values[metric.prometheus_name, labels] = float(one["value"][1])
     return values
 
 

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.job.conftest import job_args, verified
-from tests.unit.containers import parquet
+from tests.support.containers import parquet
+from tests.support.jobs import POISON, job_args, verified
 
-POISON = Path(__file__).parents[1] / "poison"
 TYPES = {"crash": "DECODER_CRASH", "abort": "DECODER_CRASH", "memory": "DECODE_MEMORY", "hang": "DECODE_TIMEOUT"}
 KINDS = ["crash"] * 96 + ["abort"] * 60 + ["memory"] * 40 + ["hang"] * 4
 IMAGES, SHARD = 10_000, 1000
@@ -91,7 +90,7 @@ def test_a_row_group_that_kills_the_task_costs_its_rows_and_no_others(
     for file in (tmp_path / "out/errors").iterdir():
         for row in pq.read_table(file).to_pylist():
             found[int(row["uri"].rpartition("#")[2])] = row["error_type"]
-    # Five images and 15 rows are a shard, then rows 15 to 34, which asks for the rest of the row group anew.
+    # Five images and 15 rows are a shard, then rows 15 to 34, which reads the rest of the row group again.
     assert found == dict.fromkeys((12, 13, 14), "DECODER_CRASH") | dict.fromkeys((31, 32, 33, 34), "DECODE_MEMORY")
     assert verified(str(tmp_path / "out"), program)["predictions"] == 45 - len(found)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from batch_inference.config import StorageConfig
-from batch_inference.history import attempts
-from batch_inference.storage import Store
-from tests.job.conftest import job_args, verified
-from tests.job.servers import Proxy, ray_cluster
-from tests.job.test_poison import POISON
+from batch_inference.output.attempts import read_attempts
+from batch_inference.storage.store import Store
+from tests.support.jobs import POISON, job_args, verified
+from tests.support.servers import Proxy, ray_cluster
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -48,7 +47,7 @@ def test_the_forecast_beside_the_run(
     print(f"predicted {ahead['images_per_s']:.1f} images/s, the run had {summary['images_per_s']:.1f}")
 
 
-def test_what_fails_is_named_with_its_remedy_and_ends_with_2(
+def test_failed_checks_are_named_with_their_remedies_and_end_with_2(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     args = job_args(photos(12), tmp_path / "out", predictor="predictors:FailsOnEverything")
@@ -128,7 +127,7 @@ def test_a_job_whose_preflight_fails_ends_with_2_and_keeps_the_verdict(
     golden = tmp_path / "golden.csv"
     golden.write_text("uri,mean\n" + "".join(f"{path},999\n" for path in sorted(folder.iterdir())[:3]))
     args = [*job_args(folder, out), "--address", cluster["address"], "--set", "preflight.enabled=true"]
-    done = program(*args, "--set", f"preflight.golden={golden}")
+    done = program(*args, "--set", f"preflight.golden_manifest={golden}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "preflight: golden samples: 3 of 3 samples, mean are off" in done.stdout
     assert json.loads((out / "_FAILED").read_text())["exit_code"] == 2
@@ -193,7 +192,7 @@ def test_members_of_a_tar_file_are_tried_as_members(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_store_that_is_down_is_no_user_s_mistake(
+def test_store_that_is_down_is_no_user_error(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str], s3: str, proxy: Proxy
 ) -> None:
     """Exit code 2 would end the retries, too."""
@@ -221,5 +220,5 @@ def test_a_store_that_is_down_is_no_user_s_mistake(
     done = program(*args)
     assert done.returncode == 5, done.stdout + done.stderr
     assert "every one of 8 samples failed at fetch with" in done.stdout
-    (attempt,) = attempts(Store(str(tmp_path / "out"), StorageConfig()))
+    (attempt,) = read_attempts(Store(str(tmp_path / "out"), StorageConfig()))
     assert attempt.state == "failed"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from batch_inference.config import StorageConfig
-from batch_inference.storage import Store
-from tests.job.conftest import job_args, start, verified
+from batch_inference.storage.store import Store
+from tests.support.jobs import job_args, start, verified
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

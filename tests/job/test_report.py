@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from batch_inference.config import StorageConfig
-from batch_inference.storage import Store
-from tests.job import conftest
-from tests.job.conftest import start, verified
+from batch_inference.storage.store import Store
+from tests.support import jobs
+from tests.support.jobs import start, verified
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def job_args(*args: Any, **more: Any) -> list[str]:
     """Those of the other tests, with images in the report."""
-    return [*conftest.job_args(*args, **more), "--set", "report.thumbnails=18"]
+    return [*jobs.job_args(*args, **more), "--set", "report.thumbnails=18"]
 
 
-def test_the_verdict_names_it_and_the_command_makes_it_again(
+def test_report_is_named_by_the_verdict_and_written_again_by_the_command(
     photos: Callable[..., Path], s3: str, tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     output = f"s3://tests/{tmp_path.name}"
@@ -45,7 +45,7 @@ def test_the_verdict_names_it_and_the_command_makes_it_again(
     verified(output, program, *endpoint)
 
 
-def test_a_job_that_failed_has_one_with_the_reason(
+def test_failed_job_has_a_report_with_the_reason(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     args = job_args(photos(60, bad_percent=50), tmp_path / "out", shard_size=5)
@@ -80,13 +80,13 @@ def test_attempts_add_up(
     assert done.returncode == 0, done.stdout + done.stderr
     html = (output / "_report/report.html").read_text()
     assert "Succeeded: all 400 images are accounted for" in html
-    assert "2 starts of the program on this job." in html
+    assert "2 starts of the program for this job." in html
     assert "running, or killed" in html
     records = [json.loads(path.read_text()) for path in (output / "_report/attempts").glob("*.json")]
     assert sorted(record["state"] for record in records) == ["running", "succeeded"]
 
 
-def test_what_it_can_not_do_costs_a_warning_and_not_the_job(
+def test_report_that_cannot_be_made_costs_a_warning_and_not_the_job(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     output = tmp_path / "out"
@@ -101,7 +101,7 @@ def test_what_it_can_not_do_costs_a_warning_and_not_the_job(
     assert "Traceback" not in failed.stdout + failed.stderr
 
 
-def test_it_can_be_left_out(
+def test_report_can_be_left_out(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     args = [*job_args(photos(10), tmp_path / "out"), "--address", cluster["address"], "--set", "report.enabled=false"]
@@ -113,7 +113,7 @@ def test_it_can_be_left_out(
     assert (tmp_path / "out/_report/report.html").exists()
 
 
-def test_where_there_is_no_job_there_is_no_report(tmp_path: Path, program: Program) -> None:
+def test_output_without_a_job_has_no_report(tmp_path: Path, program: Program) -> None:
     for output in (tmp_path, tmp_path / "none"):
         done = program("report", str(output))
         assert done.returncode == 2

@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from batch_inference.config import StorageConfig
-from batch_inference.storage import Store
-from tests.job.conftest import job_args, verified
-from tests.job.servers import Proxy
+from batch_inference.storage.store import Store
+from tests.support.jobs import job_args, verified
+from tests.support.servers import Proxy
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,7 +37,7 @@ def test_rows_that_failed_are_done_again_from_whatever_folder(
     again = ["retry", str(output), "--dashboard-host", "none", "--address", cluster["address"]]
     done = program(*again, "--stage", "decode", env=path, cwd=tmp_path)
     assert done.returncode == 0
-    assert f"nothing to retry: no failed row is meant; failed rows: fetch NOT_FOUND {len(late)}" in done.stdout
+    assert f"nothing to retry: no failed row is selected; failed rows: fetch NOT_FOUND {len(late)}" in done.stdout
     # A predictor that cannot be found leaves the output finished.
     done = program(*again, "--stage", "fetch", env={"PYTHONPATH": ""}, cwd=tmp_path)
     assert done.returncode == 2 and "predictors" in done.stderr

@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_inference.config import StorageConfig
-from batch_inference.history import attempts
-from batch_inference.storage import Store
-from tests.conftest import jpeg
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy, stop
-from tests.job.test_kills import wait_for
+from batch_inference.output.attempts import read_attempts
+from batch_inference.storage.store import Store
+from tests.support.images import jpeg
+from tests.support.jobs import job_args, start, verified, wait_for
+from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -110,7 +109,7 @@ def test_a_signal_ends_the_driver_in_the_cluster_as_it_does_one_here(
         stop(process)
     assert "stopped by SIGTERM" in log.read_text()
     # It has said itself how it ended, after it had committed what was complete; a driver that is killed can't.
-    (attempt,) = attempts(Store(str(output), StorageConfig()))
+    (attempt,) = read_attempts(Store(str(output), StorageConfig()))
     assert attempt.state == "interrupted"
     committed = {file.name for file in output.glob("_commits/*")}
     assert 2 <= len(committed) < 12
@@ -147,8 +146,8 @@ def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_
     from ray.data._internal.logical.optimizers import get_execution_plan
 
     from batch_inference.config import load_config
-    from batch_inference.identity import resolve_engine
-    from batch_inference.pipeline import build
+    from batch_inference.pipeline.engine import resolve_engine
+    from batch_inference.pipeline.stream import PipelineSpec, build
 
     config = load_config(
         None,
@@ -156,7 +155,8 @@ def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_
     )
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        dataset = build(Store(str(tmp_path), config.storage), config, resolve_engine(config), {0: 10}, [], "test")
+        store = Store(str(tmp_path), config.storage)
+        dataset = build(PipelineSpec(store, config, resolve_engine(config), {0: 10}, "test"))
         plan = get_execution_plan(dataset._logical_plan)
         plan = plan[0] if isinstance(plan, tuple) else plan
         names, operator = [], plan.dag

@@ -1,4 +1,4 @@
-"""What must not grow with the number of images: the driver's memory, the time and memory of planning."""
+"""The driver's memory, and time and memory of planning, must not grow with the number of images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import broken, jpeg
-from tests.job.conftest import PROGRAM, environment, job_args, start, verified
+from tests.support.images import broken, jpeg
+from tests.support.jobs import PROGRAM, environment, job_args, start, verified
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -97,12 +97,13 @@ def test_writing_the_plan_of_a_million_lines_stays_in_bounded_memory(tmp_path: P
     code = (
         "import sys, pyarrow as pa\n"
         "from batch_inference.config import JobConfig\n"
-        "from batch_inference.ledger import Job, Ledger, now\n"
-        "from batch_inference.storage import Store\n"
+        "from batch_inference.output.ledger import Ledger\n"
+        "from batch_inference.output.records import JobRecord, now\n"
+        "from batch_inference.storage.store import Store\n"
         f"table = pa.table({{'uri': [f's3://bucket/photos/image-{{i:09d}}.jpg' for i in range({LINES})]}})\n"
         "config = JobConfig()\n"
         "ledger = Ledger(Store(sys.argv[1], config.storage))\n"
-        f"job = Job(config.model_dump(mode='json'), '', {{}}, {LINES // 1000}, {LINES}, '', {{}}, now())\n"
+        f"job = JobRecord(config.model_dump(mode='json'), '', {{}}, {LINES // 1000}, {LINES}, '', {{}}, now())\n"
         "ledger.complete_manifest(ledger.create_job(table, job, 'a'))\n"
     )
     process = subprocess.Popen([str(Path(PROGRAM).with_name("python")), "-c", code, str(tmp_path / "out")])

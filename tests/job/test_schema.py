@@ -16,11 +16,11 @@ import pyarrow.dataset as ds
 import pytest
 
 from batch_inference.config import StorageConfig
-from batch_inference.output_schema import SCHEMA, open_columns
-from batch_inference.output_schema import decode as decode_schema
-from batch_inference.storage import Store
-from tests import spark
-from tests.job.conftest import environment, job_args, verified
+from batch_inference.output.schema import SCHEMA_PATH, open_columns
+from batch_inference.output.schema import decode_schema as decode_schema
+from batch_inference.storage.store import Store
+from tests.support import spark
+from tests.support.jobs import environment, job_args, verified
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 _READERS = {
@@ -45,7 +45,7 @@ def model(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("predictor", ["TypesDrift", "TypesExclude"])
-def test_a_class_whose_types_drift_leaves_a_folder_that_everybody_reads(
+def test_class_whose_types_drift_leaves_a_folder_that_all_tools_read(
     predictor: str, photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     folder, output = photos(12), tmp_path / "out"
@@ -64,7 +64,7 @@ def test_a_class_whose_types_drift_leaves_a_folder_that_everybody_reads(
         assert all("'mixed'" in row["message"] or "'late'" in row["message"] for row in errors)
     rows = [{name: row[name] for name in model(0)} for row in table.to_pylist()]
     assert rows == [model(row["number"]) for row in rows]
-    schema = decode_schema(Store(str(output), StorageConfig()).get(SCHEMA))
+    schema = decode_schema(Store(str(output), StorageConfig()).get(SCHEMA_PATH))
     assert schema.equals(table.schema) and not open_columns(schema)
     assert len(duckdb.read_parquet(f"{output}/predictions/*.parquet").fetchall()) == table.num_rows
     assert sorted(pd.read_parquet(output / "predictions")["uri"]) == sorted(table["uri"].to_pylist())

@@ -1,4 +1,4 @@
-"""What a job must not give away, and what it must not be talked into by what it reads."""
+"""Secrets that a job must not give away, and requests that its inputs must not talk it into."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import stop
+from tests.support.jobs import job_args, start, verified
+from tests.support.servers import stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 SECRETS = {
@@ -65,7 +65,7 @@ def test_secrets_of_the_environment_are_found_nowhere(
             assert word.encode() not in file.read_bytes(), file
 
 
-def test_a_manifest_of_a_stranger_opens_nothing_that_is_not_allowed(
+def test_untrusted_manifest_opens_nothing_that_is_not_allowed(
     photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     """Local files, links out of the folder, the metadata service, control characters: rows like any other, and told apart."""
@@ -98,7 +98,7 @@ def test_a_manifest_of_a_stranger_opens_nothing_that_is_not_allowed(
     assert sorted(row["uri"] for row in predicted) == [f"file://{name}" for name in good]
 
 
-def test_what_is_printed_about_a_hostile_name_moves_no_cursor(
+def test_hostile_name_in_a_message_moves_no_cursor(
     photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     name = tmp_path / "\x1b[2J\u202egpj"

@@ -20,13 +20,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from batch_inference.config import StorageConfig
-from batch_inference.ledger import Ledger
-from batch_inference.listing import list_uris
-from batch_inference.storage import Store
-from tests.conftest import jpeg
-from tests.job import stores
-from tests.job.conftest import job_args, start, verified
-from tests.job.servers import Proxy
+from batch_inference.inputs.listing import list_uris
+from batch_inference.output.ledger import Ledger
+from batch_inference.storage.store import Store
+from tests.support import emulators
+from tests.support.images import jpeg
+from tests.support.jobs import job_args, start, verified
+from tests.support.servers import Proxy
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -60,7 +60,7 @@ class ObjectStore:
 
 @pytest.fixture(scope="module")
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with stores.azure_server(tmp_path_factory.mktemp("azurite")) as url:
+    with emulators.azure_server(tmp_path_factory.mktemp("azurite")) as url:
         server, _, account = url.rpartition("/")
         proxy = Proxy(server)
         other = {"AZURE_STORAGE_ACCOUNT_KEY": "AAAA"}
@@ -71,8 +71,8 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 @pytest.fixture(scope="module")
 def google(tmp_path_factory: pytest.TempPathFactory, google_key: RSAPublicKey) -> Iterator[ObjectStore]:
     folder = tmp_path_factory.mktemp("gcs")
-    stores.google_key_file(folder / "other.json")
-    with stores.google_server(folder, google_key) as front:
+    emulators.google_key_file(folder / "other.json")
+    with emulators.google_server(folder, google_key) as front:
         other = {"GOOGLE_APPLICATION_CREDENTIALS": str(folder / "other.json")}
         yield ObjectStore("gs://tests", front.url, front, other, "AuthenticationRequired")
 
@@ -134,7 +134,7 @@ def test_job_is_killed_and_resumes_with_each_input_once(
     assert kept == before, "what was committed before the kill stands"
 
 
-def test_of_many_writers_one_creates(store: ObjectStore, tmp_path: Path) -> None:
+def test_one_of_many_writers_creates(store: ObjectStore, tmp_path: Path) -> None:
     """Eight at once, twenty times: put-if-absent as commits need it; the probe of each run asks for the same."""
     folder = Store(f"{store.bucket}/{tmp_path.name}", store.config)
     folder.probe()
@@ -152,7 +152,7 @@ def test_of_many_writers_one_creates(store: ObjectStore, tmp_path: Path) -> None
         assert folder.get(f"_commits/{race}") == f"{made.index(True)}".encode()
 
 
-def test_2_for_a_store_that_ignores_put_if_absent(
+def test_store_that_ignores_put_if_absent_ends_with_2(
     store: ObjectStore, photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
 ) -> None:
     store.proxy.ignore_put_if_absent = True
@@ -165,7 +165,7 @@ def test_2_for_a_store_that_ignores_put_if_absent(
     assert "put-if-absent" in done.stdout
 
 
-def test_2_for_wrong_credentials(store: ObjectStore, tmp_path: Path, program: Program) -> None:
+def test_wrong_credentials_end_with_2(store: ObjectStore, tmp_path: Path, program: Program) -> None:
     Store(f"{store.bucket}/{tmp_path.name}/in", store.config).put("a.jpg", jpeg(1))
     done = program(
         "plan", f"{store.bucket}/{tmp_path.name}/in", "--set", "inference.gpus_per_actor=0", *store.args,
@@ -176,7 +176,7 @@ def test_2_for_wrong_credentials(store: ObjectStore, tmp_path: Path, program: Pr
     assert "credentials" in done.stderr.partition("remedy:")[2]
 
 
-def test_2_for_a_bucket_that_is_not_there(store: ObjectStore, tmp_path: Path, program: Program) -> None:
+def test_missing_bucket_ends_with_2(store: ObjectStore, tmp_path: Path, program: Program) -> None:
     missing = store.bucket.replace("tests", "no-such-bucket")
     done = program("plan", f"{missing}/in", "--set", "inference.gpus_per_actor=0", *store.args)
     assert done.returncode == 2, done.stdout + done.stderr

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.job.conftest import PROGRAM, environment, verified
-from tests.job.servers import TcpProxy, ray_cluster, stop
+from tests.support.jobs import PROGRAM, environment, verified
+from tests.support.servers import TcpProxy, ray_cluster, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -155,11 +155,11 @@ def test_a_job_is_submitted_once_however_often_the_command_runs(
     again = program("submit", "--config", str(config), env=env)
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
-    assert f"job {job_id} is there already: SUCCEEDED" in again.stderr
+    assert f"job {job_id} exists already: SUCCEEDED" in again.stderr
     assert [j["submission_id"] for j in ask(f"{head}/api/jobs/")].count(job_id) == 1
 
 
-def test_of_two_at_the_same_moment_one_submits_and_both_follow(
+def test_two_submitters_at_the_same_moment_submit_one_job_and_follow_it(
     head: str, job_id: str, job: Callable[..., Path], background: Callable[..., Running]
 ) -> None:
     args = command(job(), head, job_id)
@@ -280,7 +280,7 @@ def test_a_lost_head_is_no_end_of_the_job(
     assert running.wait(60) == 5
     print(f"head lost to end: {time.monotonic() - begun:.1f} s")
     assert "has not answered for 5 s" in running.said[-1]["event"]
-    assert "finished shards are not done again" in running.said[-1]["remedy"]
+    assert "finished shards are not processed again" in running.said[-1]["remedy"]
 
 
 def test_a_cluster_that_asks_for_a_token_gets_it(
@@ -313,7 +313,7 @@ print(json.dumps([code, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime]
 """
 
 
-def test_it_stays_small(head: str, job_id: str, tmp_path: Path) -> None:
+def test_submitter_stays_small(head: str, job_id: str, tmp_path: Path) -> None:
     """Its pod has half a gigabyte and a quarter of a CPU."""
     talkative(head, job_id, 20_000, 0.0)
     submission = [str(PROGRAM), *command("unused.yaml", head, job_id)]

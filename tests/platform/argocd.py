@@ -1,4 +1,4 @@
-"""Applications of Argo CD: what they say, and when."""
+"""Applications of Argo CD, with their states over time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEEN_SECONDS = 120
 
 @dataclass(frozen=True)
 class Application:
-    """An application as it is now."""
+    """The current state of an application."""
 
     object: dict[str, Any]
 
@@ -75,7 +75,7 @@ class Application:
 
 @dataclass
 class Timeline:
-    """What an application said of its run, each different thing once, with the second that it was first said."""
+    """The states of an application, each once, with the second at which it was first seen."""
 
     begun: float = field(default_factory=time.monotonic)
     said: list[tuple[float, str, str, str]] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Timeline:
 
 
 class Argo:
-    """Argo CD in the cluster."""
+    """The Argo CD of the cluster."""
 
     def __init__(self, world: World, kubernetes: Kubernetes) -> None:
         self._cluster = world.cluster

@@ -1,4 +1,4 @@
-"""What a platform team runs beside KubeRay, for the tests: Argo CD, Kueue, and a server of Git and charts, built from source."""
+"""Components beside KubeRay, for the tests: Argo CD, Kueue, and a server of Git and charts, built from source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READY_SECONDS = 300
 
 
 def build() -> None:
-    """Makes everything that is slow."""
+    """Build everything that is slow to build."""
     for target in PROGRAMS:
         image(target)
     argocd_manifests()
@@ -30,7 +30,7 @@ def build() -> None:
 
 
 def image(target: str) -> str:
-    """Returns the name of an image, built if none of the same inputs is there."""
+    """Return the name of an image; build it unless one of the same inputs exists."""
     programs = [compiled(name) for name in PROGRAMS[target]]
     repository = f"localhost/platform-{target}"
     name = f"{repository}:{digest(target, CONTAINERFILE, *(path.parent.name for path in programs))}"
@@ -50,12 +50,12 @@ def image(target: str) -> str:
 
 
 def argocd_manifests() -> Path:
-    """Returns the file with Argo CD's core install, as its module ships it."""
+    """Return the file with Argo CD's core install, as its module ships it."""
     return _manifests("argocd", Path("manifests/core-install.yaml"))
 
 
 def kueue_manifests() -> Path:
-    """Returns the file with Kueue's manifests, as its module ships them."""
+    """Return the file with Kueue's manifests, as its module ships them."""
     return _manifests("kueue", Path("config"))
 
 
@@ -80,7 +80,7 @@ def _manifests(name: str, shipped: Path) -> Path:
 
 
 def apply(cluster: Cluster, manifests: Path, **images: str) -> None:
-    """Applies manifests with `localhost/NAME:test` replaced by the images, which are loaded."""
+    """Load the images and apply manifests, with `localhost/NAME:test` replaced by their names."""
     text = manifests.read_text()
     for name, built in images.items():
         cluster.load_image(built)
@@ -91,14 +91,14 @@ def apply(cluster: Cluster, manifests: Path, **images: str) -> None:
 
 
 def rolled_out(cluster: Cluster, namespace: str, *names: str) -> None:
-    """Waits for deployments and the like."""
+    """Wait for rollouts."""
     for name in names:
         wait = (f"--namespace={namespace}", f"--timeout={READY_SECONDS}s")
         cluster.kubectl("rollout", "status", name, *wait, timeout=READY_SECONDS + 20)
 
 
 def argocd(cluster: Cluster, patch: Path) -> None:
-    """Installs Argo CD, as a core install does, and patches its configuration as the project's README says."""
+    """Install Argo CD's core install and patch its configuration as the project's README says."""
     apply(cluster, argocd_manifests(), argocd=image("argocd"), redis=image("redis"))
     crd = ("customresourcedefinition/appprojects.argoproj.io", "--for=condition=Established", "--timeout=60s")
     cluster.kubectl("wait", *crd, timeout=80)
@@ -115,7 +115,7 @@ def argocd(cluster: Cluster, patch: Path) -> None:
 
 
 def kueue(cluster: Cluster) -> None:
-    """Installs Kueue, and waits until its webhooks answer."""
+    """Install Kueue and wait until its webhooks answer."""
     apply(cluster, kueue_manifests(), kueue=image("kueue"))
     rolled_out(cluster, "kueue-system", "deployment/kueue-controller-manager")
     probe = json.dumps(

@@ -1,4 +1,4 @@
-"""One cluster for the platform's tests, with Argo CD and Kueue in it as real as they come."""
+"""One cluster for the platform's tests, with the real Argo CD and Kueue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("applications", "applicationsets", "workloads", "clusterqueues", "local
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Writes evidence of what failed."""
+    """Write evidence of failures."""
     report = yield
     evidence.keep(item, report, Cluster(NAME, FOLDER / "kubeconfig"), FOLDER / "evidence", *KINDS)
     return report
@@ -33,14 +33,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """The cluster with image, namespace and store."""
+    """Yield the cluster with image, namespace and store."""
     with for_tests(NAME, FOLDER) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def installed_argo(world: World, kubernetes: Kubernetes) -> Argo:
-    """Argo CD, with the project's health checks, and a server of Git and charts for it."""
+    """Return Argo CD with the project's health checks and a server of Git and charts."""
     components.argocd(world.cluster, REPOSITORY / "k8s/argocd/argocd-cm-patch.yaml")
     forge.install(world.cluster)
     return Argo(world, kubernetes)
@@ -48,21 +48,21 @@ def installed_argo(world: World, kubernetes: Kubernetes) -> Argo:
 
 @pytest.fixture
 def argo(installed_argo: Argo) -> Iterator[Argo]:
-    """Argo CD without applications; those of a test are removed after it."""
+    """Yield Argo CD without applications; those of a test are removed after it."""
     yield installed_argo
     installed_argo.clear()
 
 
 @pytest.fixture(scope="session")
 def queue(world: World, kubernetes: Kubernetes) -> Queue:
-    """Kueue, with the project's example of queues."""
+    """Return Kueue with the project's example of queues."""
     components.kueue(world.cluster)
     return Queue(world, kubernetes)
 
 
 @pytest.fixture
 def releases(world: World, kubernetes: Kubernetes) -> Iterator[Releases]:
-    """Helm on the cluster; what a test has not removed is removed after it."""
+    """Yield Helm on the cluster; releases that a test leaves are removed after it."""
     made = Releases(world, kubernetes, FOLDER / "values")
     yield made
     for name in sorted(made.names):

@@ -1,4 +1,4 @@
-"""Tells a Prometheus of the pods of a namespace, with the labels that its own discovery gives them; Debian's is built without it.
+"""Tell a Prometheus of the pods of a namespace, with the labels of its own discovery, which Debian's build lacks.
 
 Runs beside it, in any image with Python: GET /NAMESPACE answers as `http_sd_configs` wants it.
 """
@@ -19,7 +19,7 @@ META = "__meta_kubernetes"
 
 
 def targets(pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A target for each port of each container that has an address."""
+    """Return a target for each port of each container that has an address."""
     found = []
     for pod in pods:
         metadata, address = pod["metadata"], pod["status"].get("podIP")
@@ -45,7 +45,7 @@ def targets(pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Asks the API server at each request."""
+    """Answers each request with the current pods of the API server."""
 
     def do_GET(self) -> None:
         """Answers with the targets of a namespace."""

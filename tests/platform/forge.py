@@ -32,7 +32,7 @@ class Repository:
         return f"git://forge.forge/{self.name}.git"
 
     def create(self) -> Repository:
-        """Makes it anew, with no commits."""
+        """Create the repository from scratch, with no commits."""
         folder = f"/data/git/{self.name}.git"
         self._inside("rm", "-rf", folder)
         self._inside("git", "init", "--quiet", "--bare", "--initial-branch=main", folder)
@@ -65,7 +65,7 @@ def _data(text: str) -> str:
 
 
 def install(cluster: Cluster) -> None:
-    """Starts the server, and publishes the rayjob chart of the checkout as an OCI artifact."""
+    """Start the server and publish the rayjob chart of the checkout as an OCI artifact."""
     components.apply(cluster, MANIFESTS, forge=components.image("forge"))
     components.rolled_out(cluster, NAMESPACE, "deployment/forge")
     helm = tool("helm", from_path=False)
@@ -76,7 +76,7 @@ def install(cluster: Cluster) -> None:
 
 
 def example(file: str, repository: Repository) -> str:
-    """One of the project's examples for Argo CD, with nothing but its addresses replaced."""
+    """Return one of the project's examples for Argo CD, with only its addresses replaced."""
     text = (REPOSITORY / "k8s" / "argocd" / file).read_text()
     for theirs, ours in {
         "ghcr.io/ORGANIZATION/charts": CHARTS,

@@ -1,4 +1,4 @@
-"""Kueue's queues and what became of the jobs in them."""
+"""Kueue's queues and the history of the jobs in them."""
 
 from __future__ import annotations
 
@@ -113,6 +113,6 @@ class Queue:
 
 
 def print_history(history: list[tuple[datetime, str, str]]) -> None:
-    """For a person: seconds since the first."""
+    """Print the events, with seconds since the first."""
     for moment, name, reason in history:
         print(f"  {(moment - history[0][0]).total_seconds():6.1f} s  {name}: {reason}")

@@ -1,4 +1,4 @@
-"""Jobs that a real Argo CD brings from Git into a real cluster."""
+"""Jobs that the real Argo CD syncs from Git into a real cluster."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import time
 import pytest
 
 from tests.charts.render import Values, merged
-from tests.e2e.runs import Kubernetes
-from tests.e2e.test_rayjob import BROKEN, PHOTOS, WITHOUT_GPUS, verified
+from tests.e2e.runs import BROKEN, PHOTOS, WITHOUT_GPUS, Kubernetes, verified
 from tests.e2e.world import NAMESPACE, World, until
 from tests.platform.argocd import Argo, Timeline
 
@@ -17,7 +16,7 @@ HEALED_SECONDS = 90
 
 
 @pytest.mark.timeout(2400)
-def test_a_commit_that_changes_the_job_starts_one_run_and_no_other_does(
+def test_commit_that_changes_the_job_starts_one_run_and_no_other_does(
     world: World, kubernetes: Kubernetes, argo: Argo
 ) -> None:
     repository = argo.repository("batch-jobs")
@@ -103,7 +102,7 @@ def a_deleted_run_comes_back_and_does_nothing(world: World, argo: Argo, name: st
     assert {item.path: item for item in output.objects() if not item.path.startswith("_report")} == before
 
 
-def test_a_preflight_goes_before_a_sync_and_where_it_fails_nothing_changes(
+def test_preflight_goes_before_a_sync_and_where_it_fails_nothing_changes(
     world: World, kubernetes: Kubernetes, argo: Argo
 ) -> None:
     repository = argo.repository("tried-jobs")
@@ -147,8 +146,8 @@ def test_a_preflight_goes_before_a_sync_and_where_it_fails_nothing_changes(
     assert "photos-preflight" not in world.cluster.kubectl(*jobs)
 
 
-def test_the_applicationset_has_one_application_for_each_file(argo: Argo, kubernetes: Kubernetes) -> None:
-    """Suspended ones, for what they run is the other test's."""
+def test_applicationset_has_one_application_for_each_file(argo: Argo, kubernetes: Kubernetes) -> None:
+    """The jobs are suspended, since another test covers their run."""
     repository = argo.repository("many-jobs")
 
     def job(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The health checks in Argo CD's own Lua, by its own command, on statuses as the operator writes them."""
+"""The health checks in Argo CD's own Lua and command, on statuses that the operator wrote."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.charts.test_argocd import ARGOCD, CASES
+from tests.charts.argocd import ARGOCD, CASES
 from tests.e2e.cluster.process import run
 from tests.e2e.cluster.programs import compiled
 
 
 @pytest.fixture(scope="module")
 def configmap(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Argo CD's ConfigMap as it is after the patch."""
+    """Return Argo CD's ConfigMap after the patch."""
     patch = yaml.safe_load((ARGOCD / "argocd-cm-patch.yaml").read_text())
     metadata = {"name": "argocd-cm", "namespace": "argocd", "labels": {"app.kubernetes.io/part-of": "argocd"}}
     file = tmp_path_factory.mktemp("argocd") / "argocd-cm.yaml"

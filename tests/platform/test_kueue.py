@@ -1,4 +1,4 @@
-"""Jobs in Kueue's queues: one after the other, one before the other, and what Kueue takes at all."""
+"""Jobs in Kueue's queues: order, priority, and what Kueue accepts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import yaml
 
 from tests.charts.render import merged, rayjob
 from tests.charts.rules import CASES, Case
-from tests.e2e.runs import Releases, Run
-from tests.e2e.test_rayjob import BROKEN, PHOTOS, SLOW, verified
+from tests.e2e.runs import BROKEN, PHOTOS, SLOW, Releases, Run, verified
 from tests.e2e.world import NAMESPACE, World, until
 from tests.platform.argocd import Argo, Timeline
 from tests.platform.kueue import POOL, Queue, print_history
@@ -29,7 +28,7 @@ def queued(priority: str = "") -> dict[str, Any]:
 
 
 def pods(run: Run) -> dict[str, Any]:
-    """The pods of a run by what they are, once they are there."""
+    """Return the pods of a run by role, once they exist."""
 
     def there() -> dict[str, Any] | None:
         found = {pod.metadata.labels["app.kubernetes.io/component"]: pod for pod in run.pods}
@@ -74,8 +73,8 @@ def test_two_jobs_share_a_quota_one_after_the_other(world: World, queue: Queue, 
         verified(world, f"s3://images/out/{release}/", PHOTOS, BROKEN)
 
 
-def test_where_one_pool_is_full_the_next_job_gets_the_other(queue: Queue, releases: Releases) -> None:
-    """On-demand first, then spot, as in the example; that pods start there is the other tests'."""
+def test_next_job_gets_the_other_pool_if_one_is_full(queue: Queue, releases: Releases) -> None:
+    """On-demand first, then spot, as in the example; other tests cover that pods start there."""
     queue.set_up("on-demand", {"gpu-on-demand": 1, "gpu-spot": 1})
     first = releases.rayjob("first", merged(ONE_GPU, queued()))
     queue.until_admitted(first)
@@ -90,10 +89,10 @@ def test_where_one_pool_is_full_the_next_job_gets_the_other(queue: Queue, releas
 
 
 @pytest.mark.timeout(2400)
-def test_an_urgent_job_takes_the_gpus_of_one_that_can_wait_which_resumes(
+def test_urgent_job_takes_the_gpus_of_one_that_can_wait_which_resumes(
     world: World, queue: Queue, releases: Releases, slow_predictor: Path
 ) -> None:
-    """The only quota is that of spot nodes, whose labels and tolerations Kueue adds."""
+    """The only quota is that of spot nodes; Kueue adds their labels and tolerations."""
     queue.set_up("spot", {"gpu-on-demand": 0, "gpu-spot": 1})
     names = [item.path for item in world.store("s3://images/photos/").objects()]
     rows = [f"s3://images/photos/{name},{i}" for i in range(ROUNDS) for name in sorted(names)]
@@ -147,14 +146,14 @@ def test_an_urgent_job_takes_the_gpus_of_one_that_can_wait_which_resumes(
 
 
 def created(world: World, manifest: dict[str, Any]) -> str:
-    """What the API server, with Kueue's webhooks, says of an object; nothing stays of it."""
+    """Return the answer of the API server, with Kueue's webhooks, to a dry run of an object."""
     text = yaml.safe_dump({**manifest, "metadata": {**manifest["metadata"], "namespace": NAMESPACE}})
     return world.cluster.kubectl("create", "--dry-run=server", "--filename=-", stdin=text, check=False)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.queued], ids=lambda case: case.title)
 def test_kueue_refuses_by_hand_what_the_chart_refuses_in_values(case: Case, world: World, queue: Queue) -> None:
-    """That the chart refuses it is in `tests/charts/test_rules.py`, for the same cases."""
+    """`tests/charts/test_rules.py` shows that the chart refuses the same cases."""
     manifest = copy.deepcopy(rayjob(merged(case.base, queued())))
     assert "created (server dry run)" in created(world, manifest)
     assert case.queued
@@ -170,7 +169,7 @@ def test_kueue_takes_a_job_that_may_grow(world: World, queue: Queue) -> None:
 
 
 def test_argo_cd_leaves_a_queued_job_to_kueue(world: World, argo: Argo, queue: Queue) -> None:
-    """Kueue writes into the run what is not in Git: that it waits, and where its pods go. Nobody undoes that."""
+    """Kueue writes suspension and placement of pods into the run, which are not in Git, and Argo CD does not undo them."""
     queue.set_up("spot", {"gpu-on-demand": 0, "gpu-spot": 1})
     queue.hold("Hold")
     repository = argo.repository("queued-jobs")

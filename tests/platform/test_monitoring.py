@@ -1,4 +1,4 @@
-"""A real Prometheus in the cluster scrapes what the charts' PodMonitor selects: every query of dashboard and alerts has data.
+"""The real Prometheus scrapes what the charts' PodMonitor selects: every query of dashboard and alerts has data.
 
 There is no Prometheus operator here. What it would make of PodMonitor and PrometheusRule is made of the objects in the API server, by
 :func:`scrape_config`; pods are discovered by `discovery.py`.
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batch_inference.metrics import METRICS
+from batch_inference.telemetry.metrics import METRICS
 from tests.charts.vendor import crds
 from tests.e2e.cluster import base_image
 from tests.e2e.cluster.cache import digest
@@ -26,7 +26,7 @@ from tests.e2e.cluster.images import OPERATOR_NAMESPACE, engine_run, image_exist
 from tests.e2e.runs import RUN_SECONDS, Kubernetes, Releases, Run
 from tests.e2e.world import NAMESPACE, World, forwarded, until
 from tests.platform import discovery
-from tests.prometheus import Prometheus, dashboard_queries, package, unanswered
+from tests.support.prometheus import Prometheus, dashboard_queries, package, unanswered
 
 MONITORING = "monitoring"
 RELEASE, ROUNDS = "monitored", 20
@@ -58,7 +58,7 @@ VALUES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def prometheus_image(world: World) -> str:
-    """The image with Prometheus, in the cluster, and what a release needs: KubeRay's metrics, the Prometheus operator's kinds."""
+    """Prepare the cluster: the image with Prometheus, KubeRay's metrics, and the Prometheus operator's CRDs."""
     cluster = world.cluster
     for kind in ("podmonitors", "prometheusrules"):
         cluster.kubectl(
@@ -78,7 +78,7 @@ def prometheus_image(world: World) -> str:
 
 
 def image() -> str:
-    """Returns the name of an image with Prometheus, made of Debian's program."""
+    """Return the name of an image with Debian's Prometheus."""
     program = package() / "prometheus"
     name = f"localhost/prometheus:{digest(program)}"
     if not image_exists(name):
@@ -99,7 +99,7 @@ def discovery_of(namespace: str) -> dict[str, Any]:
 
 
 def scrape_config(monitor: dict[str, Any]) -> dict[str, Any]:
-    """What the Prometheus operator makes of a PodMonitor."""
+    """Return the scrape configuration that the Prometheus operator makes of a PodMonitor."""
     spec, metadata = monitor["spec"], monitor["metadata"]
     (endpoint,) = spec["podMetricsEndpoints"]
     assert set(spec) == {"selector", "podTargetLabels", "podMetricsEndpoints"}
@@ -130,7 +130,7 @@ def scrape_config(monitor: dict[str, Any]) -> dict[str, Any]:
 
 
 def operator_config() -> dict[str, Any]:
-    """KubeRay's operator, as a PodMonitor without honorLabels would have it scraped: its `namespace` is renamed."""
+    """Return the scrape configuration of KubeRay's operator without honorLabels: its `namespace` is renamed."""
     pod = "__meta_kubernetes_pod"
     return {
         "job_name": "kuberay-operator",
@@ -149,7 +149,7 @@ def operator_config() -> dict[str, Any]:
 
 
 def manifests(name: str, with_python: str, config: dict[str, Any], rules: dict[str, Any]) -> str:
-    """Prometheus in a namespace of its own, with the right to see pods."""
+    """Return the manifests of Prometheus in a namespace of its own, with the right to read pods."""
     files = {
         "prometheus.yml": yaml.safe_dump(config),
         "rules.yml": yaml.safe_dump(rules),
@@ -197,7 +197,7 @@ def manifests(name: str, with_python: str, config: dict[str, Any], rules: dict[s
 
 @pytest.fixture
 def run(world: World, releases: Releases, prometheus_image: str, slow_predictor: Path) -> Run:
-    """A monitored run, that has just begun."""
+    """Return a monitored run that has just started."""
     names = sorted(item.path for item in world.store("s3://images/photos/").objects())
     rows = [f"s3://images/photos/{name},{number}" for number in range(ROUNDS) for name in names]
     world.store("s3://images").put("monitored.csv", "\n".join(["uri,round", *rows]).encode())
@@ -206,7 +206,7 @@ def run(world: World, releases: Releases, prometheus_image: str, slow_predictor:
 
 @pytest.fixture
 def prometheus(world: World, run: Run, prometheus_image: str) -> Iterator[Prometheus]:
-    """Prometheus in the cluster, with what it is told by the objects of the release."""
+    """Yield Prometheus in the cluster, configured by the objects of the release."""
 
     def there(kind: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(
@@ -266,7 +266,7 @@ def test_every_query_of_dashboard_and_alerts_has_data(
 
 
 def queries(kubernetes: Kubernetes, run: Run) -> list[tuple[str, str]]:
-    """Each panel's in the ConfigMap, and each alert's in the PrometheusRule."""
+    """Return the queries of each panel in the ConfigMap and of each alert in the PrometheusRule."""
     maps = kubernetes.core.list_namespaced_config_map(NAMESPACE, label_selector="grafana_dashboard=1").items
     (dashboard,) = [json.loads(item.data["batch-inference.json"]) for item in maps]
     rule = kubernetes.custom.get_namespaced_custom_object(
@@ -277,7 +277,7 @@ def queries(kubernetes: Kubernetes, run: Run) -> list[tuple[str, str]]:
 
 
 def counts(run: str, summary: dict[str, Any]) -> dict[str, float]:
-    """Queries, and what they must give in the end."""
+    """Queries, with the values that they must have in the end."""
     found = {
         f'sum(ray_batch_inference_images_total{{run="{run}", outcome="{outcome}"}})': summary["rows"][f"{outcome}s"]
         for outcome in ("prediction", "error")
@@ -289,11 +289,11 @@ def counts(run: str, summary: dict[str, Any]) -> dict[str, float]:
 
 
 def table(prometheus: Prometheus, run: str) -> str:
-    """Each metric with the value that was scraped last."""
+    """Return each metric with its last value."""
     lines = ["| metric | labels | value |", "| --- | --- | --- |"]
     for metric in METRICS:
         ours = [label for label in metric.labels if label != "run"]
-        name = metric.scraped + ("_count" if metric.type == "histogram" else "")
+        name = metric.prometheus_name + ("_count" if metric.type == "histogram" else "")
         found = prometheus.query(f'sum by ({", ".join(["run", *ours])}) (last_over_time({name}{{run="{run}"}}[10m]))')
         for one in sorted(found, key=lambda one: sorted(one["metric"].items())):
             labels = ", ".join(f"{label}={one['metric'][label]}" for label in ours)
@@ -302,7 +302,7 @@ def table(prometheus: Prometheus, run: str) -> str:
 
 
 def lines_say_whose_they_are(run: Run, summary: dict[str, Any]) -> None:
-    """The driver's lines in the submitter's log are JSON, with run and attempt; those about a shard name it."""
+    """The driver's lines in the submitter's log are JSON with run and attempt, and shard if they are about one."""
     lines = [json.loads(line) for line in run.log().splitlines() if line.startswith('{"')]
     theirs = [line for line in lines if "attempt" in line]
     assert {line["run"] for line in theirs} == {run.name}

@@ -1,4 +1,4 @@
-"""Nodes that are labelled and tainted as pools with and without GPUs: where the presets send a job's pods.
+"""Placement of a job's pods by the presets, on nodes labelled and tainted as pools with and without GPUs.
 
 Pods are placed and do not start, for no node has the image: this is about the scheduler, whom nobody has to believe anything.
 """
@@ -15,8 +15,8 @@ import pytest
 import yaml
 from kubernetes import client, config
 
+from tests.charts.presets import PRESETS, values
 from tests.charts.render import merged
-from tests.charts.test_presets import PRESETS, values
 from tests.e2e.cluster import Cluster
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.world import NAMESPACE, kind_values, until
@@ -34,7 +34,7 @@ DEVICES = {
 
 
 class Pools:
-    """A cluster with a pool of CPU nodes and two of GPU nodes, a node each; the second of these is closed until it is marked."""
+    """A cluster with a pool of CPU nodes and two of GPU nodes, one node each; the second GPU node is cordoned at first."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -102,7 +102,7 @@ class Pools:
 
 @contextlib.contextmanager
 def installed(pools: Pools, name: str, given: dict[str, Any]) -> Iterator[None]:
-    """A release for as long as it is looked at, with evidence where that fails."""
+    """Yield a release, collect evidence if the test fails, and remove the release."""
     try:
         pools.install(name, given)
         yield
@@ -163,7 +163,7 @@ def test_workers_go_to_spot_nodes_and_where_these_are_full_to_others(pools: Pool
         pools.closed()
 
 
-def test_without_its_preset_no_worker_gets_onto_the_pool(pools: Pools) -> None:
+def test_no_worker_gets_onto_a_pool_without_its_preset(pools: Pools) -> None:
     preset = values(next(file for file in PRESETS if file.stem == "gke"))
     pools.marked(preset["workers"])
     with installed(pools, "plain", {}):
@@ -177,7 +177,7 @@ def test_without_its_preset_no_worker_gets_onto_the_pool(pools: Pools) -> None:
 
 
 def offer_devices(pools: Pools) -> None:
-    """What a driver would say of the GPU node's devices, and the project's own claim for them."""
+    """Create the devices that a driver would report for the GPU node, and the project's claim for them."""
     devices = [{"name": f"gpu-{i}", "capacity": {"memory": {"value": "24Gi"}}} for i in range(GPUS)]
     offered = {
         "apiVersion": "resource.k8s.io/v1",

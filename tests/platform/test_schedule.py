@@ -1,4 +1,4 @@
-"""A release with a schedule, on a cluster: Kubernetes starts the runs, and its rules for Jobs hold for them."""
+"""A release with a schedule, on a cluster: Kubernetes starts the runs and applies its rules for Jobs to them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Poison for decoders, in any Python process that has this folder on its path: what a file says behind its end happens when it is opened.
+"""Poison for decoders, in any Python process with this folder on its path: files whose last bytes say what happens at opening them.
 
-``…POISON:crash`` ends the process by SIGSEGV, ``abort`` by SIGABRT, ``hang`` computes for ever, ``sleep`` waits for ever, ``memory``
-takes all there is.
-``…POISON-PAGE:crash`` does it when a Parquet file's page with this value is unpacked. Real files that do so are defects of decoders,
-which come and go with versions.
+``…POISON:crash`` ends the process by SIGSEGV, ``abort`` by SIGABRT, ``hang`` computes forever, ``sleep`` waits forever, ``memory``
+uses up the memory.
+``…POISON-PAGE:crash`` does so when the page of a Parquet file with this value is unpacked. Real files that do so rely on defects of
+decoders, which come and go with versions.
 """
 
 import importlib.abc
@@ -15,54 +15,54 @@ import sys
 import time
 
 
-def swallow(kind: bytes) -> None:
-    if kind == b"crash":
+def swallow(poison: bytes) -> None:
+    if poison == b"crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    elif kind == b"abort":
+    elif poison == b"abort":
         os.abort()
-    elif kind == b"hang":
+    elif poison == b"hang":
         while True:
             pass
-    elif kind == b"sleep":
+    elif poison == b"sleep":
         while True:
             time.sleep(0.1)
-    elif kind == b"memory":
+    elif poison == b"memory":
         if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-            # As the system does when there is no more; really taking all would hit others.
+            # As the system does when memory ends; really using it up would hit other processes.
             os.kill(os.getpid(), signal.SIGKILL)
         taken = []
         while True:
             taken.append(bytearray(16 << 20))
 
 
-def poisoned_images(module):  # type: ignore[no-untyped-def]
+def poison_images(module):  # type: ignore[no-untyped-def]
     real = module._decode
 
     def poisoned(data, *args):  # type: ignore[no-untyped-def]
-        take(bytes(data[-32:]), b"POISON:")
+        swallow_any(bytes(data[-32:]), b"POISON:")
         return real(data, *args)
 
     module._decode = poisoned
 
 
-def poisoned_pages(module):  # type: ignore[no-untyped-def]
-    real = module.Pages._value
+def poison_pages(module):  # type: ignore[no-untyped-def]
+    real = module.RowSelection._value
 
     def poisoned(self, number, value):  # type: ignore[no-untyped-def]
         if value.is_valid:
-            take(bytes(value.as_buffer()[-32:]), b"POISON-PAGE:")
+            swallow_any(bytes(value.as_buffer()[-32:]), b"POISON-PAGE:")
         return real(self, number, value)
 
-    module.Pages._value = poisoned
+    module.RowSelection._value = poisoned
 
 
-def take(end: bytes, mark: bytes) -> None:
-    _, found, kind = end.partition(mark)
-    if found:
-        swallow(kind)
+def swallow_any(end: bytes, mark: bytes) -> None:
+    _, separator, poison = end.partition(mark)
+    if separator:
+        swallow(poison)
 
 
-MODULES = {"batch_inference.images": poisoned_images, "batch_inference.parquet_files": poisoned_pages}
+MODULES = {"batch_inference.images.decode": poison_images, "batch_inference.inputs.parquet": poison_pages}
 
 
 class Finder(importlib.abc.MetaPathFinder):

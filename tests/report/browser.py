@@ -1,4 +1,4 @@
-"""A headless Chromium: the machine's own, Playwright's, or Debian's package unpacked into the cache outside the checkout."""
+"""A headless Chromium: the system's, Playwright's, or Debian's package unpacked into the cache outside of the checkout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests import debian
 from tests.e2e.cluster.cache import digest, product
+from tests.support import debian
 
 _COMMANDS = (
     "chromium",
@@ -37,12 +37,12 @@ _FONTS = """\
 
 
 @dataclass
-class Seen:
-    """What a page did.
+class PageActivity:
+    """The activity of a page.
 
     Attributes:
-        messages: What it wrote to the console, and errors of scripts.
-        requests: What it asked for, but for itself and data in it.
+        messages: Messages on the console, and errors of scripts.
+        requests: URLs that it requested, without its own and `data:` URIs.
     """
 
     messages: list[str] = field(default_factory=list)
@@ -51,9 +51,9 @@ class Seen:
 
 @functools.cache
 def chromium() -> tuple[str, dict[str, str]]:
-    """The browser's command, and the variables that it runs with; CHROMIUM names one by hand."""
-    if found := os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _COMMANDS)), None):
-        return found, {}
+    """Return the browser's command and its environment variables; the variable CHROMIUM overrides the command."""
+    if command := os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _COMMANDS)), None):
+        return command, {}
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
     if Path(own).is_file():
@@ -75,8 +75,8 @@ def _unpack(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def started() -> Iterator[Browser]:
-    """A browser, ended afterwards."""
+def start_browser() -> Iterator[Browser]:
+    """Start a browser, and close it afterwards."""
     command, environment = chromium()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -91,11 +91,11 @@ def started() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def opened(
+def open_page(
     browser: Browser, file: Path, *, width: int = 1200, height: int = 900, dark: bool = False, scripts: bool = True
-) -> Iterator[tuple[Page, Seen]]:
-    """A page from a file, and what it does."""
-    seen = Seen()
+) -> Iterator[tuple[Page, PageActivity]]:
+    """Open a page from a file; yield it and its activity."""
+    activity = PageActivity()
     context = browser.new_context(
         viewport={"width": width, "height": height},
         color_scheme="dark" if dark else "light",
@@ -105,16 +105,16 @@ def opened(
     try:
         page = context.new_page()
         page.set_default_timeout(60_000)
-        page.on("console", lambda message: seen.messages.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: seen.messages.append(f"error: {error}"))
+        page.on("console", lambda message: activity.messages.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: activity.messages.append(f"error: {error}"))
         url = file.as_uri()
         page.on(
             "request",
             lambda request: (
-                None if request.url == url or request.url.startswith("data:") else seen.requests.append(request.url)
+                None if request.url == url or request.url.startswith("data:") else activity.requests.append(request.url)
             ),
         )
         page.goto(url, wait_until="load")
-        yield page, seen
+        yield page, activity
     finally:
         context.close()

@@ -1,4 +1,4 @@
-"""Certificates for servers of tests, by an authority of their own."""
+"""Certificates for the tests' servers, signed by an authority of the tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 @dataclass(frozen=True)
 class Authority:
-    """What signs certificates, and the PEM file that those who trust it have."""
+    """An authority that signs certificates, and its PEM file for clients that trust it."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate

@@ -1,4 +1,4 @@
-"""An object store in this process that answers as a test tells it to: S3's protocol from memory, and any other answer instead."""
+"""An object store in the tests' own process: S3's protocol from memory, or any other answer that a test gives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back."""
+    """The server's answer."""
 
     status: int
     body: bytes = b""
@@ -39,7 +39,7 @@ class Answer:
 
     @classmethod
     def error(cls, status: int, code: str, message: str = "no", inside: str = "", **headers: str) -> Answer:
-        """An error as S3 sends it, ``inside`` beside code and message; ``_`` in the names of headers stands for ``-``."""
+        """Return an error as S3 sends it, with ``inside`` next to code and message; ``_`` in the names of headers stands for ``-``."""
         text = f"<Error><Code>{code}</Code><Message>{message}</Message>{inside}</Error>"
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return cls(status, text.encode(), {"content-type": "application/xml"} | named)
@@ -64,7 +64,7 @@ class FaultyS3:
     asked: list[Asked] = field(default_factory=list)
 
     def handle(self, asked: Asked, body: bytes) -> Answer:
-        """The answer to a request."""
+        """Return the answer to a request."""
         self.asked.append(asked)
         told = self.answer(asked)
         if told is not None:
@@ -111,7 +111,7 @@ def _content(data: bytes, span: str | None) -> Answer:
 
 @contextlib.contextmanager
 def faulty_s3(certificate: Path | None = None) -> Iterator[FaultyS3]:
-    """A server on a free port of this machine, with TLS where a PEM of certificate and key is given."""
+    """Serve on a free port of this machine, with TLS if a PEM file of certificate and key is given."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -141,7 +141,7 @@ def faulty_s3(certificate: Path | None = None) -> Iterator[FaultyS3]:
         daemon_threads = True
 
         def handle_error(self, request: object, client_address: object) -> None:
-            """Says nothing of a client that hangs up, as one does that does not trust the certificate."""
+            """Ignore a client that hangs up because it does not trust the certificate."""
 
     with Quiet(("127.0.0.1", 0), Handler) as http:
         scheme = "http"

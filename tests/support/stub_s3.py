@@ -1,4 +1,4 @@
-"""An S3 server in the tests' own process that lists and answers as told, keys of any form among it."""
+"""An S3 server in the tests' own process that lists keys of any form and answers as a test tells it to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batch_inference.config import StorageConfig
 
 @dataclass
 class Request:
-    """What the server was asked."""
+    """A request that the server received."""
 
     method: str
     key: str
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What the server says instead of the object: a status, a code of S3's, more of the body, headers."""
+    """The server's answer instead of the object: a status, a code of S3's, more of the body, headers."""
 
     status: int
     code: str = "Error"
@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def body(self) -> bytes:
-        """The answer as S3 writes it."""
+        """Body of the answer as S3 writes it."""
         return f"<Error><Code>{self.code}</Code><Message>{self.code}</Message>{self.extra}</Error>".encode()
 
 
@@ -62,27 +62,27 @@ class StubS3:
 
     @property
     def storage(self) -> StorageConfig:
-        """How the program reaches it."""
+        """Settings with which the program reaches it."""
         return StorageConfig(endpoint_url=self.url, region="us-east-1", max_retries=1, timeout_s=10)
 
     @property
     def listings(self) -> list[dict[str, str]]:
-        """The queries of all listings."""
+        """Queries of all listings."""
         return [request.query for request in self.requests if "list-type" in request.query]
 
     def order(self, key: str) -> Any:
-        """What keys are sorted by."""
+        """Return the sort key of an object's key."""
         return key.split("/") if self.in_folders else key.encode()
 
     def keys_after(self, prefix: str, after: str) -> list[str]:
-        """Keys of a listing."""
+        """Return the keys of a listing."""
         found = [key for key in self.objects if key.startswith(prefix)]
         return sorted((k for k in found if not after or self.order(k) > self.order(after)), key=self.order)
 
 
 @contextlib.contextmanager
 def stub_s3(objects: dict[str, bytes], **options: Any) -> Iterator[StubS3]:
-    """Serve a bucket of any name on a free port, as long as the context lasts."""
+    """Serve a bucket of any name on a free port while the context lasts."""
     stub = StubS3(objects=dict(objects), **options)
     handler = type("Handler", (_Handler,), {"stub": stub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -192,5 +192,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def tag(data: bytes) -> str:
-    """The entity tag of an object."""
+    """Return the ETag of an object."""
     return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'

@@ -31,7 +31,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             "manifest": None,
             "uri_column": "uri",
             "allowed_prefixes": None,
-            "bytes_column": None,
+            "image_column": None,
             "passthrough_columns": [],
             "extensions": [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"],
             "recursive": True,
@@ -73,8 +73,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         },
         "preprocess": {
             "cpus_per_task": 1,
-            "exact": False,
-            "gpu_jpeg": False,
+            "decoder": "fast",
             "damaged": "error",
             "exif_orientation": True,
             "max_pixels": 178956970,
@@ -82,8 +81,8 @@ def test_defaults_are_those_of_the_contract() -> None:
             "decode_memory_mib": 4096,
             "max_bytes": 268435456,
         },
-        "errors": {"max_count": None, "max_percent": 5.0, "min_sample": 1000},
-        "preflight": {"enabled": False, "samples": 64, "golden": None, "golden_tolerance": 0.02},
+        "errors": {"max_count": None, "max_percent": 5.0, "min_rows": 1000},
+        "preflight": {"enabled": False, "samples": 64, "golden_manifest": None, "golden_tolerance": 0.02},
         "report": {"enabled": True, "thumbnails": 18, "gpu_hour_price": None, "currency": "USD"},
         "shard_size": 1000,
     }
@@ -103,7 +102,7 @@ FULL: dict[str, Any] = {
     },
     "predictor": {"path": "a.b:C.D", "args": [1, "x", None, {"y": [True]}], "kwargs": {"device": "cpu"}},
     "inference": {"actors": 2, "gpus_per_actor": 0.25, "batch_size": 8, "compile": False, "precision": "bfloat16"},
-    "preprocess": {"exact": True, "cpus_per_task": 0.5},
+    "preprocess": {"decoder": "exact", "cpus_per_task": 0.5},
     "errors": {"max_count": 0, "max_percent": None},
     "shard_size": 3,
 }
@@ -146,7 +145,8 @@ def test_settings_win_over_overrides_and_those_over_the_file(tmp_path: Path) -> 
         ("input.uris=[a, s3://b/c]", "input.uris", ("a", "s3://b/c")),
         ("output.uri=s3://b/x=y", "output.uri", "s3://b/x=y"),
         ("output.uri=", "output.uri", ""),
-        ("preprocess.exact=true", "preprocess.exact", True),
+        ("preprocess.exif_orientation=false", "preprocess.exif_orientation", False),
+        ("preprocess.decoder=exact", "preprocess.decoder", "exact"),
         ("inference.batch_size=auto", "inference.batch_size", "auto"),
         ("inference.gpus_per_actor=0", "inference.gpus_per_actor", 0),
         ("predictor=my_module:Mine", "predictor.path", "my_module:Mine"),
@@ -173,7 +173,7 @@ def test_settings_without_key_or_value_are_refused(setting: str) -> None:
     assert "--set inference.actors=2" in caught.value.remedy
 
 
-def test_all_problems_are_named_at_once_with_key_and_value() -> None:
+def test_problems_are_named_all_at_once_with_key_and_value() -> None:
     message = refused(
         {
             "inference": {"actors": 0, "gpus_per_actor": 1.5, "batch_siez": 3, "precision": "int8"},
@@ -197,7 +197,7 @@ def test_all_problems_are_named_at_once_with_key_and_value() -> None:
     assert "such as my_module:MyPredictor" in found["predictor.path"]
     assert "both uris and manifest are given" in found["input"]
     assert found["errors.max_percent"].endswith("less than or equal to 100 (given: 101)")
-    assert found["errors.nonsense"] == "there is no such key; known here: max_count, max_percent, min_sample"
+    assert found["errors.nonsense"] == "there is no such key; known here: max_count, max_percent, min_rows"
     assert found["shard_size"].endswith("(given: 'many')")
     assert "string should match pattern" in found["model.sha256"]
     assert found["model.transform.reseize"] == "there is no such key; did you mean 'resize'?"
@@ -208,7 +208,59 @@ def test_gpus_are_a_fraction_of_one_or_whole(value: float) -> None:
     assert "inference.gpus_per_actor" in refused({"inference": {"gpus_per_actor": value}})
 
 
-def test_one_problem_is_counted_as_one() -> None:
+def test_keys_of_earlier_versions_are_refused_with_their_new_names() -> None:
+    message = refused(
+        {
+            "input": {"uris": ["a"], "bytes_column": "a: b"},
+            "preprocess": {"exact": True, "gpu_jpeg": False},
+            "errors": {"min_sample": 7},
+            "preflight": {"golden": "s3://b/golden.parquet"},
+        }
+    )
+    assert message.split("\n  - ") == [
+        "5 problems in the configuration:",
+        "input.bytes_column: this key has a new name; write input.image_column: 'a: b'",
+        "preprocess.exact: this key has a new name; write preprocess.decoder: exact",
+        "preprocess.gpu_jpeg: this key has a new name; write preprocess.decoder: exact",
+        "errors.min_sample: this key has a new name; write errors.min_rows: 7",
+        "preflight.golden: this key has a new name; write preflight.golden_manifest: s3://b/golden.parquet",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"exact": False}, "write preprocess.decoder: fast"),
+        ({"gpu_jpeg": False}, "write preprocess.decoder: fast"),
+        ({"gpu_jpeg": True}, "write preprocess.decoder: gpu"),
+        ({"exact": True, "gpu_jpeg": True}, "write preprocess.decoder: exact or preprocess.decoder: gpu"),
+        (
+            {"exact": True, "decoder": "fast"},
+            "this key is now preprocess.decoder, which is given too; remove preprocess.exact",
+        ),
+    ],
+    ids=str,
+)
+def test_decoder_replaces_two_keys(given: dict[str, Any], remedy: str) -> None:
+    lines = refused({"preprocess": given}).split("\n  - ")[1:]
+    assert len(lines) == len(given.keys() - {"decoder"})
+    assert all(line.endswith(remedy) for line in lines)
+
+
+def test_setting_of_an_earlier_version_is_refused_with_its_new_name() -> None:
+    with pytest.raises(UserError, match=r"errors\.min_sample: this key has a new name; write errors\.min_rows: 5$"):
+        load_config(None, None, ["errors.min_sample=5"])
+
+
+def test_renamed_keys_are_unknown_and_their_new_names_known() -> None:
+    known = JobConfig().model_dump()
+    for old, new in config_module.RENAMED_KEYS.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        assert key not in known[section]
+        assert new_key in known[new_section]
+
+
+def test_single_problem_is_counted_as_one() -> None:
     assert refused({"shard_size": 0}).startswith("1 problem in the configuration:\n  - shard_size: ")
 
 
@@ -221,7 +273,7 @@ def test_one_problem_is_counted_as_one() -> None:
         (None, "no configuration file at"),
     ],
 )
-def test_files_that_are_no_configuration(content: bytes | None, fact: str, tmp_path: Path) -> None:
+def test_files_that_are_no_configuration_are_refused(content: bytes | None, fact: str, tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     if content is not None:
         file.write_bytes(content)
@@ -231,7 +283,7 @@ def test_files_that_are_no_configuration(content: bytes | None, fact: str, tmp_p
     assert caught.value.remedy
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("# nothing yet\n")
     assert load_config(str(file)) == JobConfig()
@@ -243,7 +295,7 @@ def models() -> Iterator[type[BaseModel]]:
             yield value
 
 
-def test_every_section_is_frozen_and_forbids_what_it_does_not_know() -> None:
+def test_sections_are_frozen_and_forbid_unknown_keys() -> None:
     assert len(list(models())) >= 11
     for model in models():
         assert model.model_config["frozen"] is True
@@ -342,7 +394,7 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
         "https://m/%zz",
     ],
 )
-def test_an_endpoint_is_a_url(url: str) -> None:
+def test_endpoint_is_a_url(url: str) -> None:
     with pytest.raises(UserError, match=r"storage\.endpoint_url: an endpoint is a URL such as"):
         parse_config({"storage": {"endpoint_url": url}})
 
@@ -350,7 +402,7 @@ def test_an_endpoint_is_a_url(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://minio", "http://10.0.0.1:9000/", "http://[::1]:9000", "https://minio.example/s3"]
 )
-def test_endpoints_of_every_kind(url: str) -> None:
+def test_endpoints_of_every_form_are_accepted(url: str) -> None:
     assert parse_config({"storage": {"endpoint_url": url}}).storage.endpoint_url == url
 
 
@@ -362,6 +414,8 @@ def test_endpoint_for_two_kinds_of_store_is_refused_with_the_variables() -> None
 
 
 @pytest.mark.parametrize("uris", [[""], ["photos/", " "]])
-def test_an_empty_input_is_not_the_current_directory(uris: list[str]) -> None:
-    with pytest.raises(ValidationError, match=r"an input is empty, as a shell variable that is not set; .* write \."):
+def test_empty_input_is_not_the_current_directory(uris: list[str]) -> None:
+    with pytest.raises(
+        ValidationError, match=r"an input is empty, as from a shell variable that is not set; .* write \."
+    ):
         InputConfig.model_validate({"uris": uris})

@@ -1,9 +1,9 @@
 {{- /*
-The size of the cluster: how many workers, and what each of them has, from the actor pool.
-The result is JSON, read with fromJson, which makes all numbers floats: int64 before they are written. Whether it makes sense is for _rules-capacity.tpl to say.
+The size of the cluster: the number of workers, and what each of them has, computed from the actor pool.
+The result is JSON. fromJson makes all of its numbers floats, so they need int64 before they are written. _rules-capacity.tpl checks it.
 */}}
 
-{{- /* The actor pool as it is given: by the job, or by the values of a shared cluster. */}}
+{{- /* The actor pool: that of the job, or of the values of a shared cluster. */}}
 {{- define "common.pool" -}}
 {{- if .Values.job -}}
 {{- $inference := .Values.job.inference -}}
@@ -24,7 +24,7 @@ The result is JSON, read with fromJson, which makes all numbers floats: int64 be
   | toJson -}}
 {{- end }}
 
-{{- /* Actors that fit into one worker. A fraction of a GPU is one GPU's, so 0.6 does not fit twice into two. */}}
+{{- /* Actors that fit into one worker. A fraction is of a single GPU, so 0.6 does not fit three times into two. */}}
 {{- define "common.actorsPerWorker" -}}
 {{- $actorGpus := int64 .demand.actorGpus -}}
 {{- $gpus := int64 .workers.gpusPerWorker -}}
@@ -33,7 +33,7 @@ The result is JSON, read with fromJson, which makes all numbers floats: int64 be
 {{- else }}{{ div (mul $gpus 10000) $actorGpus }}{{ end -}}
 {{- end }}
 
-{{- /* CPUs, tasks, memory, object store and shared memory of one pod of a group: dict group demand actors. */}}
+{{- /* CPUs, tasks, memory and object store of one pod of a group: dict group demand actors. */}}
 {{- define "common.podSize" -}}
 {{- $group := .group -}}
 {{- $taskCpus := int64 .demand.taskCpus -}}
@@ -56,9 +56,9 @@ The result is JSON, read with fromJson, which makes all numbers floats: int64 be
 {{- define "common.capacity" -}}
 {{- $demand := fromJson (include "common.demand" .) -}}
 {{- $workers := .Values.workers -}}
-{{- $fit := include "common.actorsPerWorker" (dict "demand" $demand "workers" $workers) | int64 -}}
-{{- $size := fromJson (include "common.podSize" (dict "group" $workers "demand" $demand "actors" $fit)) -}}
-{{- $_ := set $size "replicas" (include "common.ceil" (list $demand.actors (max 1 $fit)) | int64) -}}
+{{- $actorsPerWorker := include "common.actorsPerWorker" (dict "demand" $demand "workers" $workers) | int64 -}}
+{{- $size := fromJson (include "common.podSize" (dict "group" $workers "demand" $demand "actors" $actorsPerWorker)) -}}
+{{- $_ := set $size "replicas" (include "common.ceil" (list $demand.actors (max 1 $actorsPerWorker)) | int64) -}}
 {{- $_ := set $size "gpus" (ternary 0 (int64 $workers.gpusPerWorker) (eq (int64 $demand.actorGpus) (int64 0))) -}}
 {{- $cpuSize := fromJson (include "common.podSize" (dict "group" .Values.cpuWorkers "demand" $demand "actors" 0)) -}}
 {{- $_ := set $cpuSize "replicas" (int64 .Values.cpuWorkers.replicas) -}}
@@ -68,12 +68,12 @@ The result is JSON, read with fromJson, which makes all numbers floats: int64 be
 {{- dict "demand" $demand "workers" $size "cpuWorkers" $cpuSize "head" $headSize | toJson -}}
 {{- end }}
 
-{{- /* The number of things, for people. Takes a list: how many, and what one is called. */}}
+{{- /* A number with its noun: list NUMBER NOUN. */}}
 {{- define "common.count" -}}
 {{ int64 (index . 0) }} {{ index . 1 }}{{ if ne (int64 (index . 0)) 1 }}s{{ end }}
 {{- end }}
 
-{{- /* The pods of a cluster in a sentence of the notes. */}}
+{{- /* The pods of a cluster as a sentence, for the notes. */}}
 {{- define "common.capacityInWords" -}}
 {{- $capacity := fromJson (include "common.capacity" .) -}}
 a head without tasks, {{ include "common.count" (list $capacity.workers.replicas "worker") }} of {{ include "common.count" (list $capacity.workers.gpus "GPU") }} and {{ include "common.count" (list $capacity.workers.cpus "CPU") }}

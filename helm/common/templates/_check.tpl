@@ -1,6 +1,6 @@
 {{- /*
-Refuses values that would fail later, or cost GPUs in vain: all problems at once, one a line.
-Rules print nothing when they are kept, and else a line with what is wrong, both numbers, and the remedy.
+Refuses values that would fail later or waste GPUs: all problems at once, one per line.
+A rule prints nothing if it is kept, else one line with the problem, both numbers, and the remedy.
 */}}
 {{- define "common.check" -}}
 {{- $problems := list -}}
@@ -13,7 +13,7 @@ Rules print nothing when they are kept, and else a line with what is wrong, both
 {{- end -}}
 {{- end }}
 
-{{- /* The rules that both charts keep: dict root roles job; paths are those of pods that mount the job. */}}
+{{- /* The rules of both charts: dict root roles cluster. */}}
 {{- define "common.rules" -}}
 {{- $root := .root -}}
 {{- include "common.rules.versions" $root }}

@@ -1,13 +1,13 @@
-{{- /* Whether Ray asks for a token: where nothing is said, wherever both can. The operator gives it to pods and submitters. */}}
+{{- /* Whether Ray requires a token. Default: yes if both Ray and the operator support it. The operator gives the token to pods and submitters. */}}
 {{- define "common.authEnabled" -}}
 {{- $able := and (semverCompare ">=2.52.0-0" .Values.rayVersion) (semverCompare ">=1.6.0-0" .Values.kuberayVersion) -}}
 {{- if ternary $able .Values.auth.enabled (kindIs "invalid" .Values.auth.enabled) }}true{{ end -}}
 {{- end }}
 
 {{- /*
-The specification of a Ray cluster: a head that runs no tasks, the workers that hold the actors, and CPU workers if wanted.
-What the CRD would fill in within lists is spelled out, so that GitOps sees no difference where there is none.
-Values come as dict root job, where job is the name of the ConfigMap with the job, or empty.
+The specification of a Ray cluster: a head that runs no tasks, workers that hold the actors, and optional CPU workers.
+It spells out the defaults that the CRD would fill in within lists, so that GitOps tools see no false difference.
+Takes dict root job; job is the name of the ConfigMap with the job, or empty.
 */}}
 {{- define "common.cluster" -}}
 {{- $capacity := fromJson (include "common.capacity" .root) -}}
@@ -36,7 +36,7 @@ workerGroupSpecs:
     {{- include "common.workers" (merge (dict "role" "workers" "size" $capacity.workers) .) | nindent 4 }}
   {{- if gt (int64 $capacity.cpuWorkers.replicas) (int64 0) }}
   - groupName: cpu
-    {{- /* Ray does not add CPU workers for actors' sake, so their number is fixed. */}}
+    {{- /* Ray does not add CPU workers for actors, so their number is fixed. */}}
     replicas: {{ int64 $capacity.cpuWorkers.replicas }}
     minReplicas: {{ int64 $capacity.cpuWorkers.replicas }}
     maxReplicas: {{ int64 $capacity.cpuWorkers.replicas }}
@@ -44,7 +44,7 @@ workerGroupSpecs:
   {{- end }}
 {{- end }}
 
-{{- /* Version 2, said outright: the operator checks its rules only where it is. Never is what version 2 makes of restartPolicy. */}}
+{{- /* Version 2 is explicit because the operator checks its rules only then. It sets restartPolicy to Never. */}}
 {{- define "common.autoscaler" -}}
 version: v2
 upscalingMode: Default
@@ -69,7 +69,7 @@ volumeMounts:
 {{- define "common.head" -}}
 {{- $values := .root.Values -}}
 rayStartParams:
-  {{- /* No tasks and no actors beside Ray's own services, whatever the node has. */}}
+  {{- /* Ray's own services only: no tasks and no actors, whatever the node has. */}}
   num-cpus: "0"
   num-gpus: "0"
   {{- include "common.rayStartParams" . | nindent 2 }}
@@ -78,7 +78,7 @@ template:
     {{- include "common.podMetadata" . | nindent 4 }}
   spec:
     serviceAccountName: {{ include "common.serviceAccountName" .root | quote }}
-    {{- /* The autoscaler in the head's pod asks the API server for pods; nothing else does. */}}
+    {{- /* Only the autoscaler in the head's pod needs the API server. */}}
     automountServiceAccountToken: {{ $values.autoscaling.enabled }}
     {{- if $values.autoscaling.enabled }}
     restartPolicy: Never
@@ -88,14 +88,13 @@ template:
     containers:
       - name: ray-head
         {{- include "common.containerImage" .root | nindent 8 }}
-        {{- /* Kubernetes' signal reaches Ray only; this one the driver. */}}
+        {{- /* Kubernetes' signal reaches only Ray; the hook stops the driver. */}}
         lifecycle:
           preStop:
             exec:
               command:
-                - python
-                - -m
-                - batch_inference.termination
+                - batch-inference
+                - prestop
                 - {{ sub (int64 $values.head.terminationGracePeriodSeconds) 5 | toString | quote }}
         securityContext:
           {{- include "common.containerSecurityContext" . | nindent 10 }}
@@ -123,7 +122,7 @@ template:
 {{- $gpus := int64 (default 0 .size.gpus) -}}
 numOfHosts: 1
 rayStartParams:
-  {{- /* Said outright: the operator and Ray's autoscaler derive GPUs from limits, each by a rule of its own. */}}
+  {{- /* Explicit, because the operator and Ray's autoscaler derive GPUs from limits, each by its own rule. */}}
   num-cpus: {{ int64 .size.cpus | toString | quote }}
   num-gpus: {{ $gpus | toString | quote }}
   {{- include "common.rayStartParams" . | nindent 2 }}
@@ -175,7 +174,7 @@ memory: {{ int64 .size.memoryMiB }}Mi
 {{- end }}
 {{- end }}
 
-{{- /* CPUs that a pod asks Kubernetes for; Ray counts with more of them where they are overcommitted. */}}
+{{- /* CPUs that a pod requests from Kubernetes; Ray schedules on more if they are overcommitted. */}}
 {{- define "common.requestedCpus" -}}
 {{- divf (include "common.units" (list .cpus 1000)) .root.Values.cpuOvercommit | ceil | int64 }}m
 {{- end }}
@@ -187,10 +186,10 @@ object-store-memory: {{ mul (int64 .size.objectStoreMiB) 1048576 | toString | qu
 {{- end }}
 {{- end }}
 
-{{- /* The root file system is read-only, so home and caches are elsewhere. */}}
+{{- /* The root file system is read-only, so home and caches are on volumes. */}}
 {{- define "common.rayEnv" -}}
 {{- $values := .root.Values -}}
-{{- /* At SIGTERM Ray gives a node nothing new and waits for what runs there. On the head, whose driver has ended before, nothing does. */}}
+{{- /* After SIGTERM Ray gives a node no new work and waits for what runs there. The head has none, since its driver has ended before. */}}
 {{- $drain := sub (int64 (get $values .role).terminationGracePeriodSeconds) 5 -}}
 {{- $env := list
   (dict "name" "HOME" "value" "/tmp")
@@ -198,7 +197,7 @@ object-store-memory: {{ mul (int64 .size.objectStoreMiB) 1048576 | toString | qu
   (dict "name" "RAY_USAGE_STATS_ENABLED" "value" "0")
   (dict "name" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "value" (ternary 0 $drain (eq .role "head") | toString))
 -}}
-{{- /* Jobs inherit it from the head: theirs is the cluster to say whether workers come on demand. */}}
+{{- /* Jobs inherit it from the head, since only the cluster knows whether workers come on demand. */}}
 {{- if $values.autoscaling.enabled -}}
 {{- $env = append $env (dict "name" "BATCH_INFERENCE_WAIT_FOR_WORKERS_S" "value" (int64 $values.autoscaling.waitSeconds | toString)) -}}
 {{- end -}}
@@ -223,7 +222,7 @@ volumeMounts:
   {{- end }}
 {{- end }}
 
-{{- /* Shared memory holds the object store and a little more, or Ray would put the store on disk. */}}
+{{- /* Shared memory is a little larger than the object store, or Ray would put the store on disk. */}}
 {{- define "common.volumes" -}}
 volumes:
   - name: scratch

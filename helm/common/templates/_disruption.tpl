@@ -1,7 +1,7 @@
 {{- /*
-Keeps the head's pod where it is while nodes are drained: the attempt ends with it, whereas workers are replaced.
-minAvailable and not maxUnavailable: Kubernetes does not know how many pods a RayCluster wants. More than any release has: it may have several
-runs at once, and none of their heads is one too many.
+Keeps the head's pod in place while nodes are drained: the attempt ends with the head, whereas workers are replaced.
+It uses minAvailable because Kubernetes does not know how many pods a RayCluster wants. The number is larger than any release needs, since a
+release may have several runs at once and none of their heads may be evicted.
 */}}
 {{- define "common.disruptionBudget" -}}
 {{- if .Values.podDisruptionBudget.enabled }}

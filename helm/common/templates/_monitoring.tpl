@@ -1,4 +1,4 @@
-{{- /* What Prometheus and Grafana take up: ../../../k8s/monitoring.md has the metrics and what to do at each alert. */}}
+{{- /* Objects for Prometheus and Grafana. ../../../k8s/monitoring.md lists the metrics and says what to do at each alert. */}}
 
 {{- define "common.rules.monitoring" -}}
 {{- $monitoring := .monitoring -}}
@@ -7,10 +7,10 @@
 monitoring.podMonitor.enabled is true and clusterSelector is set, so the release has no Ray pods to scrape: set it in the raycluster release
 {{- end }}
 {{- if $monitoring.rules.enabled }}
-monitoring.rules.enabled is true and clusterSelector is set, so the alerts would have nothing to look at: set it in the raycluster release, whose alerts name the run
+monitoring.rules.enabled is true and clusterSelector is set, so the alerts would have no metrics: set it in the raycluster release, whose alerts name the run
 {{- end }}
 {{- else if and $monitoring.rules.enabled (not $monitoring.podMonitor.enabled) }}
-monitoring.rules.enabled is true and monitoring.podMonitor.enabled is false, so the alerts would have nothing to look at: set monitoring.podMonitor.enabled=true
+monitoring.rules.enabled is true and monitoring.podMonitor.enabled is false, so the alerts would have no metrics: set monitoring.podMonitor.enabled=true
 {{- end }}
 {{- end }}
 
@@ -29,7 +29,7 @@ spec:
     matchLabels:
       {{- include "common.selectorLabels" . | nindent 6 }}
       ray.io/is-ray-node: "yes"
-  {{- /* The alerts find the release's pods by the first of them. */}}
+  {{- /* The alerts select the release's pods by the first of them. */}}
   podTargetLabels: [app.kubernetes.io/instance, ray.io/cluster, ray.io/node-type]
   podMetricsEndpoints:
     - port: metrics
@@ -43,8 +43,8 @@ spec:
 {{- end }}
 
 {{- /*
-Alerts for one release: values come as dict root pending, where pending has the operator's metric and selector for pods that are waited for.
-Everything is by run, since a release has several.
+Alerts for one release. Takes dict root pending; pending has the operator's metric and selector for runs that wait for pods.
+All expressions are grouped by run, since a release has several.
 */}}
 {{- define "common.alerts" -}}
 {{- $rules := .root.Values.monitoring.rules -}}
@@ -106,7 +106,7 @@ spec:
             runbook_url: {{ printf "%s#batchinferenceactorsmissing" $rules.runbookUrl | quote }}
         {{- with .pending }}
         - alert: BatchInferencePodsPending
-          {{- /* Where the operator is scraped without honorLabels, Prometheus has renamed its label. */}}
+          {{- /* If the operator is scraped without honorLabels, Prometheus renames its label. */}}
           expr: |-
             max by (run) (label_replace(
               {{ .metric }}{ {{- .selector }}, namespace={{ $namespace | quote -}} }

@@ -1,4 +1,4 @@
-{{- /* Names and labels, in one place so that templates, rules and notes cannot disagree. */}}
+{{- /* Names and labels, defined once so that templates, rules and notes agree. */}}
 
 {{- define "common.name" -}}
 {{- default .Release.Name .Values.nameOverride -}}
@@ -16,8 +16,10 @@
 {{- else }}{{ $image.repository }}:{{ default .Chart.AppVersion $image.tag }}{{ end -}}
 {{- end }}
 
-{{- /* What objects and pods are found by. The version of the chart is not among them: it must not change a run. */}}
-{{- /* Of pods. Their app.kubernetes.io/name is the operator's: a job's head service selects by it. */}}
+{{- /*
+Labels that select a release's pods. The chart's version is not among them, since it must not change a run. Neither is
+app.kubernetes.io/name: the operator sets it, and a job's head service selects by it.
+*/}}
 {{- define "common.selectorLabels" -}}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/part-of: ray-batch-inference

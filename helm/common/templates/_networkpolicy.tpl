@@ -1,8 +1,8 @@
 {{- /*
-Who may talk to the release's pods, and to whom they may: nobody else in the cluster can reach Ray, which runs whatever it is sent.
-Pods are found by the release, since the operator puts a random text into the name of a job's cluster.
-Values come as dict root ports cluster submitters: ports of stores beside networkPolicy.storePorts, the name of a shared cluster
-or "", whether other releases' submitters may come.
+Connections to and from the release's pods. No other pod may reach Ray, since Ray runs all code that it receives.
+The policy selects pods by the release, since the operator puts a random text into the name of a job's cluster.
+Takes dict root ports cluster submitters: ports of stores beside networkPolicy.storePorts, the name of a shared cluster
+or "", and whether submitters of other releases are allowed.
 */}}
 {{- define "common.networkPolicy" -}}
 {{- $policy := .root.Values.networkPolicy -}}
@@ -20,7 +20,7 @@ spec:
       {{- include "common.selectorLabels" .root | nindent 6 }}
   policyTypes: [Ingress, Egress]
   ingress:
-    {{- /* Ray's processes open ports as they like, so that within a release all are open. */}}
+    {{- /* Ray's processes choose their ports, so all ports are open within a release. */}}
     - from:
         - podSelector:
             matchLabels:
@@ -38,7 +38,7 @@ spec:
       ports:
         - {port: 8265, protocol: TCP}
     {{- if .submitters }}
-    {{- /* Jobs of other releases in this namespace hand themselves in. */}}
+    {{- /* Submitters of other releases in this namespace. */}}
     - from:
         - podSelector:
             matchLabels:
@@ -86,17 +86,17 @@ spec:
 {{- end }}
 {{- end }}
 
-{{- /* Where pods may go beside their release: dict root ports. */}}
+{{- /* Connections from pods to anything outside their release: dict root ports. */}}
 {{- define "common.egress" -}}
 {{- $policy := .root.Values.networkPolicy -}}
-{{- /* The cluster's DNS, and the cache that some have on each node. */}}
+{{- /* The cluster's DNS, and the DNS cache that some clusters have on each node. */}}
 - to:
     - namespaceSelector: {}
     - ipBlock: {cidr: 169.254.20.10/32}
   ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
-{{- /* Object stores, weights, and the API server where Ray asks it for workers: addresses that no policy can know. */}}
+{{- /* Object stores, weights, and with autoscaling the API server: addresses that no policy can know. */}}
 - to:
     - ipBlock:
         cidr: 0.0.0.0/0
@@ -111,7 +111,7 @@ spec:
     - {port: {{ int64 . }}, protocol: TCP}
     {{- end }}
 {{- with .ports }}
-{{- /* A store may be a pod, whose address some networks do not take for one. */}}
+{{- /* A store may be a pod, and some networks do not match pods by ipBlock. */}}
 - to:
     - namespaceSelector: {}
   ports:

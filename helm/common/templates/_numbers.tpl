@@ -1,6 +1,6 @@
 {{- /*
 Arithmetic on whole numbers of small units (1/10000 GPU or CPU, as in Ray; MiB), so that 0.1 + 0.2 is 0.3 here and in Python.
-job/batch_inference/capacity.py does the same, and a test compares the two.
+job/batch_inference/kubernetes/capacity.py does the same, and a test compares the two.
 */}}
 
 {{- /* A number in small units: list NUMBER UNITS. */}}
@@ -8,7 +8,7 @@ job/batch_inference/capacity.py does the same, and a test compares the two.
 {{- round (mulf (float64 (index . 0)) (float64 (index . 1))) 0 | int64 -}}
 {{- end }}
 
-{{- /* Small units as a number to read: list AMOUNT UNITS; 15000 of 10000 is 1.5. */}}
+{{- /* Small units as a readable number: list AMOUNT UNITS; 15000 of 10000 is 1.5. */}}
 {{- define "common.shown" -}}
 {{- regexReplaceAll "\\.?0+$" (printf "%.10f" (divf (float64 (index . 0)) (float64 (index . 1)))) "" -}}
 {{- end }}

@@ -1,11 +1,11 @@
 {{- /*
-One pod, whatever its role. Every pod passes Pod Security "restricted"; what writes, writes to volumes.
-Values come as dict root role, where role is the key of the values (head, workers, cpuWorkers, submitter).
+Parts of a pod of any role. Every pod passes Pod Security "restricted" and writes to volumes only.
+Takes dict root role; role is the key in the values (head, workers, cpuWorkers, submitter).
 */}}
 
 {{- /*
-What a role says itself. The submitter goes where the head goes unless it says otherwise: both belong on CPU nodes that stay, and
-the operator waits for a submitter that finds no node as long as for a job.
+A setting of a role. The submitter's placement defaults to the head's: both belong on CPU nodes that stay, and the operator has
+no deadline for a submitter that finds no node.
 */}}
 {{- define "common.own" -}}
 {{- $own := get (get .root.Values .role) .key -}}
@@ -15,14 +15,14 @@ the operator waits for a submitter that finds no node as long as for a job.
 {{- toJson (dict "it" $own) -}}
 {{- end }}
 
-{{- /* A setting of the role, or of all pods where the role has none. */}}
+{{- /* A setting of the role, or of all pods if the role has none. */}}
 {{- define "common.either" -}}
 {{- $own := (fromJson (include "common.own" .)).it -}}
 {{- $all := get .root.Values.pods .key -}}
 {{- toJson (dict "it" (default $all $own)) -}}
 {{- end }}
 
-{{- /* What all pods have and what the role adds: maps merged, the role's winning, and lists joined. */}}
+{{- /* Settings of all pods and of the role together: maps are merged, with the role's entries first, and lists are joined. */}}
 {{- define "common.both" -}}
 {{- $own := (fromJson (include "common.own" .)).it -}}
 {{- $all := get .root.Values.pods .key -}}
@@ -33,7 +33,7 @@ the operator waits for a submitter that finds no node as long as for a job.
 {{- end -}}
 {{- end }}
 
-{{- /* Variables by name, later ones in place of earlier ones: server-side apply refuses a name that is there twice. */}}
+{{- /* Environment variables; a later one replaces an earlier one of its name, since server-side apply refuses duplicate names. */}}
 {{- define "common.env" -}}
 {{- $order := list }}{{ $byName := dict -}}
 {{- range concat .defaults (fromJson (include "common.both" (dict "root" .root "role" .role "key" "env"))).it -}}
@@ -47,7 +47,7 @@ the operator waits for a submitter that finds no node as long as for a job.
 
 {{- define "common.podMetadata" -}}
 {{- $annotations := (fromJson (include "common.both" (dict "root" .root "role" .role "key" "annotations"))).it -}}
-{{- /* A node that is taken away to save money takes the whole attempt with it; workers are replaced. */}}
+{{- /* If an autoscaler removes the node of these pods to save money, the attempt ends; workers are replaced. */}}
 {{- if has .role (list "head" "submitter") -}}
 {{- $annotations = merge $annotations (dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true") -}}
 {{- end -}}
@@ -82,7 +82,7 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{- /* Where pods go and what they may do: everything of a pod's specification but containers and volumes. */}}
+{{- /* Placement and rights: everything of a pod's specification except containers and volumes. */}}
 {{- define "common.podSettings" -}}
 securityContext:
   {{- include "common.podSecurityContext" . | nindent 2 }}

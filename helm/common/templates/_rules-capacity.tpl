@@ -1,6 +1,6 @@
 {{- /*
-Arithmetic that Ray would answer with silence: actors that nothing fits wait for ever, and cost GPUs while they do.
-One line of output a problem: what, both numbers, the remedy. job/batch_inference/capacity.py says the same words.
+Sizes that Ray would accept without a word: actors that fit nowhere wait forever, and their GPUs cost money meanwhile.
+One line per problem: the problem, both numbers, the remedy. job/batch_inference/kubernetes/capacity.py has the same messages.
 */}}
 {{- define "common.rules.capacity" -}}
 {{- $capacity := fromJson (include "common.capacity" .) -}}
@@ -49,13 +49,13 @@ One line of output a problem: what, both numbers, the remedy. job/batch_inferenc
 {{- if lt $spare (int64 0) }}
 workers.cpus is {{ int64 $workers.cpus }}, its {{ int64 $workers.actors }} actors need {{ include "common.shown" (list (sub (mul 10000 (int64 $workers.cpus)) $spare) 10000) }}: raise workers.cpus or lower {{ .keys.cpusPerActor }}
 {{- end }}
-{{- $most := max 0 $spare -}}
-{{- if gt (int64 $cpuWorkers.replicas) (int64 0) }}{{ $most = max $most (int64 $cpuWorkers.spareCpus) }}{{ end -}}
+{{- $maxSpare := max 0 $spare -}}
+{{- if gt (int64 $cpuWorkers.replicas) (int64 0) }}{{ $maxSpare = max $maxSpare (int64 $cpuWorkers.spareCpus) }}{{ end -}}
 {{- if and (gt (int64 $cpuWorkers.replicas) (int64 0)) (gt $taskCpus (int64 $cpuWorkers.spareCpus)) }}
 {{ .keys.cpusPerTask }} is {{ include "common.shown" (list $taskCpus 10000) }}, cpuWorkers.cpus is {{ int64 $cpuWorkers.cpus }}: CPU workers would never run a task; raise cpuWorkers.cpus or lower {{ .keys.cpusPerTask }}
 {{- end }}
-{{- if gt $taskCpus $most }}
-{{ .keys.cpusPerTask }} is {{ include "common.shown" (list $taskCpus 10000) }}, no worker has more than {{ include "common.shown" (list $most 10000) }} CPUs beside its actors: no image would ever be prepared; raise workers.tasksPerWorker, workers.cpus or cpuWorkers.replicas
+{{- if gt $taskCpus $maxSpare }}
+{{ .keys.cpusPerTask }} is {{ include "common.shown" (list $taskCpus 10000) }}, no worker has more than {{ include "common.shown" (list $maxSpare 10000) }} CPUs beside its actors: no image would ever be prepared; raise workers.tasksPerWorker, workers.cpus or cpuWorkers.replicas
 {{- end }}
 {{- end }}
 

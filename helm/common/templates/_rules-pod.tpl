@@ -1,6 +1,6 @@
-{{- /* What the operator refuses, overwrites or duplicates in pods, and what Kubernetes refuses when the pod is created. */}}
+{{- /* Settings that the operator refuses, overwrites or duplicates in pods, and that Kubernetes refuses when a pod is created. */}}
 
-{{- /* Values that have a key of their own here, by parameter of `ray start`. */}}
+{{- /* Parameters of `ray start` that the chart computes, with the value to use instead. */}}
 {{- define "common.rules.rayStartParams" -}}
 {{- $memory := printf "%s.memoryGiB" .role -}}
 {{- $owned := dict "num-cpus" (printf "%s.cpus" .role) "num-gpus" "workers.gpusPerWorker" "memory" $memory "object-store-memory" (printf "%s.objectStorePercent" .role) "resources" "workers.gpuResource" "labels" (printf "%s.labels" .role) -}}
@@ -10,7 +10,7 @@
 {{- else if hasPrefix "redis-" $key }}
 {{ $.role }}.rayStartParams sets {{ $key }}, which the operator refuses: remove it; a job resumes from its output, without Redis
 {{- else if has $key (list "address" "block" "head" "no-monitor" "plasma-directory" "metrics-export-port" "dashboard-port" "dashboard-host" "include-dashboard" "port") }}
-{{ $.role }}.rayStartParams sets {{ $key }}, which is the operator's: remove it
+{{ $.role }}.rayStartParams sets {{ $key }}, which the operator sets: remove it
 {{- end }}
 {{- end }}
 {{- end }}
@@ -21,12 +21,12 @@
 {{- include "common.rules.volumes" . -}}
 {{- range $key, $value := $own.labels -}}
 {{- if or (hasPrefix "ray.io/" $key) (has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "app.kubernetes.io/part-of")) }}
-{{ $.role }}.labels sets {{ $key }}, which pods are found by: choose another name
+{{ $.role }}.labels sets {{ $key }}, by which pods are selected: choose another name
 {{- end }}
 {{- end }}
 {{- range $key, $value := $own.annotations -}}
 {{- if hasPrefix "ray.io/" $key }}
-{{ $.role }}.annotations sets {{ $key }}, which is the operator's: remove it
+{{ $.role }}.annotations sets {{ $key }}, which the operator sets: remove it
 {{- end }}
 {{- end }}
 {{- end }}
@@ -38,11 +38,11 @@
 {{- $seen := dict -}}
 {{- range $own.env -}}
 {{- if hasKey $seen .name }}
-{{ $.role }}.env has {{ .name }} {{ 2 }} times, Kubernetes takes 1: remove one
+{{ $.role }}.env has {{ .name }} {{ 2 }} times, Kubernetes accepts 1: remove one
 {{- end }}
 {{- $_ := set $seen .name true -}}
 {{- if has .name $operators }}
-{{ $.role }}.env sets {{ .name }}, which is the operator's: remove it
+{{ $.role }}.env sets {{ .name }}, which the operator sets: remove it
 {{- else if has .name $redis }}
 {{ $.role }}.env sets {{ .name }}, which the operator refuses without its fault tolerance: remove it; a job resumes from its output, without Redis
 {{- else if eq .name "RAY_enable_autoscaler_v2" }}
@@ -57,7 +57,7 @@
 {{- $charts := list "scratch" "shared-memory" "model-cache" "job" }}{{ $taken := dict -}}
 {{- range concat $joined $own.volumes -}}
 {{- if or (hasKey $taken .name) (has .name $charts) }}
-{{ $.role }}.volumes has a second volume {{ .name }}: choose another name (scratch, shared-memory, model-cache and job are the chart's)
+{{ $.role }}.volumes has a second volume {{ .name }}: choose another name (the chart has scratch, shared-memory, model-cache and job)
 {{- end }}
 {{- $_ := set $taken .name true -}}
 {{- end }}
@@ -65,11 +65,11 @@
 {{- range concat (eq .role "pods" | ternary (list) $all.volumeMounts) $own.volumeMounts -}}
 {{- $path := trimSuffix "/" .mountPath -}}
 {{- if hasKey $paths $path }}
-{{ $.role }}.volumeMounts mounts {{ $path }} a second time: choose another path (/tmp, /dev/shm, /etc/batch-inference and modelCache.mountPath are the chart's)
+{{ $.role }}.volumeMounts mounts {{ $path }} a second time: choose another path (the chart mounts /tmp, /dev/shm, /etc/batch-inference and modelCache.mountPath)
 {{- end }}
 {{- $_ := set $paths $path true -}}
 {{- if has .name $charts }}
-{{ $.role }}.volumeMounts mounts {{ .name }} at {{ $path }}, a volume of the chart's that not every pod has: add one of your own to {{ $.role }}.volumes
+{{ $.role }}.volumeMounts mounts {{ .name }} at {{ $path }}, a volume of the chart that not every pod has: add one of your own to {{ $.role }}.volumes
 {{- else if not (hasKey $taken .name) }}
 {{ $.role }}.volumeMounts mounts {{ .name }} at {{ $path }}, but there is no such volume: add it to {{ $.role }}.volumes
 {{- end }}
@@ -99,10 +99,10 @@ auth.enabled needs Ray 2.52.0, rayVersion is {{ .Values.rayVersion }}: use a new
 {{- if has $key (list "kueue.x-k8s.io/queue-name" "kueue.x-k8s.io/priority-class") }}
 {{ $at }}.labels sets {{ $key }}: use queue.name and queue.priorityClass, which are checked
 {{- else if has $key (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/part-of" "app.kubernetes.io/version" "app.kubernetes.io/managed-by" "helm.sh/chart") }}
-{{ $at }}.labels sets {{ $key }}, which the release is found by: choose another name
+{{ $at }}.labels sets {{ $key }}, by which the release is selected: choose another name
 {{- end }}
 {{- end }}
 {{- if and .Values.queue.name .Values.autoscaling.enabled (not .Values.queue.elastic) }}
-queue.name is {{ .Values.queue.name }} and autoscaling.enabled is true, which Kueue admits elastic jobs only with: set queue.elastic=true or autoscaling.enabled=false
+queue.name is {{ .Values.queue.name }} and autoscaling.enabled is true, but Kueue admits autoscaling only for elastic jobs: set queue.elastic=true or autoscaling.enabled=false
 {{- end }}
 {{- end }}

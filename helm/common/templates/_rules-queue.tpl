@@ -1,6 +1,6 @@
 {{- /*
-What Kueue's webhooks refuse when an object is created, in a queue or not: labels and annotations of theirs that are malformed.
-dict root roles.
+Malformed labels and annotations of Kueue's, which its webhooks refuse when an object is created, even outside a queue.
+Takes dict root roles.
 */}}
 {{- define "common.rules.kueue" -}}
 {{- $values := .root.Values -}}
@@ -12,7 +12,7 @@ dict root roles.
 {{- end }}
 {{- with get $own.labels "kueue.x-k8s.io/max-exec-time-seconds" -}}
 {{- if not (regexMatch "^[1-9][0-9]{0,8}$" .) }}
-{{ $at }}.labels sets kueue.x-k8s.io/max-exec-time-seconds to {{ . }}, Kueue takes whole seconds above 0: correct it
+{{ $at }}.labels sets kueue.x-k8s.io/max-exec-time-seconds to {{ . }}, Kueue accepts whole seconds above 0: correct it
 {{- end }}
 {{- end }}
 {{- with get $own.annotations "kueue.x-k8s.io/admission-gated-by" -}}
@@ -22,7 +22,7 @@ dict root roles.
 {{- if not (and (le (len .) 63) (regexMatch "^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[-A-Za-z0-9/%:@._~!$&'()*+,;=]+$" .)) }}{{ $wrong = true }}{{ end -}}
 {{- end -}}
 {{- if $wrong }}
-{{ $at }}.annotations sets kueue.x-k8s.io/admission-gated-by to {{ . }}, Kueue takes different names such as example.com/gate, with commas between: correct it
+{{ $at }}.annotations sets kueue.x-k8s.io/admission-gated-by to {{ . }}, Kueue accepts distinct names such as example.com/gate, separated by commas: correct it
 {{- end }}
 {{- end }}
 {{- range $role := .roles -}}
@@ -33,24 +33,24 @@ dict root roles.
 {{- end -}}
 {{- end }}
 
-{{- /* Topology that Kueue places a role's pods by. */}}
+{{- /* The topology by which Kueue places a role's pods. */}}
 {{- define "common.rules.topology" -}}
-{{- $found := list }}{{ $role := .role }}{{ $annotations := .annotations -}}
+{{- $topologies := list }}{{ $role := .role }}{{ $annotations := .annotations -}}
 {{- range list "required" "preferred" "unconstrained" -}}
-{{- if hasKey $annotations (printf "kueue.x-k8s.io/podset-%s-topology" .) }}{{ $found = append $found . }}{{ end -}}
+{{- if hasKey $annotations (printf "kueue.x-k8s.io/podset-%s-topology" .) }}{{ $topologies = append $topologies . }}{{ end -}}
 {{- end -}}
-{{- if gt (len $found) 1 }}
-{{ $role }}.annotations (with those of pods) ask Kueue for {{ len $found }} topologies, {{ join " and " $found }}, it takes 1: remove the others
+{{- if gt (len $topologies) 1 }}
+{{ $role }}.annotations (with those of pods) ask Kueue for {{ len $topologies }} topologies, {{ join " and " $topologies }}, it accepts 1: remove the others
 {{- end }}
 {{- range list "required" "preferred" -}}
 {{- $key := printf "kueue.x-k8s.io/podset-%s-topology" . -}}
 {{- if and (hasKey $annotations $key) (not (regexMatch "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$" (get $annotations $key))) }}
-{{ $role }}.annotations sets {{ $key }} to {{ get $annotations $key | quote }}, which is no label of nodes: use one such as topology.kubernetes.io/zone
+{{ $role }}.annotations sets {{ $key }} to {{ get $annotations $key | quote }}, which is not a valid node label: use one such as topology.kubernetes.io/zone
 {{- end }}
 {{- end }}
 {{- with get $annotations "kueue.x-k8s.io/podset-unconstrained-topology" -}}
 {{- if not (has . (list "true" "false")) }}
-{{ $role }}.annotations sets kueue.x-k8s.io/podset-unconstrained-topology to {{ . }}, it takes "true" or "false": correct it
+{{ $role }}.annotations sets kueue.x-k8s.io/podset-unconstrained-topology to {{ . }}, it accepts "true" or "false": correct it
 {{- end }}
 {{- end }}
 {{- range list "podset-group-name" "podset-slice-required-topology" "podset-slice-size" "podset-slice-required-topology-constraints" -}}

@@ -1,4 +1,4 @@
-{{- /* The identity of the Ray pods: cloud roles hang on its annotations. No pod gets a token unless it says so itself. */}}
+{{- /* The identity of the Ray pods; its annotations carry cloud roles. A pod gets a token only if it asks for one itself. */}}
 {{- define "common.serviceAccount" -}}
 {{- if .Values.serviceAccount.create }}
 apiVersion: v1

@@ -1,6 +1,6 @@
 {{- /*
-What `helm test` runs: a pod that is placed, and allowed to do, what the head is, for it asks as the Ray pods would.
-Values come as dict root name args; args are the command's words as a list.
+The pod of `helm test`. It has the head's placement, identity and variables, so that it reaches what the Ray pods reach.
+Takes dict root name args env; args is the command as a list.
 */}}
 {{- define "common.testPod" -}}
 {{- $context := dict "root" .root "role" "head" -}}

@@ -7,8 +7,8 @@ import time
 import urllib.request
 
 
-def joined(dashboard: str) -> int:
-    """Asks the dashboard for the nodes that are up, without the head."""
+def joined_workers(dashboard: str) -> int:
+    """Return the number of workers that have joined, as the dashboard reports it."""
     token = os.environ.get("RAY_AUTH_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(f"{dashboard}/api/v0/nodes?limit=10000", headers=headers)  # noqa: S310
@@ -18,20 +18,20 @@ def joined(dashboard: str) -> int:
 
 
 def main(dashboard: str, wanted: int, seconds: float) -> None:
-    """Asks until there are enough, or the time is over."""
+    """Ask until enough workers have joined, or exit when the time is over."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            there = joined(dashboard)
-            found = f"{there} of {wanted} workers have joined"
+            count = joined_workers(dashboard)
+            state = f"{count} of {wanted} workers have joined"
         except (OSError, ValueError, KeyError, TypeError) as error:
-            there, found = -1, f"no answer from {dashboard}: {error}"
-        if there >= wanted:
-            print(f"OK: {found}")
+            count, state = -1, f"no answer from {dashboard}: {error}"
+        if count >= wanted:
+            print(f"OK: {state}")
             return
         if time.monotonic() >= deadline:
-            sys.exit(f"FAILED after {seconds:g} s: {found}; look at pending pods: kubectl get pods, kubectl get events")
-        print(found, flush=True)
+            sys.exit(f"FAILED after {seconds:g} s: {state}; look at pending pods: kubectl get pods, kubectl get events")
+        print(state, flush=True)
         time.sleep(min(5, seconds))
 
 

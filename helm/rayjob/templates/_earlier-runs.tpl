@@ -1,4 +1,4 @@
-{{- /* Names of the release's other runs that stay: those that have not ended, and of the others the newest. Those of a schedule are their Jobs'. */}}
+{{- /* Names of the release's earlier runs to keep: those that have not ended, and the newest of the others. Jobs own the runs of a schedule. */}}
 {{- define "rayjob.earlierRuns" -}}
 {{- $current := include "rayjob.name" . }}{{ $ended := list -}}
 {{- range (lookup "ray.io/v1" "RayJob" .Release.Namespace "").items -}}
@@ -19,7 +19,7 @@
 {{- end -}}
 {{- end }}
 
-{{- /* ServiceAccounts of the release that its earlier runs' pods have and this one's do not: a running job needs its own to replace a pod. */}}
+{{- /* ServiceAccounts that only earlier runs of the release use: a running job needs its own to replace a pod. */}}
 {{- define "rayjob.earlierAccounts" -}}
 {{- $current := list (include "common.serviceAccountName" .) (include "rayjob.submitterServiceAccountName" .) }}{{ $seen := dict -}}
 {{- range include "rayjob.earlierRuns" . | splitList "\n" -}}
@@ -39,8 +39,8 @@
 {{- end }}
 
 {{- /*
-A run as it is in the cluster. The operator has filled in and rewritten some of it: whoever applied the first text again would edit
-the run, or, with server-side apply, be refused. Whether a queued run is suspended is Kueue's to say.
+A run as it is in the cluster. The operator has filled in and rewritten parts of it: to apply the original text again would edit
+the run, or would be refused with server-side apply. Kueue decides whether a queued run is suspended.
 */}}
 {{- define "rayjob.asItIs" -}}
 apiVersion: ray.io/v1
@@ -53,7 +53,7 @@ spec:
   {{- toYaml $spec | nindent 2 }}
 {{- end }}
 
-{{- /* Name, labels and annotations, without what Helm writes itself. */}}
+{{- /* Name, labels and annotations, without those that Helm writes. */}}
 {{- define "rayjob.earlierMetadata" -}}
 name: {{ .name | quote }}
 namespace: {{ .namespace | quote }}

@@ -1,6 +1,6 @@
 {{- /*
-The name of a run carries a digest of what it runs. Other values are another run, the same values are the same run, and
-nothing is ever edited in place: the operator ignores most edits, and breaks on the rest.
+The name of a run contains a digest of what it runs. Other values make another run, the same values are the same run, and no run
+is ever edited in place: the operator ignores most edits and breaks on the rest.
 */}}
 {{- define "rayjob.digest" -}}
 {{- $body := include "rayjob.body" (dict "root" . "name" "RUN") -}}
@@ -16,7 +16,7 @@ nothing is ever edited in place: the operator ignores most edits, and breaks on 
 {{ toYaml .Values.job }}
 {{- end }}
 
-{{- /* Of the job's own endpoint, as a list. */}}
+{{- /* The port of the job's own endpoint, as a list. */}}
 {{- define "rayjob.storePorts" -}}
 {{- $ports := list -}}
 {{- with dig "storage" "endpoint_url" "" .Values.job -}}
@@ -30,7 +30,7 @@ nothing is ever edited in place: the operator ignores most edits, and breaks on 
 {{ include "common.name" . }}-submitter
 {{- end }}
 
-{{- /* Retries need a cluster of the job's own. */}}
+{{- /* Retries are possible only on a cluster of the job's own. */}}
 {{- define "rayjob.backoffLimit" -}}
 {{- $limit := .Values.run.backoffLimit -}}
 {{- if kindIs "invalid" $limit }}{{ ternary 0 1 (ne .Values.clusterSelector "") }}{{ else }}{{ int64 $limit }}{{ end -}}

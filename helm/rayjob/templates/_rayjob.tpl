@@ -1,6 +1,6 @@
 {{- /*
-Everything of the RayJob that makes a run the run it is: its digest is in the name.
-Values come as dict root name; the name is a placeholder when the digest is taken.
+Everything of the RayJob that identifies a run; the digest of it is part of the run's name.
+Takes dict root name; the name is a placeholder while the digest is computed.
 */}}
 {{- define "rayjob.body" -}}
 {{- $values := .root.Values -}}
@@ -14,7 +14,7 @@ annotations:
 {{- end }}
 spec:
   submissionMode: K8sJobMode
-  {{- /* For those who read the RayJob: the operator runs it nowhere. The submitter below says the same to Ray, of fixed words. */}}
+  {{- /* For people who read the RayJob: the operator does not run it. The submitter below sends the same command to Ray. */}}
   entrypoint: batch-inference run --config {{ ternary "/etc/batch-inference/job.yaml" "env:BATCH_INFERENCE_CONFIG" (eq $values.clusterSelector "") }} --address auto --dashboard-host none --log-format json
   shutdownAfterJobFinishes: {{ $values.run.shutdownAfterJobFinishes }}
   ttlSecondsAfterFinished: {{ int64 $values.run.ttlSecondsAfterFinished }}
@@ -23,7 +23,7 @@ spec:
   {{- with $values.run.activeDeadlineSeconds }}
   activeDeadlineSeconds: {{ int64 . }}
   {{- end }}
-  {{- /* With a queue, it is Kueue that suspends and resumes: a value here would overrule it. */}}
+  {{- /* With a queue, Kueue suspends and resumes: a value here would overrule it. */}}
   {{- if $values.run.suspend }}
   suspend: true
   {{- end }}
@@ -63,8 +63,8 @@ kueue.x-k8s.io/elastic-job: "true"
 {{- end }}
 
 {{- /*
-Our own submitter: KubeRay's fails a running job when its log connection breaks, and puts the entrypoint through a shell.
-The operator adds RAY_DASHBOARD_ADDRESS and RAY_JOB_SUBMISSION_ID. A shared cluster does not mount the job, so it is sent along.
+Our own submitter: KubeRay's fails a running job when its log connection breaks, and passes the entrypoint to a shell.
+The operator adds RAY_DASHBOARD_ADDRESS and RAY_JOB_SUBMISSION_ID. A shared cluster does not mount the job, so it is sent with the request.
 */}}
 {{- define "rayjob.submitter" -}}
 {{- $context := merge (dict "role" "submitter") . -}}
@@ -88,7 +88,7 @@ spec:
         - --inline
         {{- end }}
       env:
-        {{- /* The run's name tells a retry that it is one: what no retry mends ends it in seconds. */}}
+        {{- /* By the run's name a retry recognizes itself, and ends within seconds after an error that a retry cannot fix. */}}
         {{- $own := list (dict "name" "HOME" "value" "/tmp") (dict "name" "BATCH_INFERENCE_RUN" "value" .name) }}
         {{- include "common.env" (merge (dict "defaults" $own) $context) | nindent 8 }}
       {{- include "common.envFrom" $context | nindent 6 }}

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from batch_inference import allocation
 from batch_inference.config import PreprocessConfig
-from batch_inference.decoding import decode
-from batch_inference.transform import Transform
+from batch_inference.images import malloc
+from batch_inference.images.pixels import decode
+from batch_inference.images.transform import Transform
 from tests.bench import weights
 from tests.bench.contenders.common import Task, mark, task, write
 
@@ -57,8 +57,8 @@ class Network:
 def share(job: Task, first: int, step: int, answer: Connection) -> None:
     """One process's share, sent back when it is done."""
     torch.set_num_threads(1)
-    allocation.for_images()
-    allocation.for_network()
+    malloc.keep_image_memory()
+    malloc.keep_activation_memory()
     network = Network(job.model, job.weights, job.precision)
     paths = job.paths[first::step]
     classes: list[int] = []

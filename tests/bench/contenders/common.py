@@ -1,4 +1,4 @@
-"""What all contenders have in common: their command line, their marks, their output."""
+"""Code that all contenders share: their command line, their marks, their output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS = "BENCH_MARKS"
 
 @dataclass(frozen=True)
 class Task:
-    """What a contender is to do.
+    """The task of a contender.
 
     Attributes:
         images: Folder of JPEGs.

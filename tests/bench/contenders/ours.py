@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from batch_inference import cli, driver
-from batch_inference.progress import Snapshot
+from batch_inference.cli import app
+from batch_inference.driver import run as driver_run
+from batch_inference.driver.progress import Progress
 from tests.bench.contenders.common import Task, mark, task
 
 
@@ -29,11 +30,11 @@ def command(job: Task) -> list[str]:
 
 def observe() -> None:
     """Makes the driver note how many rows have come back, beside whatever display it has."""
-    run = driver.run
+    run = driver_run.run
     seen = 0
 
-    def observed(*args: Any, on_progress: Callable[[Snapshot], None], **options: Any) -> Any:
-        def follow(snapshot: Snapshot) -> None:
+    def observed(*args: Any, on_progress: Callable[[Progress], None], **options: Any) -> Any:
+        def follow(snapshot: Progress) -> None:
             nonlocal seen
             if snapshot.tally.seen > seen:
                 mark(snapshot.tally.seen - seen)
@@ -42,14 +43,14 @@ def observe() -> None:
 
         return run(*args, on_progress=follow, **options)
 
-    driver.run = observed
+    driver_run.run = observed
 
 
 def main() -> None:
     sys.argv = command(task())
     print(" ".join(sys.argv), flush=True)
     observe()
-    cli.main()
+    app.main()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import signal
 import sys
 from pathlib import Path
 
-from .cache import prune
-from .cluster import Cluster, build
-from .engines import engine
-from .images import base_image
-from .process import CommandError, say
-from .programs import REPOSITORY, compiled
+from tests.e2e.cluster.cache import prune
+from tests.e2e.cluster.cluster import Cluster, build
+from tests.e2e.cluster.engines import engine
+from tests.e2e.cluster.images import base_image
+from tests.e2e.cluster.process import CommandError, say
+from tests.e2e.cluster.programs import REPOSITORY, compiled
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,11 +15,18 @@ from typing import IO, Any
 
 import yaml
 
-from .cache import digest, locked, prune
-from .engines import engine
-from .images import OPERATOR_NAMESPACE, base_image, engine_run, image_exists, node_image, operator_manifests
-from .process import CommandError, kill, run, say
-from .programs import REPOSITORY, SOURCES, tool, version
+from tests.e2e.cluster.cache import digest, locked, prune
+from tests.e2e.cluster.engines import engine
+from tests.e2e.cluster.images import (
+    OPERATOR_NAMESPACE,
+    base_image,
+    engine_run,
+    image_exists,
+    node_image,
+    operator_manifests,
+)
+from tests.e2e.cluster.process import CommandError, kill, run, say
+from tests.e2e.cluster.programs import REPOSITORY, SOURCES, tool, version
 
 CONFIG = REPOSITORY / "k8s" / "kind.yaml"
 CHART = "https://ray-project.github.io/kuberay-helm/"

@@ -1,4 +1,4 @@
-"""Where images come from and what runs them: upstream images where a registry answers, else images built here."""
+"""Sources and engines of images: upstream images if a registry answers, else images built here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .cache import ROOT, locked
-from .process import CommandError, run, say
+from tests.e2e.cluster.cache import ROOT, locked
+from tests.e2e.cluster.process import CommandError, run, say
 
 # The registries that a cluster with KubeRay pulls from.
 REGISTRIES = ("https://registry-1.docker.io/v2/", "https://quay.io/v2/")

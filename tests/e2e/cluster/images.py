@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cache import digest, locked, product
-from .engines import engine
-from .process import CommandError, run
-from .programs import NODE_PROGRAMS, SOURCES, SYSTEM_PROGRAMS, compiled, module_folder, version
+from tests.e2e.cluster.cache import digest, locked, product
+from tests.e2e.cluster.engines import engine
+from tests.e2e.cluster.process import CommandError, run
+from tests.e2e.cluster.programs import NODE_PROGRAMS, SOURCES, SYSTEM_PROGRAMS, compiled, module_folder, version
 
 BASE = "debian:bookworm-slim"
 NODE_IMAGE = "localhost/kind-node"

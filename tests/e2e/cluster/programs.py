@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import digest, product
-from .process import CommandError, run
+from tests.e2e.cluster.cache import digest, product
+from tests.e2e.cluster.process import CommandError, run
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCES = REPOSITORY / "docker" / "kind"

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_inference.errors import RowError, RowFailure, UserError
+from batch_inference.system.subprocesses import (
+    ChildProcess,
+    Died,
+    ForkServer,
+    InputWanted,
+    Limits,
+    Raised,
+    Returned,
+    ServerEnded,
+    TimedOut,
+    Yielded,
+    call,
+)
+
+LIMITS = Limits(cpu_s=1, clock_s=30, memory_mib=256)
+
+
+class UnpicklableError(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def add(first: int, second: int) -> int:
+    return first + second
+
+
+def fail(name: str) -> None:
+    errors: dict[str, Exception] = {
+        "user": UserError("no such file", "Name another."),
+        "row": RowError("decode", "CORRUPT", "the  file\nis damaged", True, "Convert it", "line 1"),
+        "unpicklable": UnpicklableError(1, 2),
+    }
+    raise errors[name]
+
+
+def die(how: str) -> None:
+    print("on stdout", flush=True)
+    print("before the end\n\n", file=sys.stderr, flush=True)
+    if how == "exit":
+        sys.exit("the last words")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def talk() -> int:
+    for _ in range(2000):
+        print("x" * 1000)
+    return len(sys.path)
+
+
+def spawn_and_wait(file: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(file).write_text(str(child.pid))
+    child.wait()
+
+
+def misbehave(how: str) -> int:
+    if how == "compute":
+        while True:
+            pass
+    if how == "sleep":
+        time.sleep(600)
+    if how == "memory":
+        return len(bytes(1 << 30))
+    if how == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if how == "exit":
+        os._exit(3)
+    return os.getpid()
+
+
+def doubled(count: int, take: Callable[[], int]) -> Iterator[int]:
+    for _ in range(count):
+        yield 2 * take()
+
+
+def wait_for_end(pid: int) -> None:
+    until = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and b"Z" not in Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2][:3]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def fork_server(function: Callable[..., Any], limits: Limits = LIMITS) -> Iterator[ForkServer[Any]]:
+    server: ForkServer[Any] = ForkServer(function, limits)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def test_call_returns_what_the_function_does() -> None:
+    assert call(add, 1, 2, timeout_s=60) == Returned(3)
+
+
+def test_exception_arrives_with_its_attributes() -> None:
+    outcome = call(fail, "user", timeout_s=60)
+    assert isinstance(outcome, Raised) and isinstance(outcome.error, UserError)
+    assert (outcome.error.message, outcome.error.remedy) == ("no such file", "Name another.")
+    outcome = call(fail, "row", timeout_s=60)
+    assert isinstance(outcome, Raised) and isinstance(outcome.error, RowError)
+    message = "the file is damaged. Convert it"
+    assert outcome.error.error == RowFailure("decode", "CORRUPT", message, True, "line 1")
+    assert (outcome.error.fact, outcome.error.remedy) == ("the file is damaged", "Convert it")
+
+
+def test_exception_that_cannot_be_pickled_arrives_as_text() -> None:
+    outcome = call(fail, "unpicklable", timeout_s=60)
+    assert isinstance(outcome, Raised)
+    assert str(outcome.error) == "UnpicklableError: 1 and 2"
+
+
+def test_process_that_dies_leaves_its_exit_code_and_last_line() -> None:
+    assert call(die, "exit", timeout_s=60) == Died(1, "the last words")
+    killed = call(die, "kill", timeout_s=60)
+    assert killed == Died(-signal.SIGKILL, "before the end")
+    assert isinstance(killed, Died) and killed.signal == signal.SIGKILL
+
+
+def test_much_output_does_not_block_the_process() -> None:
+    assert call(talk, timeout_s=60) == Returned(len(sys.path))
+
+
+def test_timeout_kills_all_processes_of_the_group(tmp_path: Path) -> None:
+    outcomes: list[Any] = []
+    file = tmp_path / "pid"
+    thread = threading.Thread(target=lambda: outcomes.append(call(spawn_and_wait, str(file), timeout_s=5)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert outcomes == [TimedOut(5)]
+    wait_for_end(int(file.read_text()))
+
+
+def test_arguments_that_the_process_does_not_read_do_not_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are larger than a pipe holds."""
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert call(len, bytes(10 << 20), timeout_s=1) == TimedOut(1)
+
+
+def test_process_answers_several_calls_and_ends_with_its_pipe() -> None:
+    process = ChildProcess(add)
+    for number in range(3):
+        process.send(number, 1)
+        assert process.receive(60) == Returned(number + 1)
+    process.disconnect()
+    assert process.stop(10) == 0
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("crash", Died(-signal.SIGSEGV)), ("exit", Died(3)), ("compute", TimedOut(1, cpu=True)), ("sleep", TimedOut(2))],
+)
+def test_fork_that_dies_is_replaced(how: str, expected: Died | TimedOut) -> None:
+    with fork_server(misbehave, Limits(1, 2 if how == "sleep" else 60, 256)) as server:
+        server.send_call("no")
+        first = server.receive()
+        server.send_call(how)
+        assert server.receive() == expected
+        server.send_call("no")
+        second = server.receive()
+        assert isinstance(first, Returned) and isinstance(second, Returned) and first != second
+
+
+def test_memory_limit_raises_memory_error() -> None:
+    with fork_server(misbehave) as server:
+        server.send_call("memory")
+        outcome = server.receive()
+        assert isinstance(outcome, Raised) and isinstance(outcome.error, MemoryError)
+
+
+def test_stream_asks_for_its_input() -> None:
+    with fork_server(doubled) as server:
+        for _ in range(2):
+            server.send_stream(pickle.dumps(2))
+            for piece in (5, 7):
+                assert server.receive() == InputWanted()
+                server.send_input(piece)
+                assert server.receive() == Yielded(2 * piece)
+            assert server.receive() == Returned(None)
+
+
+def test_server_that_ends_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with fork_server(misbehave) as server:
+        server.send_call("no")
+        assert server.receive() == ServerEnded(1)
