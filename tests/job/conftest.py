@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from tests.support import emulators
+from tests.support.attached import AttachedProgram
 from tests.support.jobs import HERE, PROGRAM, RUN_TIMEOUT_S, environment
 from tests.support.servers import Proxy, ray_cluster, s3_server
 
@@ -49,6 +50,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, google_key: RSAPublicKey) 
     """A running Ray cluster, so that a job's start costs less than Ray's."""
     with ray_cluster(4, tmp_path_factory.mktemp("ray")) as addresses:
         yield addresses
+
+
+@pytest.fixture(scope="session")
+def attached(cluster: dict[str, str]) -> Iterator[AttachedProgram]:
+    """Runs the program in a process that stays attached to the cluster: for all that is not about a start or an end."""
+    instance = AttachedProgram(cluster["address"])
+    yield instance
+    instance.close()
 
 
 @pytest.fixture

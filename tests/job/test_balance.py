@@ -42,22 +42,22 @@ def large_photos(tmp_path: Path) -> Path:
 
 
 def test_a_slow_predictor(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     args = job_args(photos(160), tmp_path / "out", shard_size=40)
-    done = program(*args, "--set", "predictor.kwargs={delay_s: 0.5}", "--address", cluster["address"])
-    assert limit_of(done, str(tmp_path / "out"), program) == "Inference-bound"
+    done = attached(*args, "--set", "predictor.kwargs={delay_s: 0.5}", "--address", cluster["address"])
+    assert limit_of(done, str(tmp_path / "out"), attached) == "Inference-bound"
 
 
-def test_slow_decoding(large_photos: Path, tmp_path: Path, program: Program, cluster: dict[str, str]) -> None:
+def test_slow_decoding(large_photos: Path, tmp_path: Path, attached: Program, cluster: dict[str, str]) -> None:
     args = job_args(large_photos, tmp_path / "out", shard_size=5)
     args += ["--set", "predictor=predictors:FirstPixel", "--set", "preprocess.cpus_per_task=3"]
-    done = program(*args, "--address", cluster["address"])
-    assert limit_of(done, str(tmp_path / "out"), program) == "Decode-bound"
+    done = attached(*args, "--address", cluster["address"])
+    assert limit_of(done, str(tmp_path / "out"), attached) == "Decode-bound"
 
 
 def test_a_slow_store(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str], proxy: Proxy
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str], proxy: Proxy
 ) -> None:
     folder = photos(96)
     source, settings = f"s3://tests/{tmp_path.name}/in", ("--set", f"storage.endpoint_url={proxy.url}")
@@ -72,5 +72,5 @@ def test_a_slow_store(
     proxy.answer = slowly
     args = [*job_args(source, tmp_path / "out", shard_size=16), *settings, "--set", "storage.fetch_concurrency=2"]
     args += ["--set", "preprocess.cpus_per_task=3"]
-    done = program(*args, "--address", cluster["address"])
-    assert limit_of(done, str(tmp_path / "out"), program, *settings) == "Fetch-bound"
+    done = attached(*args, "--address", cluster["address"])
+    assert limit_of(done, str(tmp_path / "out"), attached, *settings) == "Fetch-bound"

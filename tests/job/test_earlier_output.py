@@ -30,7 +30,7 @@ def tries(output: Path) -> dict[str, int]:
 
 
 def test_output_of_an_earlier_version_is_resumed_and_retried(
-    tmp_path: Path, program: Program, s3: str, cluster: dict[str, str]
+    tmp_path: Path, program: Program, attached: Program, s3: str, cluster: dict[str, str]
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(DATA / "format-1" / "output", output)
@@ -48,7 +48,7 @@ def test_output_of_an_earlier_version_is_resumed_and_retried(
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert (result["rows"], result["predictions"], result["errors"]) == (15, 12, 3)
-    found = verified(str(output), program)
+    found = verified(str(output), attached)
     assert (found["predictions"], found["errors"], found["uncommitted"]) == (12, 3, [])
     assert tries(output) == {"01.png": 1, "10.png": 1, "11.png": 1}
     # The committed shards are those of the earlier version.
@@ -58,7 +58,7 @@ def test_output_of_an_earlier_version_is_resumed_and_retried(
     done = program(*retry, cwd=DATA)
     assert done.returncode == 0, done.stdout + done.stderr
     assert tries(output) == {"01.png": 2, "11.png": 2}
-    assert verified(str(output), program)["errors"] == 2
+    assert verified(str(output), attached)["errors"] == 2
     for *words, says in (
         ("status", str(output), "13"),
         ("report", str(output), "13 predictions and 2 errors"),

@@ -59,9 +59,6 @@ def test_finished_job_ends_with_0_and_prints_no_line_of_ray(
     [
         (["--set", "predictor=predictors:Nobody"], "predictors has no 'Nobody'; its classes: .*MeanColor", "Name one"),
         (["--set", "predictor=nowhere:X"], "there is no module 'nowhere'", "nowhere.py"),
-        (["--set", "predictor=predictors:CannotStart"], "could not be constructed: FileNotFoundError: weights.bin", "__init__"),
-        (["--set", "predictor=predictors:FailsOnEverything"], r"with PREDICTOR_ERROR: KeyError: 'pixels'\n  File .*\.py", "predictor"),
-        (["--set", "predictor=predictors:Flattened"], "is chance: its column 'box' has 2 for .* alone", "depends_on_batch=true"),
         (["--set", "inference.gpus_per_actor=1"], "need 1 GPUs .*there are 0", "."),
         (["--set", "predictor=null", "--model", "resnet1"], "resnet1", "."),
     ],
@@ -70,6 +67,22 @@ def test_user_error_ends_with_2(
     change: list[str], fact: str, remedy: str, photos: Callable[..., Path], tmp_path: Path, program: Program
 ) -> None:
     failed(program(*job_args(photos(20), tmp_path / "out"), *change), 2, fact, remedy)
+    assert not list((tmp_path / "out").glob("_commits/*"))
+
+
+@pytest.mark.parametrize(
+    ("predictor", "fact", "remedy"),
+    [
+        ("CannotStart", "could not be constructed: FileNotFoundError: weights.bin", "__init__"),
+        ("FailsOnEverything", r"with PREDICTOR_ERROR: KeyError: 'pixels'\n  File .*\.py", "predictor"),
+        ("Flattened", "is chance: its column 'box' has 2 for .* alone", "depends_on_batch=true"),
+    ],
+)
+def test_fault_of_a_predictor_ends_with_2(
+    predictor: str, fact: str, remedy: str, photos: Callable[..., Path], tmp_path: Path, attached: Program
+) -> None:
+    args = job_args(photos(20), tmp_path / "out", predictor=f"predictors:{predictor}")
+    failed(attached(*args), 2, fact, remedy)
     assert not list((tmp_path / "out").glob("_commits/*"))
 
 
@@ -88,13 +101,13 @@ def test_missing_inputs_end_with_2(tmp_path: Path, program: Program) -> None:
 
 
 def test_denied_access_to_every_image_ends_with_2_within_the_first_shard(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
     source, output = f"s3://tests/{tmp_path.name}/in", f"s3://tests/{tmp_path.name}/out"
     upload(photos(600), source, s3)
     proxy.answer = lambda method, path: 403 if method == "GET" and "/in/image" in path else None
     args = [*job_args(source, output, shard_size=300), "--set", f"storage.endpoint_url={proxy.url}"]
-    failed(program(*args, "--address", cluster["address"]), 2, "failed at fetch with ACCESS_DENIED", "credentials")
+    failed(attached(*args, "--address", cluster["address"]), 2, "failed at fetch with ACCESS_DENIED", "credentials")
     asked = [path for method, path in proxy.requests if method == "GET" and "/in/image" in path]
     assert len(asked) < 300, "the store was asked for more than a shard"
     ledger = Store(output, StorageConfig(endpoint_url=s3))
@@ -104,19 +117,19 @@ def test_denied_access_to_every_image_ends_with_2_within_the_first_shard(
     assert verdict["exit_code"] == 2
     # Once that is fixed, the same command does everything.
     proxy.answer = lambda method, path: None
-    done = program(*args, "--address", cluster["address"])
+    done = attached(*args, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(ledger.objects("_FAILED"))
 
 
 def test_denied_access_to_a_few_images_is_rows_and_no_failure(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
     source, output = f"s3://tests/{tmp_path.name}/in", f"s3://tests/{tmp_path.name}/out"
     upload(photos(40), source, s3)
     proxy.answer = lambda method, path: 403 if path.endswith(("000003.jpg", "000017.jpg")) and method == "GET" else None
     args = [*job_args(source, output, shard_size=1), "--set", f"storage.endpoint_url={proxy.url}"]
-    done = program(*args, "--address", cluster["address"])
+    done = attached(*args, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "38 predictions and 2 errors" in done.stdout
     assert "fetch ACCESS_DENIED 2" in done.stdout
@@ -130,20 +143,20 @@ def test_wrong_credentials_of_the_output_end_with_2(
 
 
 def test_more_failed_rows_than_allowed_end_with_3(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     args = [*job_args(photos(80, bad_percent=30), tmp_path / "out"), "--address", cluster["address"]]
     limits = ["--set", "errors.max_percent=20", "--set", "errors.min_rows=40"]
-    failed(program(*args, *limits), 3, r"rows failed = \d\d\.\d %, more than errors.max_percent = 20", "max_percent")
-    failed(program(*args, "--set", "errors.max_count=5"), 3, "more than errors.max_count = 5", "max_count")
+    failed(attached(*args, *limits), 3, r"rows failed = \d\d\.\d %, more than errors.max_percent = 20", "max_percent")
+    failed(attached(*args, "--set", "errors.max_count=5"), 3, "more than errors.max_count = 5", "max_count")
     # A raised limit is no other job: it resumes and finishes.
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
-    verified(str(tmp_path / "out"), program)
+    verified(str(tmp_path / "out"), attached)
 
 
 def test_automatic_retry_of_the_same_run_ends_with_3_again_in_seconds(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, program: Program, attached: Program, cluster: dict[str, str]
 ) -> None:
     """As the operator does, on a cluster with GPUs; a person who starts the command again means it."""
     args = [*job_args(photos(80, bad_percent=30), tmp_path / "out"), "--address", cluster["address"]]
@@ -156,30 +169,30 @@ def test_automatic_retry_of_the_same_run_ends_with_3_again_in_seconds(
     failed(program(*nobody, *limit, env=run), 3, again, "--force-retry")
     failed(program(*args, *limit, "--force-retry", env=run), 3, "rows failed|more than errors.max_count = 5")
     assert program(*args, env={"BATCH_INFERENCE_RUN": "photos-5e6f7a8b"}).returncode == 0
-    verified(str(tmp_path / "out"), program)
+    verified(str(tmp_path / "out"), attached)
 
 
 def test_accounting_error_ends_with_4(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     """A file that the ledger names is lost: neither `run` nor `verify` calls that a success."""
     output = tmp_path / "out"
     args = [*job_args(photos(40), output), "--address", cluster["address"]]
-    assert program(*args).returncode == 0
+    assert attached(*args).returncode == 0
     lost = sorted((output / "predictions").iterdir())[1]
     lost.unlink()
-    done = program("verify", str(output))
+    done = attached("verify", str(output))
     assert done.returncode == 4
     assert f"predictions/{lost.name} is committed but missing" in done.stdout
-    failed(program(*args), 4, f"{lost.name} is committed but missing", "_commits")
+    failed(attached(*args), 4, f"{lost.name} is committed but missing", "_commits")
     # The remedy works: without its commit the shard is done again.
     (output / "_commits/shard-00001.json").unlink()
-    assert program(*args).returncode == 0
-    verified(str(output), program)
+    assert attached(*args).returncode == 0
+    verified(str(output), attached)
 
 
 def test_store_that_stops_ends_the_job_with_5_and_it_resumes(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, proxy: Proxy, cluster: dict[str, str]
 ) -> None:
     output = f"s3://tests/{tmp_path.name}"
     commits = 0
@@ -198,11 +211,11 @@ def test_store_that_stops_ends_the_job_with_5_and_it_resumes(
         cluster["address"],
     ]
     args += ["--set", "storage.max_retries=1", "--set", "storage.retry_timeout_s=5"]
-    failed(program(*args), 5, "cannot (create|write|read) s3://", "same command")
+    failed(attached(*args), 5, "cannot (create|write|read) s3://", "same command")
     proxy.answer = lambda method, path: None
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
-    verified(output, program, "--set", f"storage.endpoint_url={proxy.url}")
+    verified(output, attached, "--set", f"storage.endpoint_url={proxy.url}")
 
 
 def test_missing_cluster_ends_with_5(photos: Callable[..., Path], tmp_path: Path, program: Program) -> None:
@@ -215,28 +228,30 @@ def test_missing_cluster_ends_with_5(photos: Callable[..., Path], tmp_path: Path
 
 
 def test_a_file_left_by_a_driver_that_died_after_losing_is_found_and_swept(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     output = tmp_path / "out"
     args = [*job_args(photos(20), output), "--address", cluster["address"]]
-    assert program(*args).returncode == 0
+    assert attached(*args).returncode == 0
     left = output / "predictions/shard-00000-deadbeef.parquet"
     left.write_bytes(next((output / "predictions").glob("shard-00000-*")).read_bytes())
-    done = program("verify", str(output))
+    done = attached("verify", str(output))
     assert done.returncode == 4
     assert f"predictions/{left.name} is not committed" in done.stdout
-    assert program(*args).returncode == 0
+    assert attached(*args).returncode == 0
     assert not left.exists()
-    verified(str(output), program)
+    verified(str(output), attached)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_job_ends_with_130_within_seconds_and_resumes(
-    number: signal.Signals, photos: Callable[..., Path], tmp_path: Path, program: Program
+    number: signal.Signals, photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
-    """Ctrl-C reaches the whole process group, Ray's processes included."""
+    """Ctrl-C reaches the whole process group, the processes of a Ray of its own included."""
     output, log = tmp_path / "out", tmp_path / "log"
     args = job_args(photos(400, bad_percent=5), output, predictor="predictors:SlowStart")
+    if number is signal.SIGTERM:
+        args += ["--address", cluster["address"]]
     process = start(*args, log=log)
     deadline = time.monotonic() + 120
     while len(list(output.glob("_commits/*"))) < 2:
@@ -254,9 +269,9 @@ def test_interrupted_job_ends_with_130_within_seconds_and_resumes(
     assert "Traceback" not in text, text
     committed = len(list(output.glob("_commits/*")))
     assert 2 <= committed < 40
-    status = json.loads(program("status", str(output), "--json").stdout)
+    status = json.loads(attached("status", str(output), "--json").stdout)
     assert (status["state"], status["shards_done"]) == ("unfinished", committed)
-    assert program("verify", str(output)).returncode == 0
+    assert attached("verify", str(output)).returncode == 0
     (attempt,) = read_attempts(Store(str(output), StorageConfig()))
     assert attempt.state == "interrupted"
     assert not (output / "_FAILED").exists()
@@ -265,7 +280,7 @@ def test_interrupted_job_ends_with_130_within_seconds_and_resumes(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("program_name", ["raylet", "gcs_server"])
 def test_killed_process_of_ray_ends_with_5_and_a_verdict_and_the_job_resumes(
-    program_name: str, photos: Callable[..., Path], tmp_path: Path, program: Program
+    program_name: str, photos: Callable[..., Path], tmp_path: Path, attached: Program
 ) -> None:
     """Ray's native code ends the driver then, past everything of Python's."""
     output, log = tmp_path / "out", tmp_path / "log"
@@ -289,9 +304,9 @@ def test_killed_process_of_ray_ends_with_5_and_a_verdict_and_the_job_resumes(
     assert "it resumes" in lines[3]
     assert "Traceback" not in text, text
     assert json.loads((output / "_FAILED").read_text())["exit_code"] == 5
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
-    verified(str(output), program)
+    verified(str(output), attached)
 
 
 @pytest.mark.timeout(200)
@@ -318,11 +333,12 @@ def test_killed_program_leaves_nothing(photos: Callable[..., Path], tmp_path: Pa
 
 
 def test_interrupt_while_ray_waits_for_the_model_ends_with_130(
-    photos: Callable[..., Path], tmp_path: Path, program: Program
+    photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str]
 ) -> None:
     """The driver is then in Ray's native code, which lets one kind of exception through."""
     log = tmp_path / "log"
-    process = start(*job_args(photos(20), tmp_path / "out", predictor="predictors:SlowStart"), log=log)
+    args = job_args(photos(20), tmp_path / "out", predictor="predictors:SlowStart")
+    process = start(*args, "--address", cluster["address"], log=log)
     deadline = time.monotonic() + 120
     while "starting Ray and the model" not in log.read_text():
         assert process.poll() is None, log.read_text()
@@ -335,12 +351,12 @@ def test_interrupt_while_ray_waits_for_the_model_ends_with_130(
 
 
 def test_json_is_one_document_for_programs(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     args = [*job_args(photos(10), tmp_path / "out"), "--address", cluster["address"], "--json", "--quiet"]
-    done = program(*args)
+    done = attached(*args)
     assert json.loads(done.stdout)["predictions"] == 10
     assert done.stderr == ""
-    bad = program(*args, "--set", "nothing=1")
+    bad = attached(*args, "--set", "nothing=1")
     assert bad.returncode == 2
     assert json.loads(bad.stdout)["exit_code"] == 2

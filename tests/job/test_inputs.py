@@ -62,7 +62,7 @@ def gets(proxy: Proxy, folder: str) -> int:
 
 
 def test_images_in_files_are_predicted_as_those_that_are_objects_with_few_requests(
-    images: list[bytes], tmp_path: Path, program: Program, cluster: dict[str, str], proxy: Proxy
+    images: list[bytes], tmp_path: Path, attached: Program, cluster: dict[str, str], proxy: Proxy
 ) -> None:
     config = StorageConfig(endpoint_url=proxy.url)
     extra = ["--set", f"storage.endpoint_url={proxy.url}"]
@@ -73,11 +73,11 @@ def test_images_in_files_are_predicted_as_those_that_are_objects_with_few_reques
         upload(kind, images, Store(f"{base}/in-{kind}", config))
         proxy.requests.clear()
         args = job_args(f"{base}/in-{kind}/{pattern}", f"{base}/out-{kind}", shard_size=50)
-        done = program(*args, "--address", cluster["address"], *extra)
+        done = attached(*args, "--address", cluster["address"], *extra)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "300 of 300 images accounted for, 294 predictions and 6 errors" in done.stdout
         requests[kind] = gets(proxy, f"in-{kind}")
-        verified(f"{base}/out-{kind}", program, *extra)
+        verified(f"{base}/out-{kind}", attached, *extra)
         output = Store(f"{base}/out-{kind}", config)
         both = [*rows(output, "predictions"), *rows(output, "errors")]
         both.sort(key=lambda row: (row["shard"], row["row"]))
@@ -100,7 +100,7 @@ def test_images_in_files_are_predicted_as_those_that_are_objects_with_few_reques
 
 @pytest.mark.timeout(600)
 def test_after_a_kill_the_members_of_committed_shards_are_not_read_again(
-    images: list[bytes], tmp_path: Path, program: Program, cluster: dict[str, str], proxy: Proxy
+    images: list[bytes], tmp_path: Path, attached: Program, cluster: dict[str, str], proxy: Proxy
 ) -> None:
     config = StorageConfig(endpoint_url=proxy.url)
     base = f"s3://tests/{tmp_path.name}"
@@ -119,16 +119,16 @@ def test_after_a_kill_the_members_of_committed_shards_are_not_read_again(
     left = 30 - len(ledger.committed())
     assert 0 < left <= 26
     proxy.requests.clear()
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "300 of 300 images accounted for, 294 predictions and 6 errors" in done.stdout
     # Ten members of a shard are one range; the archives' headers are not read again.
     assert gets(proxy, "in") == left
-    verified(f"{base}/out", program, "--set", f"storage.endpoint_url={proxy.url}")
+    verified(f"{base}/out", attached, "--set", f"storage.endpoint_url={proxy.url}")
 
 
 def test_a_store_that_asks_to_slow_down_is_asked_less_and_loses_no_row(
-    images: list[bytes], tmp_path: Path, program: Program, cluster: dict[str, str], proxy: Proxy
+    images: list[bytes], tmp_path: Path, attached: Program, cluster: dict[str, str], proxy: Proxy
 ) -> None:
     config = StorageConfig(endpoint_url=proxy.url)
     base = f"s3://tests/{tmp_path.name}"
@@ -150,7 +150,7 @@ def test_a_store_that_asks_to_slow_down_is_asked_less_and_loses_no_row(
     proxy.answer = answer
     args = job_args(f"{base}/in", f"{base}/out", shard_size=300)
     extra = ["--set", f"storage.endpoint_url={proxy.url}"]
-    done = program(*args, "--address", cluster["address"], *extra)
+    done = attached(*args, "--address", cluster["address"], *extra)
     proxy.answer = lambda method, path: None
     assert done.returncode == 0, done.stdout + done.stderr
     assert "300 of 300 images accounted for, 294 predictions and 6 errors" in done.stdout

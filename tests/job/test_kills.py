@@ -46,7 +46,7 @@ def uris_of(store: Store, shards: set[int]) -> set[str]:
 
 @pytest.mark.timeout(900)
 def test_driver_killed_at_random_moments(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     rng = random.Random(seed)
@@ -98,7 +98,7 @@ def test_driver_killed_at_random_moments(
             assert not again, (
                 f"seed {seed}, run {runs}: images of committed shards were read again: {sorted(again)[:3]}"
             )
-        found = verified(output, program, "--set", f"storage.endpoint_url={s3}")
+        found = verified(output, attached, "--set", f"storage.endpoint_url={s3}")
         assert (found["rows"], found["predictions"], found["errors"]) == (240, 228, 12)
     middle = [n for n in committed_before_kill if 0 < n < SHARDS]
     print(
@@ -109,7 +109,7 @@ def test_driver_killed_at_random_moments(
 
 
 @pytest.mark.timeout(900)
-def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], program: Program) -> None:
+def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], attached: Program) -> None:
     """Ray starts another actor and runs its tasks again; the rows that came twice must count once."""
     folder = photos(SHARDS * SHARD_SIZE, bad_percent=5)
     rng = random.Random(7)
@@ -132,7 +132,7 @@ def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict
             assert process.wait(RUN_S) == 0, log.read_text()
         finally:
             stop(process)
-        found = verified(str(output), program)
+        found = verified(str(output), attached)
         assert (found["predictions"], found["errors"]) == (228, 12)
     assert len(pids) == ACTOR_KILLS
     print(
@@ -142,7 +142,7 @@ def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict
 
 @pytest.mark.timeout(300)
 def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
-    photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], program: Program
+    photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], attached: Program
 ) -> None:
     """A writer that dies loses rows that were not committed."""
     output, log = tmp_path / "out", tmp_path / "log"
@@ -156,6 +156,6 @@ def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
     finally:
         stop(process)
     assert "Traceback" not in log.read_text(), log.read_text()
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
-    verified(str(output), program)
+    verified(str(output), attached)

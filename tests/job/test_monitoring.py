@@ -47,7 +47,7 @@ def all_queries() -> list[tuple[str, str]]:
 def test_prometheus_sees_what_the_summary_says_and_every_query_has_data(
     photos: Callable[..., Path],
     tmp_path: Path,
-    program: Callable[..., subprocess.CompletedProcess[str]],
+    attached: Callable[..., subprocess.CompletedProcess[str]],
     cluster: dict[str, str],
     proxy: Proxy,
 ) -> None:
@@ -99,7 +99,7 @@ def test_prometheus_sees_what_the_summary_says_and_every_query_has_data(
         assert process.returncode == 0, log.read_text()
         assert killed == {"task", "actor"}
         summary = json.loads((output / "_report" / "summary.json").read_text())
-        assert verified(str(output), program, *settings)["errors"] == summary["rows"]["errors"] > 0
+        assert verified(str(output), attached, *settings)["errors"] == summary["rows"]["errors"] > 0
         # Some of the tasks that were killed had only just begun, and left no mark.
         tasks_again = sum(line["event"].startswith("the shard was begun before") for line in workers_lines(cluster))
         assert tasks_again >= 1

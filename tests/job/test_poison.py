@@ -100,6 +100,7 @@ def test_an_image_that_kills_the_predictor_s_process_is_one_error_row(
     photos: Callable[..., Path],
     tmp_path: Path,
     program: Callable[..., subprocess.CompletedProcess[str]],
+    attached: Callable[..., subprocess.CompletedProcess[str]],
     cluster: dict[str, str],
 ) -> None:
     folder = photos(120)
@@ -113,7 +114,7 @@ def test_an_image_that_kills_the_predictor_s_process_is_one_error_row(
         env={"PYTHONPATH": str(Path(__file__).parent)}, timeout_s=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    report = verified(str(tmp_path / "out"), program)
+    report = verified(str(tmp_path / "out"), attached)
     assert (report["predictions"], report["errors"]) == (116, 4)
     rows = [row for file in (tmp_path / "out/errors").iterdir() for row in pq.read_table(file).to_pylist()]
     assert {row["uri"].rpartition("/")[2] for row in rows} == deadly

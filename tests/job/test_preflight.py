@@ -20,13 +20,13 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_the_forecast_beside_the_run(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     """The predictor sleeps for 0.2 s a batch of 8: 40 images a second, whatever the machine is busy with."""
     args = job_args(photos(240, bad_percent=5), tmp_path / "out", shard_size=60)
     args = [a for a in args if a not in ("--dashboard-host", "none")]
     args += ["--set", "predictor.kwargs={delay_s: 0.2}", "--address", cluster["address"]]
-    before = program("preflight", *args[1:], "--samples", "40", "--json")
+    before = attached("preflight", *args[1:], "--samples", "40", "--json")
     assert before.returncode == 0, before.stdout + before.stderr
     found = json.loads(before.stdout)
     states = {check["name"]: check["state"] for check in found["checks"]}
@@ -41,18 +41,18 @@ def test_the_forecast_beside_the_run(
     assert ahead["seconds"] > measured["load_s"] + 240 / 41
     assert (ahead["gpu_hours"], ahead["cpus_per_gpu"]) == (0, None)
     assert not (tmp_path / "out").exists()
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out/_report/summary.json").read_text())
     print(f"predicted {ahead['images_per_s']:.1f} images/s, the run had {summary['images_per_s']:.1f}")
 
 
 def test_failed_checks_are_named_with_their_remedies_and_end_with_2(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     args = job_args(photos(12), tmp_path / "out", predictor="predictors:FailsOnEverything")
     args = [a for a in args if a not in ("--dashboard-host", "none")]
-    done = program("preflight", *args[1:], "--address", cluster["address"])
+    done = attached("preflight", *args[1:], "--address", cluster["address"])
     assert done.returncode == 2, done.stdout + done.stderr
     text = " ".join(done.stdout.split())
     assert "FAIL forward pass" in text
@@ -62,19 +62,19 @@ def test_failed_checks_are_named_with_their_remedies_and_end_with_2(
 
 
 def test_golden_samples_are_as_they_were_or_the_difference_is_named(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder = photos(12)
     args = job_args(folder, tmp_path / "out", predictor="predictors:MeanColor")
     args = [a for a in args if a not in ("--dashboard-host", "none")]
-    assert program(*args, "--address", cluster["address"]).returncode == 0
+    assert attached(*args, "--address", cluster["address"]).returncode == 0
     frame = pd.read_parquet(tmp_path / "out/predictions").drop(columns=["pid"]).reset_index(drop=True)
     frame.to_parquet(tmp_path / "golden.parquet")
     preflight = ["preflight", *args[1:], "--samples", "4", "--address", cluster["address"], "--json"]
     preflight[preflight.index("--output") + 1] = str(tmp_path / "other")
 
     def tried() -> dict[str, dict[str, str]]:
-        done = program(*preflight, "--golden", str(tmp_path / "golden.parquet"))
+        done = attached(*preflight, "--golden", str(tmp_path / "golden.parquet"))
         found = json.loads(done.stdout)
         assert done.returncode == (0 if found["ok"] else 2)
         return {check["name"]: check for check in found["checks"]}
@@ -94,12 +94,12 @@ def test_golden_samples_are_as_they_were_or_the_difference_is_named(
 
 
 def test_a_job_begins_with_its_own_preflight_and_not_when_it_resumes(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     out = tmp_path / "out"
     args = [*job_args(photos(60, bad_percent=5), out), "--address", cluster["address"]]
     args += ["--set", "preflight.enabled=true", "--set", "preflight.samples=40"]
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     log = done.stderr
     for said in (
@@ -111,30 +111,30 @@ def test_a_job_begins_with_its_own_preflight_and_not_when_it_resumes(
     ):
         assert said in log, log
     assert log.index("trying one actor") < log.index("preflight: samples") < log.index("recounting")
-    verified(str(out), program)
+    verified(str(out), attached)
     (out / "_SUCCESS").unlink()
     next((out / "_commits").iterdir()).unlink()
-    again = program(*args)
+    again = attached(*args)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "preflight" not in again.stderr
-    verified(str(out), program)
+    verified(str(out), attached)
 
 
 def test_a_job_whose_preflight_fails_ends_with_2_and_keeps_the_verdict(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder, out = photos(12), tmp_path / "out"
     golden = tmp_path / "golden.csv"
     golden.write_text("uri,mean\n" + "".join(f"{path},999\n" for path in sorted(folder.iterdir())[:3]))
     args = [*job_args(folder, out), "--address", cluster["address"], "--set", "preflight.enabled=true"]
-    done = program(*args, "--set", f"preflight.golden_manifest={golden}")
+    done = attached(*args, "--set", f"preflight.golden_manifest={golden}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "preflight: golden samples: 3 of 3 samples, mean are off" in done.stdout
     assert json.loads((out / "_FAILED").read_text())["exit_code"] == 2
     assert not list(out.glob("_commits/*"))
     # What is expected belongs to no fingerprint: the same job goes on without.
-    assert program(*args).returncode == 0
-    verified(str(out), program)
+    assert attached(*args).returncode == 0
+    verified(str(out), attached)
 
 
 def test_an_image_that_ends_its_process_is_a_bad_sample(
@@ -166,7 +166,7 @@ def test_each_kind_of_gpu_is_tried(photos: Callable[..., Path], tmp_path: Path, 
 
 
 def test_members_of_a_tar_file_are_tried_as_members(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder = photos(12)
     archive = tmp_path / "in" / "photos.tar"
@@ -176,13 +176,13 @@ def test_members_of_a_tar_file_are_tried_as_members(
             tar.add(path, path.name)
     out = tmp_path / "out"
     args = [*job_args(archive.parent, out), "--address", cluster["address"], "--set", "preflight.enabled=true"]
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "preflight: samples: all 12 samples were fetched and decoded" in " ".join(done.stderr.split())
     frame = pd.read_parquet(out / "predictions")
     frame.drop(columns=["pid"]).to_parquet(tmp_path / "golden.parquet")
     args = [a for a in job_args(archive.parent, tmp_path / "other") if a not in ("--dashboard-host", "none")]
-    tried = program(
+    tried = attached(
         "preflight", *args[1:], "--address", cluster["address"], "--golden", f"{tmp_path}/golden.parquet", "--json"
     )
     checks = {check["name"]: check for check in json.loads(tried.stdout)["checks"]}
@@ -193,7 +193,7 @@ def test_members_of_a_tar_file_are_tried_as_members(
 
 
 def test_store_that_is_down_is_no_user_error(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str], s3: str, proxy: Proxy
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str], s3: str, proxy: Proxy
 ) -> None:
     """Exit code 2 would end the retries, too."""
     source = f"s3://tests/{tmp_path.name}/in"
@@ -217,7 +217,7 @@ def test_store_that_is_down_is_no_user_error(
         "--set",
         "preflight.enabled=true",
     ]
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 5, done.stdout + done.stderr
     assert "every one of 8 samples failed at fetch with" in done.stdout
     (attempt,) = read_attempts(Store(str(tmp_path / "out"), StorageConfig()))

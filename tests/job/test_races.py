@@ -22,7 +22,7 @@ def test_two_drivers_at_once_end_with_one_result(
     where: str,
     photos: Callable[..., Path],
     tmp_path: Path,
-    program: Program,
+    attached: Program,
     cluster: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> None:
@@ -40,7 +40,7 @@ def test_two_drivers_at_once_end_with_one_result(
     processes = [start(*args, log=log) for log in logs]
     for process, log in zip(processes, logs, strict=True):
         assert process.wait(150) == 0, log.read_text()
-    found = verified(output, program, *extra)
+    found = verified(output, attached, *extra)
     assert (found["rows"], found["predictions"], found["errors"], found["uncommitted"]) == (160, 152, 8, [])
     store = Store(output, storage)
     commits = [json.loads(store.get(info.path)) for info in store.objects("_commits")]
@@ -52,7 +52,7 @@ def test_two_drivers_at_once_end_with_one_result(
 
 
 def test_two_drivers_with_different_jobs_never_mix(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     """Started at the same moment on the same output: one wins, the other is told so.
 
@@ -67,4 +67,4 @@ def test_two_drivers_with_different_jobs_never_mix(
     assert codes == [0, 2], texts
     told = re.compile("belongs to another job|another job is at work in|another configuration has taken over")
     assert sum(bool(told.search(text)) for text in texts) == 1, texts
-    verified(str(output), program)
+    verified(str(output), attached)

@@ -23,12 +23,12 @@ def job_args(*args: Any, **more: Any) -> list[str]:
 
 
 def test_report_is_named_by_the_verdict_and_written_again_by_the_command(
-    photos: Callable[..., Path], s3: str, tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], s3: str, tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     output = f"s3://tests/{tmp_path.name}"
     endpoint = ("--set", f"storage.endpoint_url={s3}")
     folder = photos(40, bad_percent=20)
-    done = program(*job_args(folder, output, shard_size=10), *endpoint, "--address", cluster["address"])
+    done = attached(*job_args(folder, output, shard_size=10), *endpoint, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith(f"report {output}/_report/report.html)")
     store = Store(output, StorageConfig(endpoint_url=s3))
@@ -37,19 +37,19 @@ def test_report_is_named_by_the_verdict_and_written_again_by_the_command(
     assert html.count("data:image/jpeg;base64,") == 18  # without confidences there are no two ends
     assert "1 start of the program" in html
     store.delete(["_report/report.html"])
-    again = program("report", output, "--gpu-hour-price", "2", "--thumbnails", "3", *endpoint, "--json")
+    again = attached("report", output, "--gpu-hour-price", "2", "--thumbnails", "3", *endpoint, "--json")
     assert again.returncode == 0, again.stdout + again.stderr
     found = json.loads(again.stdout)
     assert (found["state"], found["rows"], found["predictions"], found["errors"]) == ("succeeded", 40, 32, 8)
     assert len(store.get("_report/report.html")) == found["bytes"]
-    verified(output, program, *endpoint)
+    verified(output, attached, *endpoint)
 
 
 def test_failed_job_has_a_report_with_the_reason(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     args = job_args(photos(60, bad_percent=50), tmp_path / "out", shard_size=5)
-    done = program(*args, "--address", cluster["address"], "--set", "errors.max_count=3")
+    done = attached(*args, "--address", cluster["address"], "--set", "errors.max_count=3")
     assert done.returncode == 3, done.stdout + done.stderr
     where = tmp_path / "out/_report/report.html"
     assert done.stdout.splitlines()[-1] == f"output: {tmp_path / 'out'} (report {where})"
@@ -59,7 +59,7 @@ def test_failed_job_has_a_report_with_the_reason(
 
 
 def test_attempts_add_up(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     output = tmp_path / "out"
     args = [*job_args(photos(400), output), "--set", "predictor.args=[0.1]", "--address", cluster["address"]]
@@ -74,9 +74,9 @@ def test_attempts_add_up(
         process.kill()
         process.wait(30)
     # Of an output that nobody works on any more.
-    assert program("report", str(output)).returncode == 0
+    assert attached("report", str(output)).returncode == 0
     assert "Not finished" in (output / "_report/report.html").read_text()
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     html = (output / "_report/report.html").read_text()
     assert "Succeeded: all 400 images are accounted for" in html
@@ -87,28 +87,28 @@ def test_attempts_add_up(
 
 
 def test_report_that_cannot_be_made_costs_a_warning_and_not_the_job(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     output = tmp_path / "out"
     (output / "_report/report.html").mkdir(parents=True)
-    done = program(*job_args(photos(10), output), "--address", cluster["address"])
+    done = attached(*job_args(photos(10), output), "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the report could not be made" in done.stderr
     assert done.stdout.splitlines()[-1].endswith("_report/summary.json)")
     # By hand it is an error like any other.
-    failed = program("report", str(output))
+    failed = attached("report", str(output))
     assert failed.returncode in (2, 5)
     assert "Traceback" not in failed.stdout + failed.stderr
 
 
 def test_report_can_be_left_out(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     args = [*job_args(photos(10), tmp_path / "out"), "--address", cluster["address"], "--set", "report.enabled=false"]
-    assert program(*args).returncode == 0
+    assert attached(*args).returncode == 0
     assert not (tmp_path / "out/_report/report.html").exists()
     # A job that was done without one gets it at the next start.
-    done = program(*args, "--set", "report.enabled=true")
+    done = attached(*args, "--set", "report.enabled=true")
     assert "nothing was run" in done.stdout
     assert (tmp_path / "out/_report/report.html").exists()
 

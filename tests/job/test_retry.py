@@ -18,7 +18,7 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_rows_that_failed_are_done_again_from_whatever_folder(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, program: Program, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder, output = photos(30), tmp_path / "out"
     late = sorted(folder.iterdir())[::6]
@@ -33,7 +33,7 @@ def test_rows_that_failed_are_done_again_from_whatever_folder(
     path = {"PYTHONPATH": str(Path(__file__).parent)}
     done = program(*args, "--set", predictor, "--address", cluster["address"], env=path, cwd=folder.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert verified(str(output), program)["errors"] == len(late)
+    assert verified(str(output), attached)["errors"] == len(late)
     again = ["retry", str(output), "--dashboard-host", "none", "--address", cluster["address"]]
     done = program(*again, "--stage", "decode", env=path, cwd=tmp_path)
     assert done.returncode == 0
@@ -51,7 +51,7 @@ def test_rows_that_failed_are_done_again_from_whatever_folder(
         file.write_bytes(content[file])
     done = program(*again, "--all", env=path, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = verified(str(output), program)
+    found = verified(str(output), attached)
     assert (found["predictions"], found["errors"], found["uncommitted"]) == (30, 0, [])
     assert not list(output.glob("errors/*"))
     names = [row for file in output.glob("predictions/*") for row in pq.read_table(file)["uri"].to_pylist()]
@@ -59,7 +59,7 @@ def test_rows_that_failed_are_done_again_from_whatever_folder(
 
 
 def test_an_object_that_was_replaced_since_planning_is_predicted_when_a_retry_asks_for_it(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
     direct = StorageConfig(endpoint_url=s3)
     store = Store(f"s3://tests/{tmp_path.name}", direct)
@@ -76,11 +76,11 @@ def test_an_object_that_was_replaced_since_planning_is_predicted_when_a_retry_as
     proxy.answer = answer
     output = f"{store.uri}/out"
     there = ["--address", cluster["address"], "--set", f"storage.endpoint_url={proxy.url}"]
-    done = program(*job_args(f"{store.uri}/in", output), *there)
+    done = attached(*job_args(f"{store.uri}/in", output), *there)
     assert done.returncode == 0, done.stdout + done.stderr
     past = ["--set", f"storage.endpoint_url={s3}"]
-    assert verified(output, program, *past)["errors"] == 1
+    assert verified(output, attached, *past)["errors"] == 1
     assert "fetch CHANGED 1" in " ".join(done.stdout.split())
-    done = program("retry", output, "--error-type", "CHANGED", "--dashboard-host", "none", *there)
+    done = attached("retry", output, "--error-type", "CHANGED", "--dashboard-host", "none", *there)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert verified(output, program, *past)["errors"] == 0
+    assert verified(output, attached, *past)["errors"] == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +19,7 @@ from batch_inference.config import StorageConfig
 from batch_inference.output.attempts import read_attempts
 from batch_inference.storage.store import Store
 from tests.support.images import jpeg
-from tests.support.jobs import job_args, start, verified, wait_for
+from tests.support.jobs import RUN_TIMEOUT_S, job_args, start, verified, wait_for
 from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -27,7 +30,7 @@ def test_every_input_ends_as_one_row_and_a_second_run_is_done_at_once(
     where: str,
     photos: Callable[..., Path],
     tmp_path: Path,
-    program: Program,
+    attached: Program,
     cluster: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> None:
@@ -42,13 +45,13 @@ def test_every_input_ends_as_one_row_and_a_second_run_is_done_at_once(
         for file in folder.iterdir():
             store.put(file.name, file.read_bytes())
     args = [*job_args(source, output), "--address", cluster["address"], *extra]
-    first = program(*args)
+    first = attached(*args)
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.splitlines()[0] == "SUCCEEDED: 60 of 60 images accounted for, 54 predictions and 6 errors"
     assert len(first.stdout.splitlines()) == 5
-    found = verified(output, program, *extra)
+    found = verified(output, attached, *extra)
     assert (found["rows"], found["predictions"], found["errors"]) == (60, 54, 6)
-    second = program(*args)
+    second = attached(*args)
     assert second.returncode == 0
     assert "was done already" in second.stdout.splitlines()[0]
     if where == "local":
@@ -62,11 +65,11 @@ def test_every_input_ends_as_one_row_and_a_second_run_is_done_at_once(
 
 
 def test_the_articles_predictor_runs_unchanged_on_500_jpegs(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder, output = photos(500), tmp_path / "out"
     args = job_args(folder, output, predictor="predictors:ArticlePredictor", shard_size=100)
-    done = program(*args, "--address", cluster["address"])
+    done = attached(*args, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_parquet(output / "predictions")
     assert len(table) == 500
@@ -75,7 +78,7 @@ def test_the_articles_predictor_runs_unchanged_on_500_jpegs(
 
 
 def test_ray_client_addresses_run_the_driver_in_the_cluster(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, program: Program, attached: Program, cluster: dict[str, str]
 ) -> None:
     """With a predictor from the current folder, which the cluster's processes can't import by its name."""
     (tmp_path / "here").mkdir()
@@ -85,11 +88,11 @@ def test_ray_client_addresses_run_the_driver_in_the_cluster(
     done = program(*args, "--address", cluster["client"], cwd=tmp_path / "here")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "40 of 40 images accounted for, 38 predictions and 2 errors" in done.stdout
-    verified(str(tmp_path / "out"), program)
+    verified(str(tmp_path / "out"), attached)
 
 
 def test_a_signal_ends_the_driver_in_the_cluster_as_it_does_one_here(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     output = tmp_path / "out"
     args = [
@@ -113,14 +116,14 @@ def test_a_signal_ends_the_driver_in_the_cluster_as_it_does_one_here(
     assert attempt.state == "interrupted"
     committed = {file.name for file in output.glob("_commits/*")}
     assert 2 <= len(committed) < 12
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     assert committed <= {file.name for file in output.glob("_commits/*")}
-    verified(str(output), program)
+    verified(str(output), attached)
 
 
 def test_manifest_columns_pass_through_and_wide_outputs_do_not_pass_the_driver(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder = photos(40)
     manifest = tmp_path / "list.csv"
@@ -128,7 +131,7 @@ def test_manifest_columns_pass_through_and_wide_outputs_do_not_pass_the_driver(
     manifest.write_text("uri,id\n" + "\n".join(lines) + "\n")
     args = job_args("unused", tmp_path / "out", predictor="predictors:Embedding", shard_size=16)
     args[1:2] = ["--manifest", str(manifest)]
-    done = program(*args, "--address", cluster["address"])
+    done = attached(*args, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_parquet(tmp_path / "out/predictions").sort_values("id")
     assert list(table["id"]) == [f"{i:05d}" for i in range(40)]
@@ -137,10 +140,10 @@ def test_manifest_columns_pass_through_and_wide_outputs_do_not_pass_the_driver(
     errors = pd.read_parquet(tmp_path / "out/errors").set_index("id")
     assert errors.loc["77777", ["stage", "error_type"]].tolist() == ["fetch", "NOT_FOUND"]
     assert errors.loc["88888", ["stage", "error_type"]].tolist() == ["list", "INVALID_URI"]
-    verified(str(tmp_path / "out"), program)
+    verified(str(tmp_path / "out"), attached)
 
 
-def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_path: Path) -> None:
+def test_decoding_is_not_fused_into_the_actors(tmp_path: Path, cluster: dict[str, str]) -> None:
     """With equal CPU requests Ray Data would decode inside the actors, and a CPU job would have no decoders."""
     import ray
     from ray.data._internal.logical.optimizers import get_execution_plan
@@ -153,7 +156,7 @@ def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_
         None,
         {"output": {"uri": str(tmp_path)}, "predictor": "predictors:MeanColor", "inference": {"gpus_per_actor": 0}},
     )
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(cluster["address"], log_to_driver=False)
     try:
         store = Store(str(tmp_path), config.storage)
         dataset = build(PipelineSpec(store, config, resolve_engine(config), {0: 10}, "test"))
@@ -169,23 +172,44 @@ def test_decoding_is_not_fused_into_the_actors(photos: Callable[..., Path], tmp_
 
 
 def test_a_store_that_ignores_put_if_absent_is_refused(
-    photos: Callable[..., Path], proxy: Proxy, program: Program, tmp_path: Path
+    photos: Callable[..., Path], proxy: Proxy, attached: Program, tmp_path: Path
 ) -> None:
     proxy.ignore_put_if_absent = True
-    done = program(*job_args(photos(5), f"s3://tests/{tmp_path.name}"), "--set", f"storage.endpoint_url={proxy.url}")
+    done = attached(*job_args(photos(5), f"s3://tests/{tmp_path.name}"), "--set", f"storage.endpoint_url={proxy.url}")
     assert done.returncode == 2
     assert "does not honor put-if-absent" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_finished_and_failed_jobs_leave_no_actor_in_a_process_that_stays(
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
+) -> None:
+    """A notebook stays in the cluster after its job, and what that leaves takes memory until the notebook ends."""
+    folder = photos(20)
+    assert attached(*job_args(folder, tmp_path / "out")).returncode == 0
+    assert attached(*job_args(folder, tmp_path / "failed", predictor="predictors:FailsOnEverything")).returncode == 2
+
+    def actors() -> list[str]:
+        titles = []
+        for process in psutil.Process(int(cluster["process"])).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # one that has just ended
+                titles.append(" ".join(process.cmdline()))
+        return [title for title in titles if title.startswith(("ray::ShardWriter", "ray::MapWorker", "ray::Inference"))]
+
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    while actors():
+        assert time.monotonic() < deadline, actors()
+        time.sleep(0.1)
+
+
 def test_another_configuration_on_the_same_output_is_refused(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder, output = photos(10), tmp_path / "out"
     args = [*job_args(folder, output), "--address", cluster["address"]]
-    assert program(*args).returncode == 0
+    assert attached(*args).returncode == 0
     fingerprint = json.loads((output / "_job.json").read_text())["fingerprint"]
-    other = program(*args, "--set", "preprocess.max_pixels=1000", "--set", "predictor.args=[0.5]")
+    other = attached(*args, "--set", "preprocess.max_pixels=1000", "--set", "predictor.args=[0.5]")
     assert other.returncode == 2
     text = other.stdout + other.stderr
     assert fingerprint[:12] in text
@@ -193,11 +217,11 @@ def test_another_configuration_on_the_same_output_is_refused(
     assert "predictor.args: nothing there, (0.5,) now" in text
     assert "Traceback" not in text
     # What does not change a row may change between attempts.
-    assert program(*args, "--set", "inference.batch_size=4", "--set", "errors.max_count=7").returncode == 0
+    assert attached(*args, "--set", "inference.batch_size=4", "--set", "errors.max_count=7").returncode == 0
 
 
 def test_the_builtin_classifier_on_a_state_dict_writes_the_contracts_columns(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     import safetensors.torch
     import torchvision
@@ -210,7 +234,7 @@ def test_the_builtin_classifier_on_a_state_dict_writes_the_contracts_columns(
         "--set", "model.source=file", "--model", "resnet18", "--weights", str(weights), "--set", f"model.labels={tmp_path}/labels.txt",
         "--set", "inference.actors=1", "--set", "inference.gpus_per_actor=0", "--set", "shard_size=8", "--set", "inference.top_k=3",
     ]  # fmt: skip
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "30 images are few" in done.stderr
     table = pq.read_table(tmp_path / "out/predictions")
@@ -228,7 +252,7 @@ def test_the_builtin_classifier_on_a_state_dict_writes_the_contracts_columns(
             "confidence": row["confidence"],
         }
     assert table.num_rows == 27
-    verified(str(tmp_path / "out"), program)
+    verified(str(tmp_path / "out"), attached)
 
 
 def test_library_use_without_the_command_line(photos: Callable[..., Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ MAX_PLAN_MIB = 2048
 
 
 @pytest.mark.timeout(1500)
-def test_100_000_images_in_flat_memory(tmp_path: Path, program: Program, cluster: dict[str, str]) -> None:
+def test_100_000_images_in_flat_memory(tmp_path: Path, attached: Program, cluster: dict[str, str]) -> None:
     folder = tmp_path / "photos"
     # Hard links to a few real JPEGs: as many files, without as many megabytes.
     sources = [jpeg(seed, (32, 24)) for seed in range(20)]
@@ -65,7 +65,7 @@ def test_100_000_images_in_flat_memory(tmp_path: Path, program: Program, cluster
     shards = IMAGES // 1000
     early = max(memory for done, memory in samples if shards * 0.1 <= done <= shards * 0.5)
     late = max(memory for done, memory in samples if done > shards * 0.5)
-    found = verified(str(tmp_path / "out"), program)
+    found = verified(str(tmp_path / "out"), attached)
     assert (found["rows"], found["errors"]) == (IMAGES, IMAGES // 1000)
     print(
         f"{IMAGES:,} images in {seconds:.0f} s; driver memory {early / MIB:.0f} MiB at most in the first half, "

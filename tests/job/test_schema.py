@@ -46,13 +46,13 @@ def model(number: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("predictor", ["TypesDrift", "TypesExclude"])
 def test_class_whose_types_drift_leaves_a_folder_that_all_tools_read(
-    predictor: str, photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    predictor: str, photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder, output = photos(12), tmp_path / "out"
     args = job_args(folder, output, shard_size=4, predictor=f"predictors:{predictor}")
-    done = program(*args, "--set", "inference.batch_size=4", "--address", cluster["address"])
+    done = attached(*args, "--set", "inference.batch_size=4", "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
-    found = verified(str(output), program)
+    found = verified(str(output), attached)
     table = ds.dataset(output / "predictions").to_table().sort_by("number")
     errors = pd.read_parquet(output / "errors").to_dict("records") if found["errors"] else []
     assert table.num_rows + len(errors) == 12
@@ -80,14 +80,14 @@ def test_class_whose_types_drift_leaves_a_folder_that_all_tools_read(
 
 
 def test_values_of_two_types_in_one_batch_cost_only_the_rows_of_one(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     folder, output = photos(12), tmp_path / "out"
     args = job_args(folder, output, shard_size=12, predictor="predictors:TypesWithin")
-    done = program(*args, "--address", cluster["address"])
+    done = attached(*args, "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "postprocess OUTPUT_MISMATCH 8" in done.stdout
-    assert verified(str(output), program)["errors"] == 8
+    assert verified(str(output), attached)["errors"] == 8
     # The first row is a number.
     table = pd.read_parquet(output / "predictions")
     assert table["mixed"].tolist() == table["number"].tolist() == [0, 3, 6, 9]

@@ -66,7 +66,7 @@ def test_secrets_of_the_environment_are_found_nowhere(
 
 
 def test_untrusted_manifest_opens_nothing_that_is_not_allowed(
-    photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     """Local files, links out of the folder, the metadata service, control characters: rows like any other, and told apart."""
     folder = photos(3)
@@ -88,10 +88,10 @@ def test_untrusted_manifest_opens_nothing_that_is_not_allowed(
         csv.writer(file).writerows([["uri"], *([uri] for uri in [*good, *bad])])
     args = job_args("", tmp_path / "out")
     args[1:2] = ["--manifest", str(manifest)]
-    done = program(*args, "--set", f"input.allowed_prefixes=[{folder}]", "--address", cluster["address"])
+    done = attached(*args, "--set", f"input.allowed_prefixes=[{folder}]", "--address", cluster["address"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-    verified(str(tmp_path / "out"), program)
+    verified(str(tmp_path / "out"), attached)
     rows = [row for file in (tmp_path / "out/errors").iterdir() for row in pq.read_table(file).to_pylist()]
     assert sorted(row["error_type"] for row in rows) == sorted(bad.values())
     predicted = [row for file in (tmp_path / "out/predictions").iterdir() for row in pq.read_table(file).to_pylist()]

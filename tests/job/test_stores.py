@@ -97,7 +97,7 @@ def test_job_is_killed_and_resumes_with_each_input_once(
     store: ObjectStore,
     photos: Callable[..., Path],
     tmp_path: Path,
-    program: Program,
+    attached: Program,
     cluster: dict[str, str],
 ) -> None:
     """Listed, read whole and by ranges, committed by put-if-absent, killed after the first commits, resumed, verified."""
@@ -124,9 +124,9 @@ def test_job_is_killed_and_resumes_with_each_input_once(
     before = ledger.committed()
     assert 2 <= len(before) < 8
     store.proxy.requests.clear()
-    done = program(*args)
+    done = attached(*args)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = verified(output, program, *store.args)
+    found = verified(output, attached, *store.args)
     assert (found["rows"], found["predictions"], found["errors"], found["uncommitted"]) == (80, 77, 3, [])
     commits = [json.loads(ledger.store.get(info.path)) for info in ledger.store.objects("_commits")]
     assert len(commits) == 8
@@ -153,12 +153,12 @@ def test_one_of_many_writers_creates(store: ObjectStore, tmp_path: Path) -> None
 
 
 def test_store_that_ignores_put_if_absent_ends_with_2(
-    store: ObjectStore, photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    store: ObjectStore, photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     store.proxy.ignore_put_if_absent = True
     try:
         output = f"{store.bucket}/{tmp_path.name}/out"
-        done = program(*job_args(photos(4), output), "--address", cluster["address"], *store.args)
+        done = attached(*job_args(photos(4), output), "--address", cluster["address"], *store.args)
     finally:
         store.proxy.ignore_put_if_absent = False
     assert done.returncode == 2, done.stdout + done.stderr
@@ -187,7 +187,7 @@ def test_missing_bucket_ends_with_2(store: ObjectStore, tmp_path: Path, program:
 
 @pytest.mark.timeout(600)
 def test_store_that_asks_to_slow_down_loses_no_row(
-    store: ObjectStore, photos: Callable[..., Path], tmp_path: Path, program: Program, cluster: dict[str, str]
+    store: ObjectStore, photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:
     source = upload(store, f"{tmp_path.name}/in", photos(40))
     refused = 0
@@ -201,10 +201,10 @@ def test_store_that_asks_to_slow_down_loses_no_row(
 
     store.proxy.answer = answer
     output = f"{store.bucket}/{tmp_path.name}/out"
-    done = program(*job_args(source, output), "--address", cluster["address"], *store.args)
+    done = attached(*job_args(source, output), "--address", cluster["address"], *store.args)
     assert done.returncode == 0, done.stdout + done.stderr
     assert refused == 30
-    found = verified(output, program, *store.args)
+    found = verified(output, attached, *store.args)
     assert (found["rows"], found["predictions"]) == (40, 40)
 
 

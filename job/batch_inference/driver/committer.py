@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -57,6 +58,15 @@ class PredictionWriters:
         count = -(-config.inference.actors // _ACTORS_PER_WRITER)
         remote = ray.remote(num_cpus=0, max_restarts=0)(ShardWriter).options(scheduling_strategy=beside)
         return cls(None, [remote.remote(store, *options) for _ in range(count)])
+
+    def close(self) -> None:
+        """End the actors. In a process that stays in the cluster, as a notebook does, they would hold their rows in memory."""
+        if self.handles:
+            import ray
+
+            for handle in self.handles:
+                with contextlib.suppress(Exception):  # it has ended before, or Ray has
+                    ray.kill(handle)
 
     def add(self, table: pa.Table) -> None:
         """Gather the predictions in rows that came back to the driver."""

@@ -114,6 +114,7 @@ class Execution:
         tally, rows, chosen = events.progress.tally, todo.rows(job), todo.chosen()
         collector = Collector(rows, tally, chosen, worked=tally.predictions > 0)
         with (
+            contextlib.closing(writers),
             Committer(ledger, writers, self._committed, todo.retried, tally) as committer,
             contextlib.closing(
                 results(
