@@ -7,6 +7,7 @@ processes, which Ray gives to one job only. Tests that are about something else 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -34,7 +35,7 @@ class AttachedProgram:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """Run the program to its end with these arguments; ``--address`` in them is not used."""
+        """Run the program to its end with these arguments; ``--address`` is not needed."""
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -96,7 +97,7 @@ def _exit_code(command: Callable[[], None]) -> int:
 
 def serve(address: str) -> None:
     """Join the cluster as the program does, and run the commands that come in as lines of JSON."""
-    from batch_inference.__main__ import main
+    from batch_inference.cli.app import main
     from batch_inference.pipeline.cluster import _join
 
     answers = os.fdopen(os.dup(1), "w")
@@ -107,8 +108,10 @@ def serve(address: str) -> None:
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             with _redirected(out.fileno(), err.fileno()):
-                sys.argv = ["batch-inference", *json.loads(line)]
-                code = _exit_code(main)
+                arguments = json.loads(line)
+                sys.argv = ["batch-inference", *arguments]
+                # Given as an argument too, since without one this process would be the program, which forks.
+                code = _exit_code(functools.partial(main, arguments))
             texts = []
             for file in (out, err):
                 file.seek(0)
