@@ -286,6 +286,18 @@ def test_failed_row_that_fails_again_is_an_error_row_again() -> None:
     collector.finish()
 
 
+@pytest.mark.parametrize("error", [DENIED, DOWN, ("fetch", "TIMEOUT"), PREDICTOR])
+def test_retry_of_which_every_row_fails_of_the_store_again_writes_errors_again(error: tuple[str, str]) -> None:
+    """No row shows that the store answers; held back, the job would end without a commit."""
+    collector = Collector({0: 3, 1: 2}, Tally(), {0: np.array([1, 4, 5]), 1: np.array([0, 2])})
+    done = collect(collector, [(0, 4, error), (0, 1, error)], [(1, 2, error), (0, 5, error)], [(1, 0, error)])
+    assert [(shard, sorted(part.error_table()["row"].to_pylist())) for shard, part in done] == [
+        (0, [1, 4, 5]),
+        (1, [0, 2]),
+    ]
+    collector.finish()
+
+
 @pytest.mark.parametrize(
     ("error", "error_type", "remedy"),
     [

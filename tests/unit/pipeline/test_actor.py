@@ -618,6 +618,29 @@ def test_process_that_every_image_kills_ends_the_job(
     assert pool.deaths <= 4 * 3 + 1
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_deadly_images_with_good_batches_between_them_do_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Each is the last of its batch, so that only whole batches show that the process works."""
+    deadly = {number for number in range(12 * size) if number % (2 * size) == size - 1}
+    pool = Pool(tmp_path, monkeypatch, deadly)
+    task = prepared([image(number) for number in range(12 * size)])
+    tables = pool(*[task.slice(start, size) for start in range(0, task.num_rows, size)])
+    outcomes = [error for table in tables for error in errors(table)]
+    assert outcomes == [CRASH if number in deadly else None for number in range(12 * size)]
+    assert outcomes.count(CRASH) == 6
+
+
+def test_deadly_images_with_good_ones_between_them_do_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are in one batch, so that only images alone show that the process works."""
+    pool = Pool(tmp_path, monkeypatch, set(range(0, 12, 2)))
+    (table,) = pool(prepared([image(number) for number in range(12)]))
+    assert errors(table) == [CRASH, None] * 6
+
+
 def test_images_that_are_known_to_fail_may_all_kill_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

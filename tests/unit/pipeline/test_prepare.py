@@ -254,6 +254,24 @@ def test_store_that_always_refuses_is_reported_soon(kind: str, monkeypatch: pyte
     assert set(table["retryable"].to_pylist()) == {kind == "TIMEOUT"}
 
 
+@pytest.mark.parametrize("error_type", ["ACCESS_DENIED", "TIMEOUT"])
+@pytest.mark.parametrize("good", [range(0, 1), range(30, 40), range(0, 300, 10)], ids=["first", "tens", "many"])
+def test_store_that_has_answered_once_is_asked_for_every_row(
+    error_type: str, good: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More failures than would end a shard in which nothing works, among rows that do."""
+    asked = systemic(monkeypatch, {number: jpeg(0) for number in good}, error_type)
+    table = pa.concat_tables(prepare([f"s3://b/{n}" for n in range(300)], concurrency=4))
+    assert sorted(asked) == list(range(300))
+    assert errors(table) == [None if number in good else ("fetch", error_type) for number in range(300)]
+
+
+def test_store_that_says_of_one_row_that_it_is_missing_is_asked_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = systemic(monkeypatch, {5: "NOT_FOUND"}, "ACCESS_DENIED")
+    prepare([f"s3://b/{n}" for n in range(200)], concurrency=4)
+    assert sorted(asked) == list(range(200))
+
+
 def test_number_of_decoded_images_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first image takes long; the others may not all lie decoded in memory until then."""
     decoded: list[int] = []
