@@ -43,10 +43,10 @@ class PredictionWriters:
 
     @classmethod
     def start(
-        cls, store: Store, config: JobConfig, attempt: str, tries_column: str, *, custom: bool
+        cls, store: Store, config: JobConfig, attempt: str, tries_column: str, generation: int, *, custom: bool
     ) -> PredictionWriters:
         """Start the writers of one attempt: Ray actors where a custom predictor's columns may be of any width."""
-        options = (attempt, config.output.compression, tries_column)
+        options = (attempt, config.output.compression, tries_column, generation)
         if not custom:
             return cls(ShardWriter(store, *options), [])
         import ray
@@ -115,6 +115,7 @@ class Committer:
         on_commit: Called with each commit, whether it is this driver's, and the seconds that writing it took.
         retried: Shards of which only some rows are done.
         tally: Counts, to which rows are added that turned out not to fit the job's columns.
+        pending: Generation of the commit that each of the other shards is to get.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Committer:
         on_commit: Callable[[Commit, bool, float], None],
         retried: dict[int, RetryShard] | None = None,
         tally: Tally | None = None,
+        pending: dict[int, int] | None = None,
     ) -> None:
         self.lost_race = False
         self.blocked_s = 0.0
@@ -132,6 +134,7 @@ class Committer:
         self._writers = writers
         self._on_commit = on_commit
         self._retried = retried or {}
+        self._generations = (pending or {}) | {shard: again.generation for shard, again in self._retried.items()}
         self._pool = ThreadPoolExecutor(_MAX_UNCOMMITTED // 2, thread_name_prefix="commit")
         self._tally = tally or Tally()
         self._running: deque[Future[_CommitOutcome]] = deque()
@@ -168,7 +171,7 @@ class Committer:
             return False
         self._asked = time.monotonic()
         committed = self._ledger.generations()
-        return len(committed) == shards and all(committed[s] >= r.generation for s, r in self._retried.items())
+        return len(committed) == shards and all(committed[s] >= least for s, least in self._generations.items())
 
     def _collect(self, allowed: int) -> None:
         """Take the outcomes of commits that are done; wait until at most ``allowed`` are under way."""

@@ -109,13 +109,14 @@ class Execution:
         events.phase_changed(Phase.START)
         record.timings = planned_timings(config, len(todo), cpus)
         writers = PredictionWriters.start(
-            ledger.store, config, self._attempt.id, job.tries_column, custom=engine.custom
+            ledger.store, config, self._attempt.id, job.tries_column, todo.generation, custom=engine.custom
         )
         tally, rows, chosen = events.progress.tally, todo.rows(job), todo.chosen()
+        pending = dict.fromkeys(todo.pending, todo.generation)
         collector = Collector(rows, tally, chosen, worked=tally.predictions > 0)
         with (
             contextlib.closing(writers),
-            Committer(ledger, writers, self._committed, todo.retried, tally) as committer,
+            Committer(ledger, writers, self._committed, todo.retried, tally, pending) as committer,
             contextlib.closing(
                 results(
                     PipelineSpec(

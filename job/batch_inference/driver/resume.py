@@ -9,7 +9,7 @@ import structlog
 
 from batch_inference.driver.events import Events
 from batch_inference.driver.job import Planned
-from batch_inference.output.records import JobRecord
+from batch_inference.output.records import JobRecord, Retry
 from batch_inference.output.retries import RetryShard, describe_retry, select_rows
 
 log = structlog.get_logger()
@@ -23,11 +23,13 @@ class Todo:
         pending: Shards without a commit.
         retried: Shards of which failed rows are done again.
         is_first: Whether nothing is committed yet.
+        generation: Generation of the commits that the pending shards get.
     """
 
     pending: tuple[int, ...]
     retried: dict[int, RetryShard]
     is_first: bool
+    generation: int = 0
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.retried)
@@ -47,7 +49,7 @@ def resume(planned: Planned, events: Events) -> Todo:
     ledger, job, retry = planned.ledger, planned.job, planned.retry
     commits = ledger.commits()
     if retry and len(commits) < job.shards:
-        # All were committed before a retry could begin.
+        # Usually all were committed before the retry began, and the listing does not show some of them yet.
         ledger.refresh(set(range(job.shards)) - {commit.shard for commit in commits})
         commits = ledger.commits()
     retried = select_rows(ledger, retry, commits) if retry else {}
@@ -63,4 +65,13 @@ def resume(planned: Planned, events: Events) -> Todo:
         log.info("resuming", shards_done=progress.shards_done, shards=job.shards, rows_done=progress.tally.rows)
     pending = sorted(set(range(job.shards)) - {commit.shard for commit in commits})
     ledger.store.delete(["_FAILED"])  # an earlier attempt's; this one ends with a verdict of its own
-    return Todo(tuple(pending), retried, is_first=not commits)
+    return Todo(tuple(pending), retried, is_first=not commits, generation=_generation_of_pending(retry))
+
+
+def _generation_of_pending(retry: Retry | None) -> int:
+    """Return the generation of the commits that pending shards get: that of a retry of rows that is under way, else 0.
+
+    Of a commit of an earlier generation the retry would select the rows that fail now. Another driver would do them again,
+    while this one takes the retry for finished and deletes files that wait for that driver's commit.
+    """
+    return retry.generation if retry is not None and not retry.types else 0

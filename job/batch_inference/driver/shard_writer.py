@@ -52,13 +52,17 @@ class ShardWriter:
         attempt: Makes file names unique.
         compression: Parquet compression.
         tries_column: See :attr:`~batch_inference.output.records.JobRecord.tries_column`.
+        generation: Generation of the commits of shards that have none yet.
     """
 
-    def __init__(self, store: Store, attempt: str, compression: str, tries_column: str = "tries") -> None:
+    def __init__(
+        self, store: Store, attempt: str, compression: str, tries_column: str = "tries", generation: int = 0
+    ) -> None:
         self._store = store
         self._attempt = attempt
         self._compression = compression
         self._tries_column = tries_column
+        self._generation = generation
         self._open: dict[int, list[pa.Table]] = {}
         self._schema = OutputSchema(store)
 
@@ -93,7 +97,7 @@ class ShardWriter:
             shard, predictions, errors, np.arange(inputs.num_rows) if retry_shard is None else retry_shard.rows
         )
         failed = _error_rows(shard, errors, inputs, self._tries_column) if errors.num_rows or retry_shard else errors
-        generation, files = 0, []
+        generation, files = self._generation, []
         if retry_shard is not None:
             failed = _merge_errors(retry_shard, retry_shard.read_errors(self._store), failed, self._tries_column)
             generation = retry_shard.generation
