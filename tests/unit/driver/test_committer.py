@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batch_inference.config import JobConfig
 from batch_inference.driver import committer
 from batch_inference.driver.collector import OpenShard
 from batch_inference.driver.committer import Committer, PredictionWriters
 from batch_inference.driver.shard_writer import ShardWriter
 from batch_inference.errors import AccountingError, InfrastructureError
 from batch_inference.output.ledger import Ledger
-from batch_inference.output.records import Commit
+from batch_inference.output.records import Commit, Retry, now
 from batch_inference.output.retries import RetryShard, select_rows, start_retry
 from batch_inference.output.tally import Tally
 from batch_inference.output.verify import verify
@@ -221,6 +223,26 @@ def test_lost_errors_that_no_other_driver_has_replaced_end_the_job(tmp_path: Pat
     assert not mine.lost_race
 
 
+def test_commit_that_the_listing_did_not_show_ends_the_attempt(tmp_path: Path) -> None:
+    """Its errors were swept by the retry that made the newer commit; this attempt began from the older one."""
+    ledger, job = finished(str(tmp_path), URIS, SHARD_SIZE)
+    retried = retry_of(ledger)
+    theirs = another(ledger)
+    won = [Healed(theirs.store, "winner").write(shard, ERRORS.empty_table(), retried[shard]) for shard in retried]
+    assert all(theirs.commit(commit) for commit in won)
+    theirs.store.delete(["_SUCCESS"])
+    theirs.finish(job, won, totals_of(job, won), 1)
+    assert theirs.begin_retry(Retry(2, (), (), False, 1, "second", now()))
+    stale = {0: replace(retried[0], generation=2)}
+    with (
+        pytest.raises(InfrastructureError, match="shard-00000-g1 was committed before this attempt began"),
+        Committer(ledger, Healed(ledger.store, "late"), ignore, stale) as mine,
+    ):
+        mine.add(0, open_shard())
+        mine.wait()
+    assert data_files(ledger) == named_files(*won)
+
+
 # --- interrupts and failures ---------------------------------------------------------------------------------------------
 
 
@@ -296,6 +318,39 @@ def test_failed_commit_does_not_hide_the_interrupt_or_the_other_commits(
     assert committed == told == [shard for shard in range(THREADS + 2) if shard != 1]
 
 
+def test_complete_shards_that_wait_for_the_store_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store answers when somebody waits for it, so that a driver that does not wait has been told of nothing."""
+    waited_for = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            future = super().submit(*args, **kwargs)
+            outcome = future.result
+
+            def result(timeout: float | None = None) -> Any:
+                waited_for.set()
+                return outcome(timeout)
+
+            vars(future)["result"] = result
+            return future
+
+    def before(shard: int) -> None:
+        assert waited_for.wait(HANG_S)
+
+    monkeypatch.setattr(committer, "ThreadPoolExecutor", Pool)
+    most = committer._MAX_UNCOMMITTED
+    ledger, _ = planned(str(tmp_path), [f"s3://b/{i}.jpg" for i in range(most + 1)], 1)
+    told: list[int] = []
+    with Committer(ledger, First(ledger.store, "one", before), lambda commit, *_: told.append(commit.shard)) as mine:
+        for shard in range(most):
+            mine.add(shard, open_shard())
+        assert told == []
+        mine.add(most, open_shard())
+        assert 0 in told
+        mine.wait()
+        assert told == list(range(most + 1))
+
+
 def test_failed_commit_ends_the_job(tmp_path: Path) -> None:
     ledger, _ = planned(str(tmp_path), URIS, SHARD_SIZE)
 
@@ -325,6 +380,21 @@ def test_rows_that_only_the_writer_refused_are_counted_before_the_shard_is_told(
             mine.wait()
     assert told == [0, 1]
     assert tally.errors_by == {"postprocess": {"OUTPUT_MISMATCH": 1}}
+
+
+def test_errors_that_were_known_before_a_retry_are_not_counted_again(tmp_path: Path) -> None:
+    """Of two failed rows one is done again and fails again, which the collector has counted."""
+    ledger, _ = finished(str(tmp_path), ["s3://b/bad-0.jpg", "s3://b/bad-1.jpg"], 2)
+    (before,) = ledger.commits()
+    retried = {0: RetryShard(np.array([1], np.int32), before, 1, {"decode": {"TRUNCATED": 1}})}
+    tally = Tally(rows=2)
+    tally.add_errors(before.errors_by)
+    writers = PredictionWriters(ShardWriter(ledger.store, "two", "zstd"), [])
+    with Committer(ledger, writers, ignore, retried, tally) as mine:
+        mine.add(0, open_shard(write(ledger.store, 0, "none")[1].slice(1)))
+        mine.wait()
+    assert (tally.errors, tally.errors_by) == (2, {"decode": {"TRUNCATED": 2}})
+    assert another(ledger).commits()[0].errors_by == {"decode": {"TRUNCATED": 2}}
 
 
 # --- gathering predictions -----------------------------------------------------------------------------------------------
@@ -416,3 +486,40 @@ def test_actors_send_predictions_to_the_writer_that_writes_their_shard(
         assert commit.predictions == 2
         values = pq.read_table(tmp_path / commit.files[0].path)["value"].to_pylist()
         assert values == [2 * shard, 2 * shard + 1]
+
+
+@pytest.mark.parametrize(("actors", "count"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_writers_of_a_custom_predictor_run_beside_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actors: int, count: int
+) -> None:
+    """One that is lost must end the attempt, since what it had gathered is gone."""
+    made: list[tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]] = []
+
+    def remote(**resources: Any) -> Any:
+        def actor(cls: type) -> Any:
+            assert cls is ShardWriter
+            return SimpleNamespace(
+                options=lambda **options: SimpleNamespace(remote=lambda *args: made.append((resources, options, args)))
+            )
+
+        return actor
+
+    context = SimpleNamespace(get_node_id=lambda: "the driver's")
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(remote=remote, get_runtime_context=lambda: context))
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(scheduling_strategies=strategies))
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)
+    config = JobConfig.model_validate({"inference": {"actors": actors}, "output": {"compression": "snappy"}})
+    store = Store(str(tmp_path), CONFIG)
+    writers = PredictionWriters.start(store, config, "one", "tries", 3, custom=True)
+    assert len(writers.handles) == count
+    beside = {"scheduling_strategy": ("the driver's", False)}
+    expected = ({"num_cpus": 0, "max_restarts": 0}, beside, (store, "one", "snappy", "tries", 3))
+    assert made == [expected] * count
+
+
+def test_writer_of_a_classifier_is_the_drivers_own(tmp_path: Path) -> None:
+    config = JobConfig.model_validate({"inference": {"actors": 9}})
+    writers = PredictionWriters.start(Store(str(tmp_path), CONFIG), config, "one", "tries", 0, custom=False)
+    assert writers.handles == []
+    assert isinstance(writers._local, ShardWriter)

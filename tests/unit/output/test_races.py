@@ -12,7 +12,7 @@ import pytest
 from batch_inference.driver.shard_writer import ShardWriter
 from batch_inference.errors import UserError
 from batch_inference.output.ledger import Ledger
-from batch_inference.output.records import Commit, JobRecord, Retry, now
+from batch_inference.output.records import CRASH_JOURNAL, Commit, JobRecord, Retry, now
 from batch_inference.output.retries import RetryShard, select_rows, start_retry
 from batch_inference.output.verify import verify
 from batch_inference.storage.store import Store
@@ -191,6 +191,26 @@ def test_sweep_of_a_retry_removes_what_it_and_earlier_runs_left(tmp_path: Path) 
     assert finish(ledger, job, commits, 1) == len(errors_before) + 2
     assert data_files(tmp_path) == named_files(commits)
     assert verify(str(tmp_path)).problems == ()
+
+
+def test_sweep_of_a_retry_removes_files_of_shards_in_which_it_had_nothing_to_do(tmp_path: Path) -> None:
+    """A driver wrote them that did not see what an earlier retry had committed, and was killed."""
+    ledger, job = finished(str(tmp_path), ["s3://b/0.jpg", "s3://b/1.jpg", "s3://b/bad-2.jpg", "s3://b/3.jpg"], 2)
+    commits = commit_retry(ledger, begin(ledger), "retry")
+    assert [commit.generation for commit in commits] == [0, 1]
+    dead = [
+        "predictions/shard-00000-g1-dead.parquet",
+        "errors/shard-00000-g1-dead.parquet",
+        "predictions/shard-00099-dead.parquet",
+        "_manifest/plan-dead.tar",
+        f"{CRASH_JOURNAL}/shard-00001-dead",
+    ]
+    for path in dead:
+        ledger.store.put(path, b"left by a driver that was killed")
+    assert finish(another(ledger), job, commits, 1) == len(dead) + 1  # and the errors that the retry has replaced
+    assert data_files(tmp_path) == named_files(commits)
+    left = [info.path for folder in ("_manifest", CRASH_JOURNAL) for info in ledger.store.objects(folder)]
+    assert sorted(left) == ["_manifest/shard-00000.parquet", "_manifest/shard-00001.parquet"]
 
 
 @pytest.mark.parametrize("generation", [0, 1])
