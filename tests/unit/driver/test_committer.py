@@ -523,3 +523,16 @@ def test_writer_of_a_classifier_is_the_drivers_own(tmp_path: Path) -> None:
     writers = PredictionWriters.start(Store(str(tmp_path), CONFIG), config, "one", "tries", 0, custom=False)
     assert writers.handles == []
     assert isinstance(writers._local, ShardWriter)
+
+
+def test_closing_ends_every_writer_though_one_has_ended_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+
+    def kill(handle: str) -> None:
+        killed.append(handle)
+        if handle == "first":
+            raise RuntimeError("it has ended before")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(kill=kill))
+    PredictionWriters(None, ["first", "second"]).close()
+    assert killed == ["first", "second"]
