@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.e2e.cluster import base_image
-from tests.e2e.cluster.cache import digest, locked
+from tests.e2e.cluster.cache import digest, locked, record
 from tests.e2e.cluster.images import engine_run, image_exists
 from tests.e2e.cluster.process import CommandError, say
 
@@ -43,7 +43,9 @@ def job_image() -> str:
     """Returns the name of the job image, built now if the engine does not have it."""
     with locked("job-image"):
         name = image_name()
-        if not image_exists(name):
+        there = image_exists(name)
+        record("job-image", hit=there)
+        if not there:
             base_image()
             say(f"building {name} …")
             build_image(name)

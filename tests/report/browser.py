@@ -15,15 +15,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.e2e.cluster.cache import digest, product
 from tests.support import debian
+from tests.support.commands import CHROMIUM
 
-_COMMANDS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
-    "chromium-headless-shell",
-)
 # The browser without windows, and a font, which slim systems lack.
 _PACKAGES = ("chromium-headless-shell", "fonts-dejavu-core")
 _FONTS = """\
@@ -52,7 +45,7 @@ class PageActivity:
 @functools.cache
 def chromium() -> tuple[str, dict[str, str]]:
     """Return the browser's command and its environment variables; the variable CHROMIUM overrides the command."""
-    if command := os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _COMMANDS)), None):
+    if command := os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None):
         return command, {}
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path

@@ -46,12 +46,20 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
+def record(name: str, *, hit: bool) -> None:
+    """Note whether a slow product was there already, for the table of `make test`, which names the file to write to."""
+    if file := os.environ.get("CACHE_RECORD"):
+        with Path(file).open("a") as lines:
+            lines.write(f"{name} {'hit' if hit else 'miss'}\n")
+
+
 def product(name: str, key: str, make: Callable[[Path], None]) -> Path:
     """Returns the folder with a product, made now if it is not there.
 
     A product appears by a rename and so is never seen half made. What an interrupted run left is thrown away by the next.
     """
     final = ROOT / name / key
+    record(name, hit=final.is_dir())
     if not final.is_dir():
         with locked(name):
             if not final.is_dir():

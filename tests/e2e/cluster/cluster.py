@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from tests.e2e.cluster.cache import digest, locked, prune
+from tests.e2e.cluster.cache import digest, locked, prune, record
 from tests.e2e.cluster.engines import engine
 from tests.e2e.cluster.images import (
     OPERATOR_NAMESPACE,
@@ -35,6 +33,13 @@ LOAD_SECONDS = 900
 LABEL = "batch-inference-test-inputs"
 
 
+def _yaml(file: Path) -> Any:
+    # Imported here, since `make test` asks this package about the machine before anything is installed.
+    import yaml
+
+    return yaml.safe_load(file.read_text())
+
+
 def tools() -> dict[str, Path]:
     """Returns the clients that tests use, by name."""
     return {name: tool(name, from_path=engine().upstream) for name in ("kind", "kubectl", "helm")}
@@ -50,8 +55,10 @@ def build() -> None:
     tools()
     base_image()
     if engine().upstream:
-        for node in yaml.safe_load(CONFIG.read_text())["nodes"]:
-            if not image_exists(node["image"]):
+        for node in _yaml(CONFIG)["nodes"]:
+            there = image_exists(node["image"])
+            record("node-image", hit=there)
+            if not there:
                 say(f"pulling {node['image']} …")
                 engine_run("pull", node["image"], timeout=LOAD_SECONDS)
     else:
@@ -225,11 +232,11 @@ class Cluster:
             return ""
 
     def _create(self) -> None:
-        config = yaml.safe_load(CONFIG.read_text())
+        config = _yaml(CONFIG)
         config["nodes"] += [{**config["nodes"][0], "role": "worker"} for _ in range(self.workers)]
         arguments: tuple[str | Path, ...] = ("--kubeconfig", self.kubeconfig, "--wait", "180s", "--retain")
         if not engine().upstream:
-            config = _merged(config, yaml.safe_load((SOURCES / "kind.yaml").read_text()))
+            config = _merged(config, _yaml(SOURCES / "kind.yaml"))
             arguments += ("--image", node_image())
         self.kubeconfig.parent.mkdir(parents=True, exist_ok=True)
         say(f"creating {self.name} …")

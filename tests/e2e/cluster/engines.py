@@ -43,20 +43,29 @@ class Engine:
 @functools.cache
 def engine() -> Engine:
     """Picks by what is found here; CLUSTER_IMAGES=upstream or =source decides it by hand."""
+    command, why = upstream()
+    if command:
+        say(f"using upstream images with {command}")
+        return Engine(command, True, {"KIND_EXPERIMENTAL_PROVIDER": command})
+    say(f"building images from source: {why}")
+    return _podman()
+
+
+def upstream() -> tuple[str | None, str]:
+    """Returns the engine that upstream images can be had with, or none and why; installs nothing."""
     choice = os.environ.get("CLUSTER_IMAGES", "auto")
     if choice not in ("auto", "upstream", "source"):
         raise CommandError(f"CLUSTER_IMAGES is {choice!r}; it can be auto, upstream or source")
-    if choice != "source":
-        command = next(filter(_works, ("docker", "podman")), None)
-        missing = [url for url in REGISTRIES if not _answers(url)] if command else []
-        if command and not missing:
-            say(f"using upstream images with {command}")
-            return Engine(command, True, {"KIND_EXPERIMENTAL_PROVIDER": command})
-        why = f"no answer from {', '.join(missing)}" if command else "neither docker nor podman runs here"
-        if choice == "upstream":
-            raise CommandError(f"upstream images cannot be used: {why}")
-        say(f"building images from source: {why}")
-    return _podman()
+    if choice == "source":
+        return None, "CLUSTER_IMAGES=source"
+    command = next(filter(_works, ("docker", "podman")), None)
+    missing = [url for url in REGISTRIES if not _answers(url)] if command else []
+    if command and not missing:
+        return command, ""
+    why = f"no answer from {', '.join(missing)}" if command else "neither docker nor podman runs here"
+    if choice == "upstream":
+        raise CommandError(f"upstream images cannot be used: {why}")
+    return None, why
 
 
 def _works(command: str) -> bool:
@@ -108,8 +117,13 @@ events_logger = "file"
     return Engine("podman", False, env)
 
 
+def missing_commands() -> list[str]:
+    """Returns which commands are missing that images are built from source with."""
+    return [command for command in DEBIAN_COMMANDS if not shutil.which(command)]
+
+
 def _install_packages() -> None:
-    if all(map(shutil.which, DEBIAN_COMMANDS)):
+    if not missing_commands():
         return
     packages = " ".join(DEBIAN_PACKAGES)
     if os.geteuid() != 0 or not shutil.which("apt-get"):

@@ -109,18 +109,26 @@ def version(name: str) -> str:
     return found[1]
 
 
-@functools.cache
-def go() -> str:
-    """Finds a Go compiler that is new enough: on PATH, beside this Python, in Go's usual folder, or else in a package of PyPI's."""
+def installed_go() -> tuple[str | None, list[str]]:
+    """Returns a Go compiler that is new enough: on PATH, beside this Python, or in Go's usual folder; and those that are not."""
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/go/bin"])
-    seen = []
+    seen: list[str] = []
     for folder in path.split(os.pathsep):
         if found := shutil.which("go", path=folder):
             text = run(found, "env", "GOVERSION", timeout=60, check=False).strip()
             numbers = tuple(int(part) for part in re.findall(r"\d+", text)[:2])
             if numbers >= OLDEST_GO:
-                return found
+                return found, seen
             seen.append(f"{found} is {text}")
+    return None, seen
+
+
+@functools.cache
+def go() -> str:
+    """Finds a Go compiler: an installed one, or else a package of PyPI's."""
+    found, seen = installed_go()
+    if found:
+        return found
     try:
         return str(packaged_go())
     except CommandError as error:
