@@ -10,6 +10,7 @@ UV := $(VENV)/.tools/bin/uv
 UV_VERSION := 0.13.9
 # uv caches wheels in the home directory, so that a second checkout is set up in seconds.
 export UV_LINK_MODE ?= hardlink
+NEEDS_PYTHON = test -n "$(PYTHON)" || { echo "Python 3.10 to 3.13 with the venv module is needed (Debian: apt-get install python3-venv)"; exit 1; }
 SOURCES := job tests helm docker docs
 
 ##@ Use
@@ -39,8 +40,12 @@ kind-down: $(VENV)/.ready ## Delete the cluster of `make kind`
 ##@ Test
 # One process per core, with one thread each: more threads only wait for each other.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+# `make test` reads these for its table. TESTS is the part of a tier to run, as files or folders.
+RESULTS = --junitxml=build/tiers/$(1).xml
 .PHONY: test
-test: lint test-unit test-charts test-report test-job test-e2e ## Run lint and all tests, the fast ones first
+test: ## Run lint and all tests, the fast ones first, and print a table; CHANGED=1 runs what a change can affect
+	@$(NEEDS_PYTHON)
+	@$(PYTHON) -m tests.tiers $(if $(CHANGED),--changed)
 
 .PHONY: lint
 lint: $(VENV)/.ready ## Run ruff, mypy --strict, the contracts of imports, and codespell
@@ -51,26 +56,26 @@ lint: $(VENV)/.ready ## Run ruff, mypy --strict, the contracts of imports, and c
 	$(BIN)/codespell $(SOURCES) k8s .ci .github Makefile pyproject.toml *.md
 
 .PHONY: test-unit
-test-unit: $(VENV)/.ready ## Run the unit tests and those of the documents: one to two minutes
-	$(PARALLEL) tests/unit tests/docs
+test-unit: $(VENV)/.ready ## Run the unit tests and those of the documents
+	$(PARALLEL) $(call RESULTS,unit) $(or $(TESTS),tests/unit tests/docs)
 
 .PHONY: test-charts
 test-charts: $(VENV)/.ready ## Test the charts: rendering, refusals, and the operator's own validation
-	$(PARALLEL) tests/charts
+	$(PARALLEL) $(call RESULTS,charts) $(or $(TESTS),tests/charts)
 
 .PHONY: test-job
 test-job: $(VENV)/.ready ## Run whole jobs on this machine: storage servers, kills, races, 100,000 images
-	$(PARALLEL) tests/job
+	$(PARALLEL) $(call RESULTS,job) $(or $(TESTS),tests/job)
 
 .PHONY: test-report
-test-report: $(VENV)/.ready ## Test the report in headless Chromium, with screenshots in build/report: two minutes
-	$(BIN)/pytest tests/report
+test-report: $(VENV)/.ready ## Test the report in headless Chromium, with screenshots in build/report
+	$(BIN)/pytest $(call RESULTS,report) $(or $(TESTS),tests/report)
 
 .PHONY: test-e2e
 test-e2e: $(VENV)/.ready ## Test the charts on a kind cluster with KubeRay; the first run builds the cluster's images
 	$(BIN)/python -m tests.e2e.cluster build
 	$(BIN)/python -m tests.e2e.image
-	$(BIN)/pytest tests/e2e
+	$(BIN)/pytest $(call RESULTS,e2e) $(or $(TESTS),tests/e2e)
 
 .PHONY: test-faults
 test-faults: $(VENV)/.ready ## Inject 500 faults into whole jobs and print a table of the results: 15 minutes, not part of `test`
@@ -125,7 +130,7 @@ clean: ## Remove everything that the targets have created in this folder
 	rm -rf $(VENV) demo-output build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(UV):
-	@test -n "$(PYTHON)" || { echo "Python 3.10 to 3.13 with the venv module is needed (Debian: apt-get install python3-venv)"; exit 1; }
+	@$(NEEDS_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(PYTHON) -m venv $(VENV)/.tools
 	$(VENV)/.tools/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
