@@ -12,6 +12,9 @@ import hypothesis
 import pytest
 
 from tests.support.images import broken, jpeg
+from tests.support.limits import TEST_S
+
+HERE = Path(__file__).parent
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("project", deadline=None)
@@ -20,6 +23,12 @@ hypothesis.settings.load_profile("project")
 # Whatever the tests start must not ask anything of the network by itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the limit of its folder, at which pytest-timeout takes it for hanging."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(TEST_S[item.path.relative_to(HERE).parts[0]]), append=False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Compile the programs that tests use before the first test starts, so that no test's timeout has to cover a compiler."""
+"""Compile the programs that tests use before the first test starts, so that no test's time has a compiler in it."""
 
 from __future__ import annotations
 

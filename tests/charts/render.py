@@ -92,7 +92,7 @@ def _render(chart: str, values: str, name: str, helm: str) -> str:
             text, error = answer["text"], answer["error"]
         else:
             command = [tool(helm, from_path=False), "template", name, HELM / chart, "--values", file.name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             text, error = done.stdout, done.stderr if done.returncode else ""
     if error:
         raise HelmError(error)

@@ -169,9 +169,7 @@ def test_alerts_fire_when_they_should_and_only_then(chart: str, tmp_path: Path) 
         )
     file = tmp_path / "tests.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}))
-    done = subprocess.run(
-        [program("promtool"), "test", "rules", file], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([program("promtool"), "test", "rules", file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     fired = {case.alert for case in cases if case.says}
     assert fired == {case.alert for case in cases if not case.says} == set(alerts(chart))

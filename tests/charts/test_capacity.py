@@ -145,7 +145,6 @@ def planned(cluster: ClusterValues, chart: str) -> Capacity:
     return found
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("chart", ["rayjob", "raycluster"])
 def test_chart_and_program_agree(chart: str) -> None:
     verdicts = {"fits": 0, "refused": 0}

@@ -75,7 +75,7 @@ def crds(origin: str) -> Path:
     """Return the folder with the CRDs that one of :data:`MODULES` ships."""
     module, release, folder, _ = MODULES[origin]
     with tempfile.TemporaryDirectory() as elsewhere:
-        downloaded = run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=Path(elsewhere), timeout=600)
+        downloaded = run(go(), "mod", "download", "-json", f"{module}@{release}", cwd=Path(elsewhere))
     return Path(json.loads(downloaded)["Dir"]) / folder
 
 

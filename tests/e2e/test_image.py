@@ -23,14 +23,12 @@ from packaging.requirements import Requirement
 from tests.e2e.cluster.cache import digest
 from tests.e2e.cluster.images import engine_run
 from tests.e2e.cluster.process import CommandError, run
-from tests.e2e.image import BUILD_SECONDS, ROOT, build_image, job_image
+from tests.e2e.image import ROOT, build_image, job_image
 
 # What a pod of the charts is allowed, and less: not even a cache.
 CONFINED = ("--read-only", "--tmpfs=/tmp", "--user=1000", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 SBOM = "/usr/share/doc/batch-inference/sbom.cdx.json"
 TRIAL = "localhost/batch-inference-trial:latest"
-
-pytestmark = pytest.mark.timeout(BUILD_SECONDS)
 
 
 def in_image(*command: str, options: tuple[str, ...] = (), timeout: float = 120, check: bool = True) -> str:

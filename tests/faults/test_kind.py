@@ -19,6 +19,7 @@ from tests.e2e.cluster.process import CommandError
 from tests.e2e.runs import BROKEN, PHOTOS, SLOW, Kubernetes, Releases, Run, verified
 from tests.e2e.world import NAMESPACE, World, until
 from tests.faults.report import Outcome
+from tests.support.limits import HANG_S
 
 Record = Callable[[Outcome], None]
 TIMES = 3
@@ -151,7 +152,7 @@ def _operator(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
     namespace, name = found.split()
     world.cluster.kubectl("rollout", "restart", f"deployment/{name}", f"--namespace={namespace}")
     world.cluster.kubectl(
-        "rollout", "status", f"deployment/{name}", f"--namespace={namespace}", "--timeout=180s", timeout=200
+        "rollout", "status", f"deployment/{name}", f"--namespace={namespace}", f"--timeout={HANG_S}s", timeout=HANG_S
     )
     yield
 
@@ -165,7 +166,7 @@ def _drain(world: World, kubernetes: Kubernetes, run: Run) -> Iterator[None]:
 
     def drain(component: str, seconds: int) -> None:
         selector = f"--pod-selector=app.kubernetes.io/component={component}"
-        world.cluster.kubectl("drain", node, *options, selector, f"--timeout={seconds}s", timeout=seconds + 60)
+        world.cluster.kubectl("drain", node, *options, selector, f"--timeout={seconds}s", timeout=HANG_S)
 
     try:
         drain("workers", 120)
@@ -208,7 +209,6 @@ def evicted(world: World, kubernetes: Kubernetes, run: Run, release: str) -> Non
 
 
 @pytest.mark.parametrize("victim", ["driver", "head", "head evicted"])
-@pytest.mark.timeout(2400)
 def test_next_attempt_resumes(
     victim: str, world: World, kubernetes: Kubernetes, releases: Releases, many: int, record: Record
 ) -> None:

@@ -26,8 +26,6 @@ from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 Record = Callable[[Outcome], None]
-pytestmark = pytest.mark.timeout(600)
-
 IMAGES, SHARD, TIMES = 240, 10, 20
 PATIENT = ["--set", "storage.retry_timeout_s=60", "--set", "storage.timeout_s=2"]
 
@@ -218,7 +216,7 @@ def test_an_image_that_kills_the_predictor_is_one_row(inputs: Inputs, program: P
         store.delete([name])
         store.put(name, white.getvalue())
     begun = time.monotonic()
-    done = program(*inputs.args("out", "--set", "predictor=predictors:DiesOfWhite"), timeout_s=580)
+    done = program(*inputs.args("out", "--set", "predictor=predictors:DiesOfWhite"))
     seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout + done.stderr
     inputs.verified(program)
@@ -324,7 +322,6 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("fault", "title", "number"), KILLS, ids=[k[0] for k in KILLS])
-@pytest.mark.timeout(1200)
 def test_a_process_that_is_killed_costs_no_row(
     fault: str, title: str | None, number: signal.Signals,
     inputs: Inputs, cluster: dict[str, str], program: Program, record: Record, tmp_path: Path,
@@ -407,7 +404,6 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
         subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.timeout(1200)
 def test_a_full_disk_ends_the_attempt_and_the_next_one_resumes(
     photos: Callable[..., Path], cluster: dict[str, str], program: Program, record: Record, tmp_path: Path
 ) -> None:

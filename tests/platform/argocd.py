@@ -12,10 +12,11 @@ from tests.charts.render import Values, merged
 from tests.e2e.runs import RUN_SECONDS, Kubernetes, Run
 from tests.e2e.world import World, kind_values, until
 from tests.platform import forge
+from tests.support.limits import HANG_S
 
 NAMESPACE = "argocd"
 # Argo CD looks for commits every few minutes; it is told of them here.
-SEEN_SECONDS = 120
+SEEN_SECONDS = HANG_S
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,15 @@ class Argo:
 
     def clear(self) -> None:
         """Removes applications and what they have made."""
-        where = (f"--namespace={NAMESPACE}", "--timeout=150s")
-        self._cluster.kubectl("delete", "applicationsets", "--all", *where, timeout=180)
+        where = (f"--namespace={NAMESPACE}", f"--timeout={HANG_S}s")
+        self._cluster.kubectl("delete", "applicationsets", "--all", *where, timeout=HANG_S)
         # Without this, applications leave behind what they have made.
         patch = '{"metadata": {"finalizers": ["resources-finalizer.argocd.argoproj.io"]}}'
         for name, application in self.applications().items():
             if not application.object["metadata"].get("deletionTimestamp"):
                 one = ("application", name, f"--namespace={NAMESPACE}", "--type=merge", "--patch", patch)
                 self._cluster.kubectl("patch", *one)
-        self._cluster.kubectl("delete", "applications", "--all", *where, timeout=180)
+        self._cluster.kubectl("delete", "applications", "--all", *where, timeout=HANG_S)
         until("all runs go", lambda: not self._kubernetes.ray("rayjobs"), 180)
 
     def applications(self) -> dict[str, Application]:

@@ -14,11 +14,12 @@ from tests.e2e.cluster.images import engine_run, image_exists
 from tests.e2e.cluster.process import run, say
 from tests.e2e.cluster.programs import SOURCES, compiled, module_folder, version
 from tests.e2e.world import until
+from tests.support.limits import HANG_S
 
 CONTAINERFILE = SOURCES / "platform.Containerfile"
 PROGRAMS: dict[str, Sequence[str]] = {"argocd": ("argocd", "helm"), "redis": (), "forge": (), "kueue": ("kueue",)}
-BUILD_SECONDS = 900
-READY_SECONDS = 300
+BUILD_SECONDS = HANG_S
+READY_SECONDS = HANG_S
 
 
 def build() -> None:
@@ -72,8 +73,8 @@ def _manifests(name: str, shipped: Path) -> Path:
             shutil.copytree(source, build / source.name)
         else:
             shutil.copy(source, build / name)
-        run("chmod", "-R", "u+w", build, timeout=60)  # Go keeps its modules read-only.
-        (partial / "manifests.yaml").write_text(run(tools()["kubectl"], "kustomize", build / name, timeout=60))
+        run("chmod", "-R", "u+w", build)  # Go keeps its modules read-only.
+        (partial / "manifests.yaml").write_text(run(tools()["kubectl"], "kustomize", build / name))
         shutil.rmtree(build)
 
     return product(f"{name}-manifests", key, make) / "manifests.yaml"
@@ -87,7 +88,7 @@ def apply(cluster: Cluster, manifests: Path, **images: str) -> None:
         assert f"localhost/{name}:test" in text
         text = text.replace(f"localhost/{name}:test", built)
     # Client-side apply keeps a copy of each object in an annotation, and the CRDs are too large for one.
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=text, timeout=180)
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=text, timeout=HANG_S)
 
 
 def rolled_out(cluster: Cluster, namespace: str, *names: str) -> None:
@@ -100,8 +101,8 @@ def rolled_out(cluster: Cluster, namespace: str, *names: str) -> None:
 def argocd(cluster: Cluster, patch: Path) -> None:
     """Install Argo CD's core install and patch its configuration as the project's README says."""
     apply(cluster, argocd_manifests(), argocd=image("argocd"), redis=image("redis"))
-    crd = ("customresourcedefinition/appprojects.argoproj.io", "--for=condition=Established", "--timeout=60s")
-    cluster.kubectl("wait", *crd, timeout=80)
+    crd = ("customresourcedefinition/appprojects.argoproj.io", "--for=condition=Established", f"--timeout={HANG_S}s")
+    cluster.kubectl("wait", *crd, timeout=HANG_S)
     cluster.kubectl("apply", "--filename", SOURCES / "argocd" / "project.yaml")
     cluster.kubectl("patch", "configmap", "argocd-cm", "--namespace=argocd", "--patch-file", patch)
     rolled_out(

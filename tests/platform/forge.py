@@ -70,9 +70,9 @@ def install(cluster: Cluster) -> None:
     components.rolled_out(cluster, NAMESPACE, "deployment/forge")
     helm = tool("helm", from_path=False)
     with tempfile.TemporaryDirectory() as folder, forwarded(cluster, NAMESPACE, "service/forge", 5000) as port:
-        run(helm, "package", REPOSITORY / "helm" / "rayjob", "--destination", folder, timeout=60)
+        run(helm, "package", REPOSITORY / "helm" / "rayjob", "--destination", folder)
         (package,) = Path(folder).iterdir()
-        run(helm, "push", package, f"oci://127.0.0.1:{port}/charts", "--plain-http", timeout=120)
+        run(helm, "push", package, f"oci://127.0.0.1:{port}/charts", "--plain-http")
 
 
 def example(file: str, repository: Repository) -> str:

@@ -88,7 +88,6 @@ def test_next_job_gets_the_other_pool_if_one_is_full(queue: Queue, releases: Rel
     assert {"nvidia.com/gpu", "spot"} <= {item.key for item in worker.tolerations}
 
 
-@pytest.mark.timeout(2400)
 def test_urgent_job_takes_the_gpus_of_one_that_can_wait_which_resumes(
     world: World, queue: Queue, releases: Releases, slow_predictor: Path
 ) -> None:

@@ -26,11 +26,12 @@ from tests.e2e.cluster.images import OPERATOR_NAMESPACE, engine_run, image_exist
 from tests.e2e.runs import RUN_SECONDS, Kubernetes, Releases, Run
 from tests.e2e.world import NAMESPACE, World, forwarded, until
 from tests.platform import discovery
+from tests.support.limits import HANG_S
 from tests.support.prometheus import Prometheus, dashboard_queries, package, unanswered
 
 MONITORING = "monitoring"
 RELEASE, ROUNDS = "monitored", 20
-READY_SECONDS = 180
+READY_SECONDS = HANG_S
 # The cluster stays for so long after the end, so that the last counts are scraped.
 STAYS_S = 60
 VALUES: dict[str, Any] = {
@@ -71,7 +72,7 @@ def prometheus_image(world: World) -> str:
         path = "/spec/template/spec/containers/0/args"
         patch = json.dumps([{"op": "add", "path": path, "value": [*arguments, "--enable-metrics"]}])
         cluster.kubectl("patch", *named, "--type=json", "--patch", patch)
-        cluster.kubectl("rollout", "status", *named, "--timeout=180s", timeout=200)
+        cluster.kubectl("rollout", "status", *named, f"--timeout={HANG_S}s")
     name = image()
     cluster.load_image(name)
     return name
@@ -86,7 +87,7 @@ def image() -> str:
             shutil.copy(program, context)
             file = Path(context, "Containerfile")
             file.write_text(f"FROM {base_image()}\nCOPY --chmod=755 prometheus /usr/bin/prometheus\n")
-            engine_run("build", "--quiet", "--network=host", "--tag", name, "--file", file, context, timeout=300)
+            engine_run("build", "--quiet", "--network=host", "--tag", name, "--file", file, context, timeout=HANG_S)
     return name
 
 
@@ -222,17 +223,14 @@ def prometheus(world: World, run: Run, prometheus_image: str) -> Iterator[Promet
     rules = {"groups": there("prometheusrule")["spec"]["groups"]}
     world.cluster.kubectl("apply", "--filename", "-", stdin=manifests(prometheus_image, world.image, config, rules))
     try:
-        wait = ("wait", "pod/prometheus", "--namespace", MONITORING, "--for=condition=Ready", "--timeout=120s")
-        world.cluster.kubectl(*wait, timeout=READY_SECONDS)
+        wait = ("wait", "pod/prometheus", "--namespace", MONITORING, "--for=condition=Ready", f"--timeout={HANG_S}s")
+        world.cluster.kubectl(*wait, timeout=HANG_S)
         with forwarded(world.cluster, MONITORING, "pod/prometheus", 9090) as port:
             yield Prometheus(f"http://127.0.0.1:{port}")
     finally:
-        world.cluster.kubectl("delete", "namespace", MONITORING, "--ignore-not-found", timeout=120)
+        world.cluster.kubectl("delete", "namespace", MONITORING, "--ignore-not-found", timeout=HANG_S)
 
 
-@pytest.mark.timeout(
-    1800
-)  # The first test of a session also waits for the cluster, and for the image to be copied into it.
 def test_every_query_of_dashboard_and_alerts_has_data(
     world: World, kubernetes: Kubernetes, run: Run, prometheus: Prometheus
 ) -> None:

@@ -20,9 +20,10 @@ from tests.charts.render import merged
 from tests.e2e.cluster import Cluster
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.world import NAMESPACE, kind_values, until
+from tests.support.limits import HANG_S
 
 FOLDER = REPOSITORY / "build" / "platform-pools"
-SCHEDULED_S = 120
+SCHEDULED_S = HANG_S
 GPUS = 4
 # What the platform calls a GPU, and what marks its nodes beyond what the preset selects by.
 DEVICES = {
@@ -128,7 +129,6 @@ def pools() -> Iterator[Pools]:
         cluster.down()
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 def test_workers_go_to_the_gpu_pool_and_the_head_to_the_other(pools: Pools, file: Any) -> None:
     preset = values(file)
@@ -141,7 +141,6 @@ def test_workers_go_to_the_gpu_pool_and_the_head_to_the_other(pools: Pools, file
         assert placed == {"head": {pools.cpu}, "workers": {pools.gpu}}
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "file", [file for file in PRESETS if "affinity" in values(file)["workers"]], ids=lambda file: file.stem
 )

@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from tests.e2e.cluster.cache import digest, product
 from tests.support import debian
 from tests.support.commands import CHROMIUM
+from tests.support.limits import HANG_S
 
 # The browser without windows, and a font, which slim systems lack.
 _PACKAGES = ("chromium-headless-shell", "fonts-dejavu-core")
@@ -97,7 +98,7 @@ def open_page(
     )
     try:
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(HANG_S * 1000)
         page.on("console", lambda message: activity.messages.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: activity.messages.append(f"error: {error}"))
         url = file.as_uri()

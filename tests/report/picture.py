@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from tests.report.browser import open_page, start_browser
+from tests.support.limits import HANG_S
 
 PROGRAM = Path(sys.executable).with_name("batch-inference")
 MAX_BYTES = 300_000
-_TIMEOUT_S = 600
 # An excerpt: the outcome of the job, and its images.
 _EXCERPT = "#counts .aside, #speed, #predictions, #errors, #job, footer { display: none } body { padding-bottom: 20px }"
 
@@ -22,10 +22,10 @@ _EXCERPT = "#counts .aside, #speed, #predictions, #errors, #job, footer { displa
 def take_picture(target: Path) -> None:
     """Run the demo, make its report, and take a picture of it."""
     with tempfile.TemporaryDirectory() as name:
-        subprocess.run([PROGRAM, "demo", "--output", name, "--quiet"], check=True, timeout=_TIMEOUT_S)
+        subprocess.run([PROGRAM, "demo", "--output", name, "--quiet"], check=True, timeout=HANG_S)
         output = Path(name, "predictions")
         # One row of the most and one of the least confident images.
-        subprocess.run([PROGRAM, "report", output, "--thumbnails", "6"], check=True, timeout=_TIMEOUT_S)
+        subprocess.run([PROGRAM, "report", output, "--thumbnails", "6"], check=True, timeout=HANG_S)
         report = output / "_report/report.html"
         with start_browser() as browser, open_page(browser, report, width=960, height=700) as (page, _):
             page.add_style_tag(content=_EXCERPT)

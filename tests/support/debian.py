@@ -18,14 +18,14 @@ def unpack(folder: Path, *packages: str, dependencies: bool = True) -> None:
         raise CommandError(f"there is no apt-get to have {' '.join(packages)} by: install it, so that it is on PATH")
     archives = folder / "archives"
     (archives / "partial").mkdir(parents=True)
-    run("apt-get", "update", "--quiet=2", timeout=300)
+    run("apt-get", "update", "--quiet=2")
     if dependencies:
         wanted = ("install", "--quiet=2", "--yes", "--no-install-recommends", "--download-only")
         options = ("-o", f"Dir::Cache::archives={archives}")
-        run("apt-get", *wanted, *options, *packages, timeout=900, env={"DEBIAN_FRONTEND": "noninteractive"})
+        run("apt-get", *wanted, *options, *packages, env={"DEBIAN_FRONTEND": "noninteractive"})
     else:
         archives.chmod(0o755)
-        run("apt-get", "download", "--quiet=2", *packages, cwd=archives, timeout=300)
+        run("apt-get", "download", "--quiet=2", *packages, cwd=archives)
     for package in sorted(archives.glob("*.deb")):
-        run("dpkg-deb", "--extract", package, folder, timeout=120)
+        run("dpkg-deb", "--extract", package, folder)
     shutil.rmtree(archives)

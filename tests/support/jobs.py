@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.limits import HANG_S
 from tests.support.servers import BIN
 
 PROGRAM = str(BIN / "batch-inference")
 HERE = Path(__file__).parents[1] / "job"
-# Long enough for a cold start of Ray and torch on two busy cores; a job that hangs is found all the same.
-RUN_TIMEOUT_S = 240
+RUN_TIMEOUT_S = HANG_S
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -68,8 +68,8 @@ def find(cluster: dict[str, str], title: str) -> psutil.Process:
     return max(found, key=lambda process: process.create_time())
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -22,10 +22,10 @@ import yaml
 from tests.e2e.cluster.cache import digest, product
 from tests.e2e.cluster.process import kill
 from tests.support import debian
+from tests.support.limits import HANG_S
 from tests.support.servers import free_ports
 
 PACKAGE = "prometheus"
-READY_S = 60
 
 
 @functools.cache
@@ -85,7 +85,7 @@ class Prometheus:
     def _get(self, path: str, **parameters: str) -> Any:
         url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
-            with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310
+            with urllib.request.urlopen(url, timeout=HANG_S) as reply:  # noqa: S310
                 return json.load(reply)["data"]
         except urllib.error.HTTPError as error:
             raise ValueError(f"{parameters}: {error.read().decode()}") from None
@@ -117,7 +117,7 @@ def server(folder: Path, config: dict[str, Any], rules: dict[str, Any] | None = 
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + HANG_S
         while not _ready(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Prometheus did not come up:\n{log.read_text(errors='replace')[-3000:]}")

@@ -21,11 +21,10 @@ from pathlib import Path
 from batch_inference.config import StorageConfig
 from batch_inference.errors import BatchInferenceError
 from batch_inference.storage.store import Store
+from tests.support.limits import HANG_S
 
 BIN = Path(sys.executable).parent
-
-S3_READY_S = 90  # a cold start reads a binary of 150 MB from disk
-RAY_READY_S = 90
+RAY_READY_S = HANG_S
 
 
 def free_ports(count: int) -> list[int]:
@@ -73,7 +72,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     try:
-        deadline = time.monotonic() + S3_READY_S
+        deadline = time.monotonic() + HANG_S
         url = f"http://127.0.0.1:{s3}"
         while not _ready(filer, url, "tests"):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -144,7 +143,7 @@ class Proxy:
                     self._reply(refused[0], [], refused[1])
                     return
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
-                connection = http.client.HTTPConnection(host, int(port), timeout=60)
+                connection = http.client.HTTPConnection(host, int(port), timeout=HANG_S)
                 try:
                     method, target_path, headers, body = outer.request(self.command, path, headers, body)
                     connection.request(method, target_path, body=body or None, headers=headers)
@@ -265,7 +264,7 @@ def ray_cluster(
         out = stack.enter_context(log.open("wb"))
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         stack.callback(stop, process)
-        deadline = time.monotonic() + RAY_READY_S
+        deadline = time.monotonic() + HANG_S
         while not all(_listens(p) for p in (port, client, *([web] if dashboard else []))):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray did not come up:\n{log.read_text(errors='replace')[-3000:]}")

@@ -33,7 +33,7 @@ def variables() -> dict[str, str]:
 
 def _install(folder: Path) -> None:
     uv = BIN.parent / ".tools" / "bin" / "uv"
-    run(uv, "pip", "install", "--python", sys.executable, "--target", folder, f"pyspark=={VERSION}", timeout=900)
+    run(uv, "pip", "install", "--python", sys.executable, "--target", folder, f"pyspark=={VERSION}")
 
 
 def _unpack_java(folder: Path) -> None:

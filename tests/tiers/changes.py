@@ -35,7 +35,7 @@ class Rule:
 
     Attributes:
         files: The files, as a regular expression.
-        tests: A folder or a file of tests.
+        tests: The tests, as a regular expression.
         why: Why, after "because".
     """
 
@@ -45,18 +45,18 @@ class Rule:
 
 
 RULES = (
-    Rule(r".*", "tests/unit/project/test_house.py", "it reads all files"),
-    Rule(r".*\.md", "tests/docs", "they read all documents"),
-    Rule(r"(helm|k8s)/.*", "tests/docs", "documents name values of the charts"),
-    Rule(r"helm/.*", "tests/charts", "the charts changed"),
-    Rule(r"k8s/.*", "tests/charts", "manifests beside the charts changed"),
-    Rule(rf"{PACKAGE}/kubernetes/(capacity\.py|presets/.*)", "tests/charts", "the charts compute the same sizes"),
-    Rule(r"docker/kind/.*", "tests/charts", "they run programs that are pinned there"),
-    Rule(r"docker/kind/.*|\.github/.*", "tests/unit/project/test_workflows.py", "it lints the workflows"),
-    Rule(r"(docker|helm|k8s)/.*", "tests/e2e", "the cluster runs the image and the charts"),
-    Rule(r"tests/e2e/(?!test_).*", "tests/e2e", "helpers of the cluster changed"),
-    Rule(r"tests/(poison|support/azurite)/.*", "tests/job", "whole jobs meet these decoders and stores"),
-    Rule(rf"{PACKAGE}/({'|'.join(map(re.escape, POD_COMMANDS))}).*", "tests/e2e", "pods run these commands"),
+    Rule(r".*", r"tests/.*/test_house\.py", "it reads all files"),
+    Rule(r".*\.md", r"tests/docs/.*", "they read all documents"),
+    Rule(r"(helm|k8s)/.*", r"tests/docs/.*", "documents name values of the charts"),
+    Rule(r"helm/.*", r"tests/charts/.*", "the charts changed"),
+    Rule(r"k8s/.*", r"tests/charts/.*", "manifests beside the charts changed"),
+    Rule(rf"{PACKAGE}/kubernetes/(capacity\.py|presets/.*)", r"tests/charts/.*", "the charts compute the same sizes"),
+    Rule(r"docker/kind/.*", r"tests/charts/.*", "they run programs that are pinned there"),
+    Rule(r"docker/kind/.*|\.github/.*", r"tests/.*/test_workflows\.py", "it lints the workflows"),
+    Rule(r"(docker|helm|k8s)/.*", r"tests/e2e/.*", "the cluster runs the image and the charts"),
+    Rule(r"tests/e2e/(?!test_).*", r"tests/e2e/.*", "helpers of the cluster changed"),
+    Rule(r"tests/(poison|support/azurite)/.*", r"tests/job/.*", "whole jobs meet these decoders and stores"),
+    Rule(rf"{PACKAGE}/({'|'.join(map(re.escape, POD_COMMANDS))}).*", r"tests/e2e/.*", "pods run these commands"),
 )
 
 
@@ -222,10 +222,10 @@ def choose(changed: Collection[str], graph: Graph | None = None) -> dict[str, Ch
     for name in sorted(changed):
         folder = _fixtures(name, graph.files)
         if folder and not any(reached[test] == name for test in reasons if test.startswith(f"{folder}/")):
-            wholes.append((folder, f"{name} changed"))
+            wholes.append((f"{folder}/.*", f"{name} changed"))
     for where, why in wholes:
         for file in graph.files:
-            if _is_test(file) and (file == where or file.startswith(f"{where}/")):
+            if _is_test(file) and re.fullmatch(where, file):
                 reasons.setdefault(file, why)
     chosen = {"setup": Choice((), "the tools"), "lint": Choice((), "every change")}
     for tier in TIERS:

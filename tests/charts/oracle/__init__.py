@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent
 def program() -> Path:
     """The oracle's program, from the cache where it has been compiled before."""
     files = [SOURCE / name for name in ("main.go", "go.mod", "go.sum")]
-    target = run(go(), "env", "GOVERSION", "GOOS", "GOARCH", timeout=60)
+    target = run(go(), "env", "GOVERSION", "GOOS", "GOARCH")
 
     def make(partial: Path) -> None:
         command = (go(), "build", "-trimpath", "-mod=readonly", "-ldflags", "-s -w", "-o", partial / "oracle", ".")

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("main.go")
 def program() -> Path:
     """The renderer's program, compiled from the modules of the Helm that the tests use."""
     module = SOURCES / "modules" / PROGRAMS["helm"].module
-    target = run(go(), "env", "GOVERSION", "GOOS", "GOARCH", timeout=60)
+    target = run(go(), "env", "GOVERSION", "GOOS", "GOARCH")
     flags = flags_of("helm")
 
     def make(partial: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from tests.support.limits import HANG_S
+
 
 class CommandError(RuntimeError):
     """A command failed or ran out of time; the message ends with the last lines that it printed."""
@@ -24,7 +26,7 @@ def say(message: str) -> None:
 
 def run(
     *command: str | Path,
-    timeout: float,
+    timeout: float = HANG_S,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: str | IO[bytes] | None = None,
@@ -35,7 +37,7 @@ def run(
 
     Args:
         command: the program and its arguments.
-        timeout: seconds after which the command and its children are killed.
+        timeout: seconds after which the command and its children are killed: by then it hangs.
         env: variables on top of this process's own.
         cwd: folder to run in.
         stdin: text or an open file to read from; nothing by default, so that no command waits for a person.

@@ -18,6 +18,7 @@ import pytest
 from tests.e2e.cluster import cache, engines
 from tests.e2e.cluster.cache import product
 from tests.e2e.cluster.programs import PROGRAMS
+from tests.support.limits import HANG_S, TEST_S
 from tests.tiers import announce, changes, figures, machine, runner
 from tests.tiers.changes import Graph, changed_files, choose
 from tests.tiers.figures import REPOSITORY, TIERS, Tier
@@ -169,7 +170,7 @@ def chosen(graph: Graph, *changed: str) -> dict[str, set[str] | str]:
 def test_leaf_module_runs_its_tests_and_whole_jobs(graph: Graph) -> None:
     found = chosen(graph, "job/batch_inference/report/throughput.py")
     assert {"tests/unit/report/test_throughput.py", "tests/unit/report/test_build.py"} <= set(found["unit"])
-    assert not {"tests/unit/images/test_jpeg.py", "tests/unit/storage/test_store.py"} & set(found["unit"])
+    assert not {"tests/unit/images/test_pixels.py", "tests/unit/storage/test_store.py"} & set(found["unit"])
     assert found["report"] == "all"
     assert found["job"] == "all"
     assert "e2e" not in found
@@ -247,7 +248,7 @@ def test_no_change_runs_nothing(graph: Graph) -> None:
 def test_rules_name_what_is_there(graph: Graph) -> None:
     for rule in changes.RULES:
         assert any(re.fullmatch(rule.files, file) for file in graph.files), rule
-        assert any(file.startswith(rule.tests) for file in graph.files), rule
+        assert any(re.fullmatch(rule.tests, file) for file in graph.files), rule
 
 
 @pytest.fixture
@@ -292,6 +293,17 @@ def test_changes_on_main_are_uncommitted_ones_or_the_last_commit(
     assert base.startswith("the commit before the last (")
     tmp_path.joinpath("new").write_text("")
     assert changed_files(tmp_path)[0] == ["new"]
+
+
+# --- limits ---
+
+
+def test_each_test_has_the_limit_of_its_folder(request: pytest.FixtureRequest) -> None:
+    marker = request.node.get_closest_marker("timeout")
+    assert marker.args == (TEST_S["unit"],)
+    folders = {file.relative_to(TESTS).parts[0] for file in TESTS.rglob("test_*.py")}
+    assert set(TEST_S) == folders
+    assert min(TEST_S.values()) >= HANG_S
 
 
 # --- run and table ---
