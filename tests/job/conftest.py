@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from tests.support import emulators
 from tests.support.attached import AttachedProgram
-from tests.support.jobs import HERE, PROGRAM, RUN_TIMEOUT_S, environment
+from tests.support.jobs import HERE, PROGRAM, environment
+from tests.support.limits import HANG_S
 from tests.support.servers import Proxy, ray_cluster, s3_server
 
 S3_ENV = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
@@ -65,7 +66,7 @@ def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the program to its end; the working folder has the tests' predictors in it."""
 
     def call(
-        *args: str, timeout_s: float = RUN_TIMEOUT_S, env: dict[str, str] | None = None, cwd: Path = HERE
+        *args: str, timeout_s: float = HANG_S, env: dict[str, str] | None = None, cwd: Path = HERE
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [PROGRAM, *args],

@@ -17,7 +17,8 @@ import pytest
 from ray._private.services import get_node_ip_address
 
 from tests.support.jobs import HERE, job_args, verified
-from tests.support.servers import BIN, RAY_READY_S, free_ports, stop
+from tests.support.limits import HANG_S
+from tests.support.servers import BIN, free_ports, stop
 
 WAIT = "BATCH_INFERENCE_WAIT_FOR_WORKERS_S"
 HEAD = "f" * 51 + "00000"  # The ID that the fake nodes' provider gives to the head.
@@ -85,7 +86,7 @@ def growing_cluster(folder: Path, most: int) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     try:
-        deadline = time.monotonic() + 2 * RAY_READY_S
+        deadline = time.monotonic() + HANG_S
         while b"Ray runtime started" not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
             time.sleep(0.3)
@@ -109,7 +110,7 @@ def nodes(address: str) -> list[dict[str, Any]]:
     """The live nodes of a cluster that have CPUs."""
     code = f"import json, ray; ray.init('{address}', log_to_driver=False); print(json.dumps(ray.nodes()))"
     done = subprocess.run(
-        [BIN / "python", "-c", code], capture_output=True, text=True, timeout=120, check=True, env=disabled()
+        [BIN / "python", "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True, env=disabled()
     )
     return [node for node in json.loads(done.stdout) if node["Alive"] and node["Resources"].get("CPU")]
 
@@ -127,11 +128,11 @@ def test_workers_come_for_a_job_and_go_afterwards(
     assert nodes(growing) == []
     args = job_args(photos(40), tmp_path / "out")
     args[args.index("inference.actors=1")] = "inference.actors=3"  # And a task: two workers.
-    done = program(*args, "--address", growing, "--log-format", "json", env={WAIT: "120"})
+    done = program(*args, "--address", growing, "--log-format", "json", env={WAIT: str(HANG_S)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting for workers" in done.stderr
     assert verified(str(tmp_path / "out"), program)["predictions"] == 40
-    deadline = time.monotonic() + IDLE_S + 60
+    deadline = time.monotonic() + IDLE_S + HANG_S
     while nodes(growing):
         assert time.monotonic() < deadline, "workers stay although nobody needs them"
         time.sleep(1)

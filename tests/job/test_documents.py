@@ -19,12 +19,13 @@ import yaml
 from tests.support import spark
 from tests.support.documents import Block, blocks, commands, headings
 from tests.support.jobs import environment
+from tests.support.limits import HANG_S
 from tests.support.servers import BIN, ray_cluster
 
 GUIDE, RECIPES = "docs/guide.md", "docs/recipes.md"
 ELSEWHERE = {"docker", "helm", "kubectl"}
 # Ray, torch and a network, several times over, on cores that others use, too.
-BLOCK_S = 240
+BLOCK_S = HANG_S
 
 
 class Reader:
@@ -82,7 +83,6 @@ def reader(tmp_path: Path, cluster_with_weights: str, photos: Callable[..., Path
     return Reader(tmp_path, cluster_with_weights)
 
 
-@pytest.mark.timeout(900)
 def test_guide(reader: Reader) -> None:
     printed: dict[str, list[str]] = {}
     for block in blocks(GUIDE):
@@ -103,7 +103,6 @@ def test_guide(reader: Reader) -> None:
     reader.call(blocks(GUIDE)[-1], ["batch-inference", *words], PYTHONPATH=str(reader.folder / "elsewhere"))
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "section", [text for text in headings(RECIPES) if any(b.section == text for b in blocks(RECIPES))]
 )

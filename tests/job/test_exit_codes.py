@@ -18,6 +18,7 @@ from batch_inference.config import StorageConfig
 from batch_inference.output.attempts import read_attempts
 from batch_inference.storage.store import Store
 from tests.support.jobs import job_args, start, verified, wait_for
+from tests.support.limits import HANG_S
 from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -253,7 +254,7 @@ def test_interrupted_job_ends_with_130_within_seconds_and_resumes(
     if number is signal.SIGTERM:
         args += ["--address", cluster["address"]]
     process = start(*args, log=log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while len(list(output.glob("_commits/*"))) < 2:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -277,7 +278,6 @@ def test_interrupted_job_ends_with_130_within_seconds_and_resumes(
     assert not (output / "_FAILED").exists()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("program_name", ["raylet", "gcs_server"])
 def test_killed_process_of_ray_ends_with_5_and_a_verdict_and_the_job_resumes(
     program_name: str, photos: Callable[..., Path], tmp_path: Path, attached: Program
@@ -309,7 +309,6 @@ def test_killed_process_of_ray_ends_with_5_and_a_verdict_and_the_job_resumes(
     verified(str(output), attached)
 
 
-@pytest.mark.timeout(200)
 def test_killed_program_leaves_nothing(photos: Callable[..., Path], tmp_path: Path) -> None:
     """Its driver is another process, with a Ray below it."""
     output, log = tmp_path / "out", tmp_path / "log"
@@ -328,7 +327,7 @@ def test_killed_program_leaves_nothing(photos: Callable[..., Path], tmp_path: Pa
         process.wait(10)
     finally:
         stop(process)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=HANG_S)
     assert not alive
 
 
@@ -339,7 +338,7 @@ def test_interrupt_while_ray_waits_for_the_model_ends_with_130(
     log = tmp_path / "log"
     args = job_args(photos(20), tmp_path / "out", predictor="predictors:SlowStart")
     process = start(*args, "--address", cluster["address"], log=log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while "starting Ray and the model" not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -98,7 +98,6 @@ def test_images_in_files_are_predicted_as_those_that_are_objects_with_few_reques
     assert requests["parquet"] <= 40
 
 
-@pytest.mark.timeout(600)
 def test_after_a_kill_the_members_of_committed_shards_are_not_read_again(
     images: list[bytes], tmp_path: Path, attached: Program, cluster: dict[str, str], proxy: Proxy
 ) -> None:

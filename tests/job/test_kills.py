@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from batch_inference.config import StorageConfig
 from batch_inference.output import manifest
 from batch_inference.output.ledger import Ledger
 from batch_inference.storage.store import Store
 from tests.support.jobs import find, job_args, start, verified, wait_for
+from tests.support.limits import HANG_S
 from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,7 +30,7 @@ ACTOR_KILLS = int(os.environ.get("ACTOR_KILLS", "4"))
 SHARDS, SHARD_SIZE = 24, 10
 # A whole run takes four to eight seconds here, from its start to _SUCCESS.
 LAST_MOMENT_S = 7.0
-RUN_S = 120
+RUN_S = HANG_S
 
 
 def job(source: str, output: str, url: str, address: str, delay_s: float = 0.03) -> list[str]:
@@ -44,7 +43,6 @@ def uris_of(store: Store, shards: set[int]) -> set[str]:
     return {uri for shard in shards for uri in manifest.read_shard(store, shard)["uri"].to_pylist()}
 
 
-@pytest.mark.timeout(900)
 def test_driver_killed_at_random_moments(
     photos: Callable[..., Path], tmp_path: Path, attached: Program, proxy: Proxy, s3: str, cluster: dict[str, str]
 ) -> None:
@@ -108,7 +106,6 @@ def test_driver_killed_at_random_moments(
     assert len(middle) >= DRIVER_KILLS // 3, "too few kills met a job in the middle; the moments are badly chosen"
 
 
-@pytest.mark.timeout(900)
 def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], attached: Program) -> None:
     """Ray starts another actor and runs its tasks again; the rows that came twice must count once."""
     folder = photos(SHARDS * SHARD_SIZE, bad_percent=5)
@@ -140,7 +137,6 @@ def test_actor_killed(photos: Callable[..., Path], tmp_path: Path, cluster: dict
     )
 
 
-@pytest.mark.timeout(300)
 def test_writer_killed_ends_the_attempt_and_the_next_one_finishes(
     photos: Callable[..., Path], tmp_path: Path, cluster: dict[str, str], attached: Program
 ) -> None:

@@ -13,6 +13,7 @@ from batch_inference.config import StorageConfig
 from batch_inference.storage.store import Store
 from tests.support import jobs
 from tests.support.jobs import start, verified
+from tests.support.limits import HANG_S
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -65,7 +66,7 @@ def test_attempts_add_up(
     args = [*job_args(photos(400), output), "--set", "predictor.args=[0.1]", "--address", cluster["address"]]
     process = start(*args)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while len(list(output.glob("_commits/*.json"))) < 3:
             assert time.monotonic() < deadline
             assert process.poll() is None

@@ -19,7 +19,8 @@ from batch_inference.config import StorageConfig
 from batch_inference.output.attempts import read_attempts
 from batch_inference.storage.store import Store
 from tests.support.images import jpeg
-from tests.support.jobs import RUN_TIMEOUT_S, job_args, start, verified, wait_for
+from tests.support.jobs import job_args, start, verified, wait_for
+from tests.support.limits import HANG_S
 from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -196,7 +197,7 @@ def test_finished_and_failed_jobs_leave_no_actor_in_a_process_that_stays(
                 titles.append(" ".join(process.cmdline()))
         return [title for title in titles if title.startswith(("ray::ShardWriter", "ray::MapWorker", "ray::Inference"))]
 
-    deadline = time.monotonic() + RUN_TIMEOUT_S
+    deadline = time.monotonic() + HANG_S
     while actors():
         assert time.monotonic() < deadline, actors()
         time.sleep(0.1)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support.images import broken, jpeg
 from tests.support.jobs import PROGRAM, environment, job_args, start, verified
@@ -26,7 +25,6 @@ MAX_GROWTH_MIB = 64
 MAX_PLAN_MIB = 2048
 
 
-@pytest.mark.timeout(1500)
 def test_100_000_images_in_flat_memory(tmp_path: Path, attached: Program, cluster: dict[str, str]) -> None:
     folder = tmp_path / "photos"
     # Hard links to a few real JPEGs: as many files, without as many megabytes.

@@ -21,6 +21,7 @@ from batch_inference.output.schema import decode_schema as decode_schema
 from batch_inference.storage.store import Store
 from tests.support import spark
 from tests.support.jobs import environment, job_args, verified
+from tests.support.limits import HANG_S
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 _READERS = {
@@ -71,7 +72,7 @@ def test_class_whose_types_drift_leaves_a_folder_that_all_tools_read(
     for reader, env in (("ray", {"RAY_ADDRESS": cluster["address"]}), ("spark", spark.variables())):
         read = subprocess.run(
             [sys.executable, "-c", _READERS[reader] + _PRINT, str(output / "predictions")],
-            capture_output=True, text=True, timeout=240, env=environment(env) | _path(env), check=False,
+            capture_output=True, text=True, timeout=HANG_S, env=environment(env) | _path(env), check=False,
         )  # fmt: skip
         assert read.returncode == 0, f"{reader}: {read.stderr[-3000:]}"
         (line,) = [line for line in read.stdout.splitlines() if line.startswith("ROWS")]

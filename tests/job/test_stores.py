@@ -26,6 +26,7 @@ from batch_inference.storage.store import Store
 from tests.support import emulators
 from tests.support.images import jpeg
 from tests.support.jobs import job_args, start, verified
+from tests.support.limits import HANG_S
 from tests.support.servers import Proxy
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -92,7 +93,6 @@ def upload(store: ObjectStore, folder: str, photos: Path) -> str:
     return source
 
 
-@pytest.mark.timeout(600)
 def test_job_is_killed_and_resumes_with_each_input_once(
     store: ObjectStore,
     photos: Callable[..., Path],
@@ -115,7 +115,7 @@ def test_job_is_killed_and_resumes_with_each_input_once(
     ]  # fmt: skip
     ledger = Ledger(Store(output, store.config))
     process = start(*args, log=tmp_path / "first.log")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while len(ledger.committed()) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None, (tmp_path / "first.log").read_text()
@@ -185,7 +185,6 @@ def test_missing_bucket_ends_with_2(store: ObjectStore, tmp_path: Path, program:
     assert output.returncode == 2, output.stdout + output.stderr
 
 
-@pytest.mark.timeout(600)
 def test_store_that_asks_to_slow_down_loses_no_row(
     store: ObjectStore, photos: Callable[..., Path], tmp_path: Path, attached: Program, cluster: dict[str, str]
 ) -> None:

@@ -20,12 +20,13 @@ import pytest
 import yaml
 
 from tests.support.jobs import PROGRAM, environment, verified
+from tests.support.limits import HANG_S
 from tests.support.servers import TcpProxy, ray_cluster, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 # A job on two busy cores; the test's own limit is five minutes.
-WAIT_S = 200
+WAIT_S = HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def ask(url: str, body: dict[str, Any] | None = None, token: str | None = None) 
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=HANG_S) as response:  # noqa: S310
         return json.load(response)
 
 
@@ -316,7 +317,7 @@ def test_submitter_stays_small(head: str, job_id: str, tmp_path: Path) -> None:
     talkative(head, job_id, 20_000, 0.0)
     submission = [str(PROGRAM), *command("unused.yaml", head, job_id)]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *submission], capture_output=True, text=True, env=environment(), timeout=120
+        [sys.executable, "-c", MEASURED, *submission], capture_output=True, text=True, env=environment(), timeout=HANG_S
     )
     code, mebibytes, seconds = json.loads(done.stderr.splitlines()[-1])
     assert code == 0

@@ -17,7 +17,6 @@ from tests.support.servers import BIN
 
 PROGRAM = str(BIN / "batch-inference")
 HERE = Path(__file__).parents[1] / "job"
-RUN_TIMEOUT_S = HANG_S
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:

@@ -24,7 +24,6 @@ from batch_inference.storage.store import Store
 from tests.support.limits import HANG_S
 
 BIN = Path(sys.executable).parent
-RAY_READY_S = HANG_S
 
 
 def free_ports(count: int) -> list[int]:

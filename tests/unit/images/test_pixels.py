@@ -50,7 +50,6 @@ def test_exact_path_equals_the_transform_of_the_weights_bit_for_bit(weights: mod
 # --- fast
 
 
-@pytest.mark.timeout(900)
 def test_labels_of_the_fast_path_agree_with_the_exact_path() -> None:
     predictor = TorchPredictor(load_model(LITE, StorageConfig()), None, top_k=2, batch_size=16)
     agree = {}

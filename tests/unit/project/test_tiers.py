@@ -306,6 +306,11 @@ def test_each_test_has_the_limit_of_its_folder(request: pytest.FixtureRequest) -
     assert min(TEST_S.values()) >= HANG_S
 
 
+def test_no_test_has_a_limit_of_its_own() -> None:
+    mark = re.compile(r"(^@|pytestmark = )pytest\.mark\.timeout\b", re.MULTILINE)
+    assert [file for file in TESTS.rglob("*.py") if mark.search(file.read_text())] == []
+
+
 # --- run and table ---
 
 JUNIT = """\
