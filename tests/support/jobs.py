@@ -17,11 +17,19 @@ from tests.support.servers import BIN
 
 PROGRAM = str(BIN / "batch-inference")
 HERE = Path(__file__).parents[1] / "job"
+# The package's folder, which must win over what happens to be installed.
+CHECKOUT = Path(__file__).resolve().parents[2] / "job"
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The program's environment: as the test's, without authentication of Ray's test cluster."""
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "COLUMNS": "120", **(extra or {})}
+    """Return the program's environment: as the test's, without authentication of Ray's test cluster.
+
+    A PYTHONPATH in ``extra`` comes after that of the checkout under test.
+    """
+    variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "COLUMNS": "120", **(extra or {})}
+    if extra and "PYTHONPATH" in extra:
+        variables["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), extra["PYTHONPATH"]])
+    return variables
 
 
 def start(*args: str, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[bytes]:

@@ -120,4 +120,5 @@ def _disk(tiers: Collection[str]) -> Iterator[Lack]:
         free = shutil.disk_usage(places[disk]).free / 1e9
         if free < gb:
             what = f"{gb:.0f} GB free on the disk of {places[disk]}; there are {free:.0f} GB"
-            yield Lack(what, "free the rest, or set XDG_CACHE_HOME to a folder on another disk", fatal=True)
+            # The figures are of a run with nothing shared: no reason to refuse one that may fit.
+            yield Lack(what, "goes on; if it ends for that, free the rest or set XDG_CACHE_HOME to a folder on another disk")
