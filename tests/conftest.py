@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ HERE = Path(__file__).parent
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+# The checkout under test rather than the installed package, here and in all processes that tests start.
+JOB = str(Path(__file__).parents[1] / "job")
+sys.path.insert(0, JOB)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [JOB, os.environ.get("PYTHONPATH")]))
 
 # Whatever the tests start must not ask anything of the network by itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import batch_inference
 from batch_inference.errors import RowError, RowFailure, UserError
 from batch_inference.system.subprocesses import (
     ChildProcess,
@@ -29,6 +30,8 @@ from batch_inference.system.subprocesses import (
     call,
 )
 
+# The package of the checkout under test.
+PACKAGE = Path(__file__).parents[3] / "job" / "batch_inference" / "__init__.py"
 LIMITS = Limits(cpu_s=1, clock_s=30, memory_mib=256)
 
 
@@ -56,6 +59,10 @@ def die(how: str) -> None:
     if how == "exit":
         sys.exit("the last words")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def package_file() -> str:
+    return str(batch_inference.__file__)
 
 
 def talk() -> int:
@@ -110,6 +117,16 @@ def test_call_returns_what_the_function_does() -> None:
     assert call(add, 1, 2, timeout_s=60) == Returned(3)
 
 
+def test_tests_and_their_processes_import_the_checkout_under_test(tmp_path: Path) -> None:
+    """Not the installed package, which may be that of another checkout."""
+    assert Path(package_file()) == PACKAGE
+    assert call(package_file, timeout_s=60) == Returned(str(PACKAGE))
+    # In another folder, since Python imports from its own first.
+    command = [sys.executable, "-c", "import batch_inference; print(batch_inference.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == PACKAGE
+
+
 def test_exception_arrives_with_its_attributes() -> None:
     outcome = call(fail, "user", timeout_s=60)
     assert isinstance(outcome, Raised) and isinstance(outcome.error, UserError)
@@ -151,7 +168,7 @@ def test_timeout_kills_all_processes_of_the_group(tmp_path: Path) -> None:
 def test_arguments_that_the_process_does_not_read_do_not_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They are larger than a pipe holds."""
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     assert call(len, bytes(10 << 20), timeout_s=1) == TimedOut(1)
 
 
