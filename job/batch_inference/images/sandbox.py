@@ -223,18 +223,18 @@ class SandboxedGenerator(_Sandbox, Generic[Argument, Result]):
             Exception: Any exception that the function raised.
             InfrastructureError: If the helper process itself does not work.
         """
-        finished, taken, tries = False, 0, _TRIES_IF_KILLED
+        finished, begun, tries = False, False, _TRIES_IF_KILLED
         request = pickle.dumps(argument)
         try:
             self._running().send_stream(request)
             while True:
                 match self._receive():
                     case Yielded(value):
+                        begun = True
                         yield value
                     case InputWanted():
-                        piece = take()
-                        taken += 1
-                        self._running().send_input(piece)
+                        begun = True
+                        self._running().send_input(take())
                     case Returned():
                         finished = True
                         return
@@ -243,8 +243,9 @@ class SandboxedGenerator(_Sandbox, Generic[Argument, Result]):
                     case Died() | TimedOut() as outcome:
                         tries -= 1
                         killed = isinstance(outcome, Died) and outcome.signal == signal.SIGKILL
-                        if not killed or taken or not tries:
-                            # Input that was taken is gone, so there is no second try here; another job may have one.
+                        if not killed or begun or not tries:
+                            # Input that was taken is gone, and values would come twice, so there is no second try here; another
+                            # job may have one.
                             raise self._failure(outcome, retryable=killed)
                         # Killed before it did anything, because of other processes' memory.
                         self._stop()

@@ -13,6 +13,7 @@ Functions, arguments and answers are pickled; a function is found by its name, s
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import pickle
 import signal
@@ -367,19 +368,65 @@ def _answer_calls(function: Callable[..., Any], connection: Connection[Any, Any]
 
 
 def _fork_server(pickled: bytes, limits: Limits, import_in_fork: bool, connection: Connection[Any, Any]) -> None:
-    """Fork a process that answers, and another whenever one has died, until nobody asks any more."""
+    """Fork a process that answers, and another whenever one has died of a request, until nobody asks any more."""
     function = None if import_in_fork else pickle.loads(pickled)  # noqa: S301 - from :class:`ForkServer`
+    pipe = _ForkPipe(connection)
     while True:
         child = os.fork()
         if child == 0:
-            _answer_within_limits(function or pickle.loads(pickled), limits, connection)  # noqa: S301 - as above
+            _answer_within_limits(function or pickle.loads(pickled), limits, pipe)  # noqa: S301 - as above
         exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if exit_code == 0:
+        if exit_code == 0 or not pipe.busy:
             return
         try:
             _send(connection, _how_it_died(exit_code, limits))
         except OSError:
             return
+
+
+class _ForkPipe:
+    """A fork's end of the pipe.
+
+    A fork that dies while it waits for a message, or in the middle of one, ends the server too. Another fork would read the
+    rest of the message as one of its own, and an answer that nobody asked for would be taken for that to the next request.
+
+    Args:
+        connection: The server's end, which forks inherit.
+    """
+
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
+        self._busy = mmap.mmap(-1, 1)  # shared with the server
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has been received to its end and its next answer has not been begun."""
+        return self._busy[0] == 1
+
+    def receive(self) -> Any:
+        """Receive a message; end this process if nobody asks any more, or if the message cannot be received."""
+        try:
+            message = _receive(self._connection)
+        except (EOFError, ConnectionError):
+            os._exit(0)
+        except Exception as exc:
+            try:
+                _send(self._connection, _raised(exc))
+            finally:
+                os._exit(0)
+        self._busy[0] = 1
+        return message
+
+    def send(self, answer: Any) -> None:
+        """Send an answer; end this process if nobody listens any more."""
+        data = _pickled(answer)
+        self._busy[0] = 0
+        try:
+            self._connection.send_bytes(data)
+        except ConnectionError:
+            os._exit(0)
+        # After a value the function goes on without being asked.
+        self._busy[0] = isinstance(answer, Yielded)
 
 
 def _how_it_died(exit_code: int, limits: Limits) -> Died | TimedOut:
@@ -390,19 +437,19 @@ def _how_it_died(exit_code: int, limits: Limits) -> Died | TimedOut:
     return Died(exit_code)
 
 
-def _answer_within_limits(function: Callable[..., Any], limits: Limits, connection: Connection[Any, Any]) -> NoReturn:
+def _answer_within_limits(function: Callable[..., Any], limits: Limits, pipe: _ForkPipe) -> NoReturn:
     _limit_memory(limits.memory_mib)
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     while True:
-        request = _receive_or_exit(connection)
+        request = pipe.receive()
         answer: StreamOutcome[Any]
         match request:
             case _Stream(argument):
-                answer = _answer_stream(function, argument, limits, connection)
+                answer = _answer_stream(function, argument, limits, pipe)
             case _Call(argument):
                 answer = _answer_call(function, argument, limits)
-        _send_or_exit(connection, answer)
+        pipe.send(answer)
 
 
 def _answer_call(function: Callable[..., Any], argument: Any, limits: Limits) -> Returned[Any] | Raised:
@@ -414,7 +461,7 @@ def _answer_call(function: Callable[..., Any], argument: Any, limits: Limits) ->
 
 
 def _answer_stream(
-    function: Callable[..., Iterable[Any]], pickled: bytes, limits: Limits, connection: Connection[Any, Any]
+    function: Callable[..., Iterable[Any]], pickled: bytes, limits: Limits, pipe: _ForkPipe
 ) -> Returned[None] | Raised:
     """Send each value as soon as it is there."""
     _limit_memory(None)
@@ -424,8 +471,8 @@ def _answer_stream(
     def take() -> Any:
         # Providing the input has limits of its own.
         _set_timers(0, 0)
-        _send_or_exit(connection, InputWanted())
-        piece = _receive_or_exit(connection)
+        pipe.send(InputWanted())
+        piece = pipe.receive()
         _set_timers(limits.cpu_s, limits.clock_s)
         return piece
 
@@ -436,7 +483,7 @@ def _answer_stream(
                 value = next(values, _END)
             if value is _END:
                 return Returned(None)
-            _send_or_exit(connection, Yielded(value))
+            pipe.send(Yielded(value))
     except Exception as exc:
         return _raised(exc)
 
@@ -484,25 +531,13 @@ def _limit_memory(mib: int | None) -> None:
 # --- both sides ---
 
 
+def _pickled(message: Any) -> bytes:
+    return pickle.dumps(message, _PICKLE_PROTOCOL)
+
+
 def _send(connection: Connection[Any, Any], message: Any) -> None:
-    connection.send_bytes(pickle.dumps(message, _PICKLE_PROTOCOL))
+    connection.send_bytes(_pickled(message))
 
 
 def _receive(connection: Connection[Any, Any]) -> Any:
     return pickle.loads(connection.recv_bytes())  # noqa: S301 - between processes of this program
-
-
-def _send_or_exit(connection: Connection[Any, Any], message: Any) -> None:
-    """Send a message; end this process if nobody listens any more."""
-    try:
-        _send(connection, message)
-    except ConnectionError:
-        os._exit(0)
-
-
-def _receive_or_exit(connection: Connection[Any, Any]) -> Any:
-    """Receive a message; end this process if nobody asks any more."""
-    try:
-        return _receive(connection)
-    except (EOFError, ConnectionError):
-        os._exit(0)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,12 +30,22 @@ from batch_inference.system.subprocesses import (
     ServerEnded,
     TimedOut,
     Yielded,
+    _Call,
+    _ForkPipe,
     call,
+)
+from tests.support.child_functions import (
+    TimersWhenReceived,
+    echo,
+    timers_of_call,
+    timers_of_stream,
 )
 
 # The package of the checkout under test.
 PACKAGE = Path(__file__).parents[3] / "job" / "batch_inference" / "__init__.py"
 LIMITS = Limits(cpu_s=1, clock_s=30, memory_mib=256)
+# The kernel may take as long as it likes.
+LONG = Limits(cpu_s=1000, clock_s=2000, memory_mib=256)
 
 
 class UnpicklableError(Exception):
@@ -213,6 +226,98 @@ def test_stream_asks_for_its_input() -> None:
                 server.send_input(piece)
                 assert server.receive() == Yielded(2 * piece)
             assert server.receive() == Returned(None)
+
+
+def test_time_limits_hold_while_a_call_runs_and_at_no_other_time() -> None:
+    """Neither the caller's time between two calls counts, nor that in which it provides input or works on a value."""
+    with fork_server(timers_of_call, LONG) as server:
+        for _ in range(2):
+            server.send_call(TimersWhenReceived())
+            outcome = server.receive()
+            assert isinstance(outcome, Returned)
+            received, running = outcome.value
+            assert received == (0, 0)
+            assert min(running) > 0
+    with fork_server(timers_of_stream, LONG) as server:
+        server.send_stream(pickle.dumps(None))
+        assert min(value_of(server.receive())) > 0
+        assert server.receive() == InputWanted()
+        server.send_input(TimersWhenReceived())
+        waiting, running = value_of(server.receive())
+        assert waiting == (0, 0)
+        assert min(running) > 0
+        assert server.receive() == Yielded((0, 0))
+        assert min(value_of(server.receive())) > 0
+        assert server.receive() == Returned(None)
+
+
+def value_of(outcome: object) -> Any:
+    assert isinstance(outcome, Yielded)
+    return outcome.value
+
+
+def test_fork_killed_in_the_middle_of_a_message_is_not_replaced() -> None:
+    """Another one would take the rest, bytes of an untrusted image, for a message, and unpickle it."""
+    with fork_server(echo, LONG) as server:
+        server.send_call("whole")
+        assert server.receive() == Returned("whole")
+        pipe = server._connection.fileno()
+        image = pickle.dumps(_Call("forged"))
+        rest = struct.pack("!i", len(image)) + image
+        os.write(pipe, struct.pack("!i", 1000 + len(rest)) + bytes(1000))
+        while bytes_in(pipe, termios.TIOCOUTQ):
+            time.sleep(0.01)  # until the fork has read it
+        kill_fork_of(server)
+        with contextlib.suppress(ConnectionError):
+            os.write(pipe, rest)
+        assert server.receive() == ServerEnded(0)
+
+
+def test_fork_killed_in_the_middle_of_an_answer_is_not_replaced() -> None:
+    with fork_server(echo, LONG) as server:
+        server.send_call(bytes(10 << 20))  # more than the pipe holds
+        while not bytes_in(server._connection.fileno(), termios.FIONREAD):
+            time.sleep(0.01)  # until the fork has begun to answer
+        kill_fork_of(server)
+        assert server.receive() == ServerEnded(0)
+
+
+def bytes_in(pipe: int, direction: int) -> int:
+    """Return how many bytes in a pipe have not been read, by this side or by the other."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, direction, bytes(4)))[0])
+
+
+def kill_fork_of(server: ForkServer[Any]) -> None:
+    (fork,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    os.kill(int(fork), signal.SIGKILL)
+    wait_for_end(int(fork))
+
+
+def test_message_that_cannot_be_received_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes next in the pipe is the rest of it."""
+    sent: list[bytes] = []
+    received: Iterator[Exception | bytes] = iter([MemoryError(), pickle.dumps("the rest")])
+
+    class Full:
+        def recv_bytes(self) -> bytes:
+            data = next(received)
+            if isinstance(data, Exception):
+                raise data
+            return data
+
+        def send_bytes(self, data: bytes) -> None:
+            sent.append(data)
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as caught:
+        _ForkPipe(Full()).receive()  # type: ignore[arg-type]
+    assert caught.value.code == 0
+    (answer,) = map(pickle.loads, sent)
+    assert isinstance(answer, Raised) and isinstance(answer.error, MemoryError)
+    assert len(list(received)) == 1
 
 
 def test_server_that_ends_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
