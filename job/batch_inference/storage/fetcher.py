@@ -98,8 +98,11 @@ class Fetcher:
                 meta = result.meta  # a new dict at each access
                 if etag is not None and is_replaced(etag, hash_etag(meta["e_tag"])):
                     raise replaced_error(uri)
-                check_size(int(meta["size"]), max_bytes)
-                return bytes(result.bytes())
+                size = int(meta["size"])
+                check_size(size, max_bytes)
+                data = bytes(result.bytes())
+                _check_length(data, size)
+                return data
 
             return self._request(canonical, get)
 
@@ -122,6 +125,8 @@ class Fetcher:
                     if _OUT_OF_RANGE in str(exc).lower():
                         return Piece(b"", -1, "")
                     raise
+                first, behind = result.range
+                _check_length(data, behind - first)
                 return Piece(data, int(result.meta["size"]), str(result.meta["e_tag"] or ""))
 
             return self._request(uri, get)
@@ -196,6 +201,12 @@ class _RowErrors:
 
 def _row_error(failure: StoreError) -> RowError:
     return RowError("fetch", failure.error_type, failure.message, failure.retryable)
+
+
+def _check_length(data: Buffer, announced: int) -> None:
+    """Raise OSError, of which a request is sent again, if an answer has more or fewer bytes than its headers announce."""
+    if len(data) != announced:
+        raise OSError(f"the answer has {len(data):,} bytes, its headers announce {announced:,}")
 
 
 def check_size(size: int, max_bytes: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from batch_inference.storage import fetcher as module
 from batch_inference.storage.fetcher import Fetcher
 from batch_inference.storage.read_ahead import ReadAhead, Request
 from batch_inference.storage.throttle import Throttle, backoff_s
+from tests.support.faulty_s3 import Answer, faulty_s3
 
 SLOW_DOWN = obx.GenericError("Server returned non-2xx status code: 503 Service Unavailable: <Code>SlowDown</Code>")
+MODIFIED = "Wed, 01 Jan 2025 00:00:00 GMT"
 BROKEN = obx.GenericError("Server returned non-2xx status code: 500 Internal Server Error")
 
 
@@ -46,7 +49,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
             return Result()
 
         monkeypatch.setattr(obstore, "get", get)
-        monkeypatch.setattr(module.time, "sleep", waits.append)
+        monkeypatch.setattr(time, "sleep", waits.append)
         return waits
 
     return give
@@ -79,8 +82,8 @@ def test_store_that_only_asks_to_slow_down_is_given_up_in_time(
 ) -> None:
     waits = answers(*[SLOW_DOWN] * 1000)
     clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(module.time, "sleep", lambda wait: (waits.append(wait), clock.__setitem__(0, clock[0] + 5)))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda wait: (waits.append(wait), clock.__setitem__(0, clock[0] + 5)))
     fetcher = Fetcher(StorageConfig(retry_timeout_s=60))
     with pytest.raises(RowError) as caught:
         fetcher.fetch("s3://b/k", 10)
@@ -138,6 +141,113 @@ def test_ranges_of_files(start: int, end: int, expected: bytes, tmp_path: Path) 
     first = piece.etag
     (tmp_path / "f").write_bytes(b"0123456789x")
     assert Fetcher(StorageConfig()).fetch_range(f"file://{tmp_path}/f", start, end).etag != first
+
+
+# --- sizes ---
+
+
+def test_object_over_the_limit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Result] = []
+
+    class Counted(Result):
+        def bytes(self) -> bytes:
+            read.append(self)
+            return super().bytes()
+
+    monkeypatch.setattr(obstore, "get", lambda *args: Counted())
+    fetcher = Fetcher(StorageConfig())
+    with pytest.raises(RowError, match=r"the file has 3 bytes, more than preprocess\.max_bytes = 2") as caught:
+        fetcher.fetch("s3://b/k", 2)
+    assert (caught.value.error.error_type, caught.value.error.retryable) == ("TOO_LARGE", False)
+    assert read == []
+    assert fetcher.fetch("s3://b/k", 3) == b"abc"
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("data", [b"abcd", b"ab", b""])
+def test_answer_of_another_length_than_announced_is_asked_for_again(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(Result):
+        def bytes(self) -> bytes:
+            return data
+
+    results = [Wrong(), Result()]
+    monkeypatch.setattr(obstore, "get", lambda *args: results.pop(0))
+    monkeypatch.setattr(time, "sleep", lambda wait: None)
+    fetcher = Fetcher(StorageConfig())
+    assert fetcher.fetch("s3://b/k", 10) == b"abc"
+    assert fetcher.collect_retries() == 1
+
+
+@pytest.mark.parametrize("length", [2, 4])
+@pytest.mark.parametrize("start", [1, -6])
+def test_range_of_another_length_than_announced_is_asked_for_again(
+    start: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda wait: None)
+    with faulty_s3() as server:
+        server.objects["k"] = b"0123456"
+        wrong = Answer(206, b"1234567"[:length], {"content-range": "bytes 1-3/7", "last-modified": MODIFIED})
+        if start < 0:
+            wrong.headers["content-range"] = "bytes 1-6/7"
+        answers = [wrong]
+        server.answer = lambda asked: answers.pop() if answers else None
+        fetcher = Fetcher(StorageConfig(endpoint_url=server.endpoint, region="us-east-1", anonymous=True))
+        piece = fetcher.fetch_range("s3://b/k", start, 4 if start > 0 else 0)
+        assert (bytes(piece.data), piece.size) == (b"123" if start > 0 else b"123456", 7)
+        assert fetcher.collect_retries() == 1
+        answers = [wrong] * 2
+        with pytest.raises(RowError, match=f"the answer has {length} bytes, its headers announce") as caught:
+            Fetcher(fetcher._storage.model_copy(update={"max_retries": 1})).fetch_range("s3://b/k", start, 4)
+        assert (caught.value.error.error_type, caught.value.error.retryable) == ("STORE_UNREACHABLE", True)
+
+
+def test_file_that_grows_is_read_up_to_the_size_that_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"12345")
+    real = module.check_size
+
+    def grow(size: int, max_bytes: int) -> None:
+        real(size, max_bytes)
+        file.write_bytes(b"1234567890")
+
+    monkeypatch.setattr(module, "check_size", grow)
+    assert Fetcher(StorageConfig()).fetch(f"file://{file}", 5) == b"12345"
+    with pytest.raises(RowError, match="the file has 10 bytes, more than"):
+        Fetcher(StorageConfig()).fetch(f"file://{file}", 5)
+
+
+@pytest.mark.parametrize(("size", "each"), [(10, 3), (10, 10), (0, 3)])
+def test_file_that_is_read_in_parts_is_read_whole(
+    size: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network disks return less than they are asked for."""
+    (tmp_path / "f").write_bytes(b"0123456789"[:size])
+    real = os.read
+    monkeypatch.setattr(os, "read", lambda file, count: real(file, min(count, each)))
+    fetcher = Fetcher(StorageConfig())
+    whole, part = fetcher.fetch(f"file://{tmp_path}/f", 10), fetcher.fetch_range(f"file://{tmp_path}/f", 1, 9)
+    monkeypatch.undo()
+    assert (whole, bytes(part.data)) == (b"0123456789"[:size], b"0123456789"[1 : min(9, size)])
+
+
+def test_file_without_a_size_is_read_no_further_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a file may never end."""
+    reads: list[int] = []
+
+    def endless(file: int, count: int) -> bytes:
+        reads.append(count)
+        return bytes(4) if len(reads) < 100 else b""
+
+    monkeypatch.setattr(os, "read", endless)
+    with pytest.raises(RowError, match=r"more bytes than preprocess\.max_bytes = 10") as caught:
+        Fetcher(StorageConfig()).fetch("file:///proc/self/status", 10)
+    monkeypatch.undo()
+    assert caught.value.error.error_type == "TOO_LARGE"
+    assert len(reads) == 3  # 12 bytes
 
 
 # --- throttle ------------------------------------------------------------------------------------------------------------
