@@ -169,6 +169,24 @@ def test_members_behind_the_cut_of_a_tar_are_truncated(store: MemoryFetcher) -> 
     assert error_types(read(uris[2:3], store)) == ["TRUNCATED"]
 
 
+def test_members_behind_the_cut_of_a_tar_that_was_whole_when_it_was_planned_are_truncated(store: MemoryFetcher) -> None:
+    """They are read together: one is cut by its last byte, and of the next not even the header is there."""
+    uris = [f"{TAR}#{n}.jpg" for n in range(4)]
+    archive = store.objects[TAR] = tar({f"{n}.jpg": bytes([n + 1]) * 1000 for n in range(4)})
+    locations, _ = locate_members(pa.chunked_array([uris]), InputConfig(), StorageConfig())
+    for end, whole, available in (
+        (2 * 1536 - 24, 2, [0, 0]),
+        (2 * 1536 - 25, 1, [999, 0, 0]),
+        (2 * 512 + 1024, 1, [0, 0, 0]),
+    ):
+        store.objects[TAR] = archive[:end]
+        fetched = list(fetch_inputs(plan_reads(uris, locations, store, 1 << 30), 4))
+        assert [one.data for one in fetched] == [bytes([n + 1]) * 1000 for n in range(whole)] + [b""] * (4 - whole)
+        assert [one.error and one.error.error_type for one in fetched] == [None] * whole + ["TRUNCATED"] * (4 - whole)
+        messages = [one.error.message for one in fetched if one.error]
+        assert messages == [f"{TAR} ends after {there} of the member's 1,000 bytes" for there in available]
+
+
 @pytest.mark.parametrize("uri", [TAR, PARQUET])
 def test_file_that_was_replaced_after_planning_gives_no_wrong_images(uri: str, store: MemoryFetcher) -> None:
     store.objects[TAR] = tar({"0": b"old"})

@@ -278,7 +278,10 @@ def test_devices_named_like_images_are_counted() -> None:
     ("data", "note"),
     [
         (tar({"a.jpg": bytes(2000)})[:1500], "ends at byte 1,500 within a member"),
+        (tar({"a.jpg": bytes(500)})[:1011], "ends at byte 1,011 within a member"),
+        (tar({"a.jpg": bytes(500)})[:1012], "ends at byte 1,012 without an end mark"),
         (tar({"a.jpg": bytes(500)})[:1024], "ends at byte 1,024 without an end mark"),
+        (tar({"a.jpg": b"1", "b.txt": b"2"})[:1537], "ends at byte 1,537 without an end mark"),
         (tar({"a.jpg": bytes(500)})[:1600], "ends at byte 1,600 within its end mark"),
         (tar({"a.jpg": b"1"}), None),
     ],
