@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from batch_inference.system.subprocesses import (
     ForkServer,
     InputWanted,
     Limits,
+    Outcome,
     Raised,
     Returned,
     ServerEnded,
@@ -168,13 +168,18 @@ def test_much_output_does_not_block_the_process() -> None:
     assert call(talk, timeout_s=60) == Returned(len(sys.path))
 
 
-def test_timeout_kills_all_processes_of_the_group(tmp_path: Path) -> None:
-    outcomes: list[Any] = []
+def test_timeout_kills_all_processes_of_the_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "pid"
-    thread = threading.Thread(target=lambda: outcomes.append(call(spawn_and_wait, str(file), timeout_s=5)), daemon=True)
-    thread.start()
-    thread.join(30)
-    assert outcomes == [TimedOut(5)]
+    receive = ChildProcess.receive
+
+    def receive_once_spawned(self: ChildProcess[None], timeout_s: float | None = None) -> Outcome[None]:
+        assert timeout_s == 5
+        while not file.exists() or not file.read_text():
+            time.sleep(0.01)
+        return receive(self, 0.01)
+
+    monkeypatch.setattr(ChildProcess, "receive", receive_once_spawned)
+    assert call(spawn_and_wait, str(file), timeout_s=5) == TimedOut(0.01)
     wait_for_end(int(file.read_text()))
 
 
