@@ -28,7 +28,7 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """
     variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "COLUMNS": "120", **(extra or {})}
     if extra and "PYTHONPATH" in extra:
-        variables["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), extra["PYTHONPATH"]])
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), extra["PYTHONPATH"]]))
     return variables
 
 
