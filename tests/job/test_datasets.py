@@ -1,3 +1,5 @@
+"""Images as Ray datasets, and predictors over them: a user's own code around Ray Data, in the running cluster."""
+
 from __future__ import annotations
 
 import io
@@ -6,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
 from PIL import Image
-from ray.data.block import BlockAccessor
 from torch import nn
 from torchvision import models
 from torchvision.models import SqueezeNet1_1_Weights
@@ -21,8 +20,6 @@ from torchvision.models import SqueezeNet1_1_Weights
 from batch_inference import TorchPredictor, from_images, from_paths, predict, read_images
 from batch_inference.config import PreprocessConfig
 from batch_inference.errors import UserError
-from batch_inference.models.columns import is_sequence
-from batch_inference.pipeline.datasets import _Predict
 from tests.support.containers import parquet, tar
 from tests.support.images import jpeg
 
@@ -30,11 +27,15 @@ ONE_ACTOR = ray.data.ActorPoolStrategy(size=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+def connection(cluster: dict[str, str]) -> Iterator[None]:
+    """Connect this process to the running cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's native code reads it once in a process.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(cluster["address"], log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+        ray.shutdown()
 
 
 def squeezenet(*, weights: Any) -> nn.Module:
@@ -96,12 +97,6 @@ def test_from_images() -> None:
     assert all(row["image"].dtype == np.uint8 for row in rows)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 2, 3)), np.zeros((2, 2, 4), np.uint8), np.zeros(3, np.uint8), "a.jpg"])
-def test_from_images_refuses_other_arrays(bad: Any) -> None:
-    with pytest.raises(UserError, match="image 1 "):
-        from_images([gray(0, 2, 2), bad])
-
-
 def test_read_images_keeps_every_row(folder: Path) -> None:
     rows = sorted(read_images(folder).take_all(), key=lambda row: names([row]))
     assert names(rows) == [f"{index}.png" for index in range(10)]
@@ -145,8 +140,6 @@ def test_from_paths_is_lazy_and_reports_what_is_missing(folder: Path) -> None:
     (folder / "late.png").unlink()
     assert rows[0]["image"].mean() == 9
     assert rows[1]["error"] == "fetch NOT_FOUND: there is no such object"
-    with pytest.raises(UserError, match="no paths"):
-        from_paths([])
 
 
 def test_limits_pass_through(folder: Path) -> None:
@@ -189,22 +182,6 @@ def test_other_columns_are_kept_and_pool_passes_through() -> None:
     dataset = predict(ray.data.from_items(items), Mean, compute=ONE_ACTOR, num_cpus=0.5, batch_size=2)
     rows = sorted(dataset.take_all(), key=lambda row: str(row["id"]))
     assert [(row["id"], row["weight"], row["mean"]) for row in rows] == [(f"a{i}", i / 2, i) for i in range(7)]
-
-
-@pytest.mark.parametrize("values", ["ab", b"ab", {0: 1, 1: 2}, {1, 2}, bytearray(b"ab")])
-def test_value_with_a_length_may_not_be_a_column(values: Any) -> None:
-    class Odd:
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            return {"x": values}
-
-    table = pa.table(BlockAccessor.batch_to_arrow_block({"image": np.zeros((2, 4, 4, 3), np.uint8)}))
-    with pytest.raises(ValueError, match=f"Odd returned one {type(values).__name__} as x, not one value an image"):
-        _Predict(Odd, (), {})(table)
-
-
-@pytest.mark.parametrize("values", [[1, 2], (1, 2), np.array([1, 2]), torch.tensor([1, 2]), pd.Series([1, 2])])
-def test_columns_are_lists_arrays_tensors_and_series(values: Any) -> None:
-    assert is_sequence(values)
 
 
 def test_two_actors_predict_every_image() -> None:
