@@ -17,5 +17,5 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.config.option.collectonly and any(HERE in item.path.parents for item in session.items):
         oracle.program()
         renderer.program()
-        for name in ("helm", "helm4"):
+        for name in ("helm", "helm4", "actionlint"):
             tool(name, from_path=False)
