@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from batch_inference.config import JobConfig
 from batch_inference.driver import remote
 from batch_inference.environment import RUN_VARIABLE
 from batch_inference.errors import BatchInferenceError, InfrastructureError, JobInterruptedError, UserError
+from tests.support.waiting import HANG_S, wait_until
 
 
 class Attempt:
@@ -48,11 +48,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[..., remote.RemoteDriver
 
 
 def outcome(driver: remote.RemoteDriver) -> Any:
-    deadline = time.monotonic() + 10
-    while (result := driver.poll()[1]) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return result
+    wait_until(lambda: driver.poll()[1] is not None)
+    return driver.poll()[1]
 
 
 @pytest.mark.parametrize("force", [True, False])
@@ -84,7 +81,7 @@ def test_end_of_the_attempt_is_the_outcome(
 
 def test_stop_reaches_the_attempt(driver: Callable[..., remote.RemoteDriver]) -> None:
     ready = threading.Event()
-    remote_driver = driver(lambda: ready.wait(10))
+    remote_driver = driver(lambda: ready.wait(HANG_S))
     assert not Attempt.last.stopping.is_set()
     remote_driver.stop()
     assert Attempt.last.stopping.is_set()

@@ -45,6 +45,7 @@ def test_signal_passed_on_by_the_parent_does_not_interrupt_the_end_that_the_firs
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(signals, "_stopped_at", {})
+    monkeypatch.setattr(signals, "_SAME_SIGNAL_S", 3600)
     for supervised in (True, False):
         monkeypatch.setattr(supervision, "_parent", -1 if supervised else None)
         cleaned_up = False

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from batch_inference.output.ledger import Ledger
 from batch_inference.output.status import status
 from batch_inference.storage.store import Store
 from tests.support.outputs import commit_shard, planned
+from tests.support.waiting import wait_until
 
 JOB = str(Path(batch_inference.__file__).parents[1])
 # A parent and a driver; the test says what the driver does.
@@ -67,21 +67,19 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     assert process.stdout is not None
     with process.stdout:
         said = process.stdout.read()
-    return process.wait(30), said
+    return process.wait(), said
+
+
+def state_of(pid: int) -> str:
+    """Return the letter that Linux has for a process's state; Z where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
 
 
 def has_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    return state_of(pid) == "Z"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +122,7 @@ def test_signals_reach_the_driver(number: signal.Signals) -> None:
 
 
 def test_driver_without_a_handler_yet_ends_by_the_signal() -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     driver = driver_of(process)
     process.terminate()
     assert ended(process) == (-signal.SIGTERM, "")
@@ -135,7 +133,7 @@ def test_driver_without_a_handler_yet_ends_by_the_signal() -> None:
 def test_first_process_of_a_container_ends_with_the_code_of_the_signal(tmp_path: Path) -> None:
     """Signals without a handler do not end it."""
     script = tmp_path / "driver.py"
-    script.write_text(PROGRAM.format(driver="time.sleep(60)"))
+    script.write_text(PROGRAM.format(driver="time.sleep(600)"))
     in_a_container = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable, str(script)]
     process = subprocess.Popen(
         in_a_container,
@@ -154,35 +152,40 @@ def test_first_process_of_a_container_ends_with_the_code_of_the_signal(tmp_path:
 
 
 def test_driver_that_another_process_terminates_has_no_verdict() -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     os.kill(driver_of(process), signal.SIGTERM)
     assert ended(process) == (5, f"EXPLAINED -{int(signal.SIGTERM)} {{}}\n")
 
 
 def test_driver_does_not_outlive_its_parent() -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     driver = driver_of(process)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate()
     wait_until(lambda: has_ended(driver))
 
 
 def test_driver_that_is_stopped_and_continued_is_waited_for() -> None:
-    process = start("time.sleep(1.5); supervision.tell_parent(exit_code=0)")
+    process = start("sys.stdin.read(); supervision.tell_parent(exit_code=0)", stdin=subprocess.PIPE)
     driver = driver_of(process)
     os.kill(driver, signal.SIGSTOP)
-    time.sleep(0.3)
+    wait_until(lambda: state_of(driver) == "T")
+    time.sleep(0.3)  # for a parent that takes this for the end
     assert process.poll() is None
     os.kill(driver, signal.SIGCONT)
+    assert process.stdin is not None
+    process.stdin.close()
     assert ended(process) == (0, "")
 
 
 def test_process_left_behind_does_not_hold_the_parent_up() -> None:
-    process = start("if os.fork() == 0: time.sleep(5); os._exit(0)\nsupervision.tell_parent(exit_code=0); os._exit(0)")
-    process.stdout, said = None, process.stdout  # the one left behind has it, too
-    assert process.wait(4) == 0
-    assert said is not None
-    said.close()
+    left_behind = "if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"
+    process = start(left_behind + "supervision.tell_parent(exit_code=0); os._exit(0)", stdin=subprocess.PIPE)
+    assert process.wait() == 0
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()  # only now the one left behind ends
+    assert process.stdout.read().startswith("driver ")
+    process.stdout.close()
 
 
 def test_driver_is_waited_for_where_sigchld_was_ignored() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,11 +52,10 @@ def test_drivers_are_stopped_and_waited_for(tmp_path: Path, started: list[subpro
     driver = start([*script(tmp_path, "batch-inference", "(time.sleep(0.5), sys.exit(130))"), "run", "--config", "a"])
     other = start([*script(tmp_path, "something-else", "sys.exit(0)"), "run"])
     started += [driver, other]
-    begun = time.monotonic()
-    assert prestop.stop_drivers(20) == 0
-    assert time.monotonic() - begun < 15
+    # Longer than the test may take: it ends with the drivers.
+    assert prestop.stop_drivers(3600) == 0
     reaped(started)
-    assert driver.wait(5) == 130
+    assert driver.wait() == 130
     assert other.poll() is None
 
 
@@ -69,10 +67,13 @@ def test_driver_that_does_not_end_is_waited_for_until_the_deadline(
     assert "1 drivers have not ended" in capsys.readouterr().err
 
 
-def test_head_without_a_driver_ends_at_once(started: list[subprocess.Popen[bytes]]) -> None:
-    begun = time.monotonic()
+def test_head_without_a_driver_ends_at_once(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(prestop.time, "sleep", waits.append)
     assert prestop.main(["50"]) == 0
-    assert time.monotonic() - begun < 5
+    assert waits == []
 
 
 @pytest.mark.parametrize("args", [[], ["soon"], ["5", "6"]])

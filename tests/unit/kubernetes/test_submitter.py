@@ -8,10 +8,10 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -27,19 +27,30 @@ from batch_inference.config import load_config
 from batch_inference.environment import CONFIG_VARIABLE, RUN_VARIABLE
 from batch_inference.errors import InfrastructureError, JobInterruptedError, UserError
 from batch_inference.kubernetes import submitter
-from batch_inference.kubernetes.ray_jobs import JobServer, RayJobInfo, base_url, token_from_environment
+from batch_inference.kubernetes.ray_jobs import JobServer, LogStream, RayJobInfo, base_url, token_from_environment
 from batch_inference.kubernetes.submitter import LogCopy, Submitter, SubmitTimeouts, request_body
 from batch_inference.text import last_line
 
 LOG = "".join(f"line {i} ü\n" for i in range(20))
 CONFLICT = "ValueError: Job with submission_id x already exists. Please use a different submission_id.\n."
 Serve = Callable[[web.WebSocketResponse, int], Awaitable[None]]
+_next_text = LogStream.next
 
 
 class FakeServer:
-    """A server that answers as Ray's job server does unless a test changes that."""
+    """A server that answers as Ray's job server does unless a test changes that.
+
+    It also has the submitter's clock, which goes only while the submitter sleeps, or waits for a log that stays silent.
+    """
 
     def __init__(self) -> None:
+        self.now = 1000.0
+        self.received: dict[LogStream, int] = {}
+        """Characters that the submitter has read from each connection, in the order of the connections."""
+        self.silences: dict[int, int] = {}
+        """Connections on which nothing comes after this many characters."""
+        self.told = ""
+        """The state that was answered last."""
         self.job: dict[str, Any] | None = None
         self.posts: list[dict[str, Any]] = []
         self.attached = 0
@@ -57,6 +68,42 @@ class FakeServer:
         await socket.send_str(LOG)
         self.set("SUCCEEDED", "Job finished successfully.")
         await socket.close()
+
+    def has_read(self, attempt: int, characters: int) -> bool:
+        """Return whether the submitter has read this much from a connection."""
+        return [*self.received.values(), *[0] * attempt][attempt - 1] >= characters
+
+    async def stay_silent(
+        self, socket: web.WebSocketResponse, attempt: int, sent: int, until: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Send nothing after so many characters until the condition holds, or the submitter leaves."""
+        self.silences[attempt] = sent
+        left = asyncio.ensure_future(socket.receive())
+        while not left.done() and not until():
+            await asyncio.sleep(0.001)
+        del self.silences[attempt]
+        left.cancel()
+        await asyncio.wait([left])
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep by the submitter's clock."""
+        self.now += seconds
+        await asyncio.sleep(0)
+
+    async def next_text(self, stream: LogStream, timeout_s: float) -> str | None:
+        """Read more of a log; time passes only where the server has no more to say."""
+        self.received.setdefault(stream, 0)
+        number = list(self.received).index(stream) + 1
+        read = asyncio.ensure_future(_next_text(stream, 3600.0))
+        while not read.done():
+            if self.received[stream] >= self.silences.get(number, sys.maxsize):
+                read.cancel()
+                await asyncio.wait([read])
+                self.now += timeout_s
+                return ""
+            await asyncio.sleep(0.001)
+        self.received[stream] += len(read.result() or "")
+        return read.result()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         answer = self.before(request)
@@ -76,6 +123,7 @@ class FakeServer:
             self.attached += 1
             await self.log(socket, self.attached)
             return socket
+        self.told = self.job["status"]
         return web.json_response(self.job)
 
     def follow(self, timeouts: SubmitTimeouts | None = None, token: str = "") -> RayJobInfo:
@@ -91,7 +139,7 @@ class FakeServer:
                     client, request_body("job.yaml", "x", inline=False), timeouts or SubmitTimeouts()
                 ).run()
 
-        return asyncio.run(asyncio.wait_for(run(), 60))
+        return asyncio.run(run())
 
 
 async def cut(socket: web.WebSocketResponse) -> None:
@@ -104,8 +152,12 @@ async def cut(socket: web.WebSocketResponse) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    server = FakeServer()
     monkeypatch.setattr(submitter, "_delays", lambda: iter([0.02] * 1000))
-    return FakeServer()
+    monkeypatch.setattr(submitter, "time", SimpleNamespace(monotonic=lambda: server.now))
+    monkeypatch.setattr(submitter, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": server.sleep}))
+    monkeypatch.setattr(LogStream, "next", lambda stream, timeout_s: server.next_text(stream, timeout_s))
+    return server
 
 
 @pytest.fixture(autouse=True)
@@ -379,7 +431,8 @@ def test_log_that_breaks_in_every_way_is_copied_once(
         reached = LOG[: attempt * 20]
         for place in range(0, len(reached), 7):
             await socket.send_str(reached[place : place + 7])
-        await asyncio.sleep(0.05)
+        while not server.has_read(attempt, len(reached)):
+            await asyncio.sleep(0.001)
         if attempt % 3 == 0:
             await cut(socket)
         else:
@@ -432,34 +485,36 @@ def test_silent_log_is_read_over_a_new_connection(server: FakeServer, capsys: py
     times: list[float] = []
 
     async def serve(socket: web.WebSocketResponse, attempt: int) -> None:
-        times.append(time.monotonic())
+        times.append(server.now)
         if attempt == 5:
             await server.whole_log(socket, attempt)
             return
-        await socket.send_str(LOG[: 10 * min(attempt, 2)])
-        await socket.receive()
+        text = LOG[: 10 * min(attempt, 2)]
+        await socket.send_str(text)
+        await server.stay_silent(socket, attempt, len(text))
 
     server.log = serve
-    assert server.follow(SubmitTimeouts(silent_s=0.2)).status == "SUCCEEDED"
+    assert server.follow(SubmitTimeouts(silent_s=60)).status == "SUCCEEDED"
     assert capsys.readouterr().out == LOG
-    # 0.2 s, the same after the new line of the second connection, then doubling.
-    pauses = [after - before for before, after in pairwise(times)]
-    assert len(pauses) == 4
-    assert all(pause >= least for pause, least in zip(pauses, (0.2, 0.2, 0.4, 0.8), strict=True))
+    # A minute, the same after the new line of the second connection, then doubling.
+    assert [after - before for before, after in pairwise(times)] == [60, 60, 120, 240]
 
 
 def test_new_lines_make_a_dead_connection_be_noticed_early_again(server: FakeServer) -> None:
+    times: list[float] = []
+
     async def serve(socket: web.WebSocketResponse, attempt: int) -> None:
+        times.append(server.now)
         if attempt == 9:
             await server.whole_log(socket, attempt)
             return
-        await socket.send_str(LOG[: 10 * attempt])
-        await socket.receive()
+        text = LOG[: 10 * attempt]
+        await socket.send_str(text)
+        await server.stay_silent(socket, attempt, len(text))
 
     server.log = serve
-    begun = time.monotonic()
-    assert server.follow(SubmitTimeouts(silent_s=0.1)).status == "SUCCEEDED"
-    assert time.monotonic() - begun < 15  # doubled each time it would be 25 s
+    assert server.follow(SubmitTimeouts(silent_s=60)).status == "SUCCEEDED"
+    assert [after - before for before, after in pairwise(times)] == [60] * 8
 
 
 def test_end_is_not_waited_for_for_ever_where_the_log_cannot_be_read(
@@ -511,7 +566,7 @@ def test_end_that_was_seen_stands_whatever_the_cluster_says_later(
         await socket.send_str(LOG[:30])
         if attempt == 1:
             server.set("FAILED", "Job entrypoint command failed with exit code 2")
-            await asyncio.sleep(0.5)
+            await server.stay_silent(socket, attempt, 30, until=lambda: server.told == "FAILED")
             away = became == "unreachable"
             server.job = None if became == "nothing" else server.job
             if became == "another":
@@ -536,11 +591,11 @@ def test_dashboard_that_is_gone_for_a_while_and_one_that_stays_away(
             await server.whole_log(socket, attempt)
             return
         await socket.send_str(LOG[:30])
-        gone_until = time.monotonic() + away_s
+        gone_until = server.now + away_s
         await cut(socket)
 
     def gone(request: web.Request) -> web.Response | None:
-        return web.Response(status=502, text="bad gateway") if time.monotonic() < gone_until else None
+        return web.Response(status=502, text="bad gateway") if server.now < gone_until else None
 
     server.log, server.before, away_s = serve, gone, 0.5
     assert server.follow(SubmitTimeouts(lost_s=5)).status == "SUCCEEDED"
@@ -554,12 +609,14 @@ def test_dashboard_that_is_gone_for_a_while_and_one_that_stays_away(
 def test_state_that_cannot_be_had_does_not_break_a_log_that_flows(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = 0
+    refused = sent = 0
 
     async def serve(socket: web.WebSocketResponse, attempt: int) -> None:
+        nonlocal sent
         for line in LOG.splitlines(keepends=True):
             await socket.send_str(line)
-            await asyncio.sleep(0.05)
+            sent, before = sent + len(line), refused
+            await server.stay_silent(socket, attempt, sent, until=lambda before=before: refused >= before + 2)
         server.before = lambda request: None
         server.set("SUCCEEDED")
         await socket.close()
@@ -575,7 +632,10 @@ def test_state_that_cannot_be_had_does_not_break_a_log_that_flows(
     server.log, server.before = serve, only_the_log
     assert server.follow(SubmitTimeouts(lost_s=0.5)).status == "SUCCEEDED"
     assert capsys.readouterr().out == LOG
-    assert (server.attached, refused > 5) == (1, True)
+    assert server.attached == 1
+    # Without an answer for longer than it may be, and never without a line for so long.
+    assert refused >= 40
+    assert server.now > 1000.5
 
 
 # The command
@@ -613,7 +673,7 @@ def test_environment_says_what_options_do_not(monkeypatch: pytest.MonkeyPatch) -
 def test_stopped_submitter_says_so_and_leaves_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     async def forever(self: Submitter) -> None:
         asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), 15)
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
 
     monkeypatch.setattr(Submitter, "run", forever)
     with pytest.raises(JobInterruptedError, match="job x is left as it is") as caught:

@@ -21,6 +21,7 @@ from batch_inference.pipeline.prepare import BLOCK_BYTES, Preparation
 from batch_inference.pipeline.schemas import PREPARED_SCHEMA
 from batch_inference.storage.fetcher import Fetcher
 from tests.support.images import broken, jpeg
+from tests.support.waiting import HANG_S, Crowd, wait_until
 
 
 def prepare(
@@ -180,22 +181,16 @@ def test_rows_stay_in_order_whatever_takes_long(
 
 
 def test_fetches_overlap_but_no_more_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, now, most = threading.Lock(), 0, 0
+    crowd = Crowd(5)
     data = jpeg(0)
 
     def fetch(self: Fetcher, uri: str, max_bytes: int, version: int | None = None) -> bytes:
-        nonlocal now, most
-        with lock:
-            now += 1
-            most = max(most, now)
-        time.sleep(0.01)
-        with lock:
-            now -= 1
-        return data
+        with crowd:
+            return data
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
     prepare([f"s3://b/{n}" for n in range(30)], concurrency=5)
-    assert 2 <= most <= 5
+    assert crowd.most == 5
 
 
 def test_task_does_not_run_far_ahead_of_the_reader_of_its_blocks(fetches: list[str], tmp_path: Path) -> None:
@@ -280,17 +275,18 @@ def test_number_of_decoded_images_that_wait_is_bounded(monkeypatch: pytest.Monke
 
     def counted(self: Preparation, data: bytes) -> Any:
         if data == b"first":
-            first.wait(5)
+            first.wait(HANG_S)
             decoded.append(-len(decoded))
             data = jpeg(0)
         decoded.append(1)
+        if len(decoded) == 3:
+            # Time for a fourth, which must not come.
+            threading.Timer(0.3, first.set).start()
         return pixels(self, data)
 
     monkeypatch.setattr(Preparation, "_pixels", counted)
     for n in range(20):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg(n) if n else b"first")
-    timer = threading.Timer(0.5, first.set)
-    timer.start()
     table = one([f"file://{tmp_path}/{n}.jpg" for n in range(20)], cpus_per_task=2)
     assert errors(table) == [None] * 20
     before_the_first = -next(n for n in decoded if n < 0)
@@ -303,21 +299,15 @@ def test_threads_that_decode_are_as_many_as_the_task_has_cpus(
     cpus: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    lock, now, most = threading.Lock(), 0, 0
+    crowd = Crowd(cpus)
 
     def pixels(self: Preparation, data: bytes) -> Pixels:
-        nonlocal now, most
-        with lock:
-            now += 1
-            most = max(most, now)
-        time.sleep(0.01)
-        with lock:
-            now -= 1
-        return Pixels(np.zeros((1, 1, 3), np.uint8))
+        with crowd:
+            return Pixels(np.zeros((1, 1, 3), np.uint8))
 
     monkeypatch.setattr(Preparation, "_pixels", pixels)
     prepare([f"{tmp_path}/a.jpg"] * 30, cpus_per_task=cpus)
-    assert most == cpus
+    assert crowd.most == cpus
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
@@ -332,10 +322,7 @@ def test_task_that_is_stopped_in_the_middle_leaves_no_thread_waiting(
     )
     next(rows)
     rows.close()
-    deadline = time.monotonic() + 5
-    while any(t.name.startswith(("fetch", "decode")) for t in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(t.name.startswith(("fetch", "decode")) for t in threading.enumerate()))
 
 
 def test_missing_images_do_not_stop_the_task(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from batch_inference.storage.fetcher import Fetcher
 from batch_inference.storage.read_ahead import ReadAhead, Request
 from batch_inference.storage.throttle import Throttle, backoff_s
 from tests.support.faulty_s3 import Answer, faulty_s3
+from tests.support.waiting import Crowd
 
 SLOW_DOWN = obx.GenericError("Server returned non-2xx status code: 503 Service Unavailable: <Code>SlowDown</Code>")
 MODIFIED = "Wed, 01 Jan 2025 00:00:00 GMT"
@@ -278,25 +279,19 @@ def test_throttle_halves_when_asked_to_slow_down_and_recovers_one_by_one() -> No
 def test_throttle_never_exceeds_its_limit() -> None:
     throttle = Throttle(8)
     throttle.refused(time.monotonic())
-    lock, now, most = threading.Lock(), 0, 0
+    crowd = Crowd(4)
 
     def work() -> None:
-        nonlocal now, most
         for _ in range(5):
-            with throttle:
-                with lock:
-                    now += 1
-                    most = max(most, now)
-                time.sleep(0.002)
-                with lock:
-                    now -= 1
+            with throttle, crowd:
+                pass
 
     threads = [threading.Thread(target=work) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
-    assert most == 4
+        thread.join()
+    assert crowd.most == 4
 
 
 @given(st.integers(1, 1000))

@@ -211,9 +211,9 @@ def test_one_of_several_processes_creates(store: Store) -> None:
     workers = [context.Process(target=_create_all, args=(store.uri, w, barrier, results)) for w in range(3)]
     for worker in workers:
         worker.start()
-    won = dict(results.get(timeout=60) for _ in workers)
+    won = dict(results.get() for _ in workers)
     for worker in workers:
-        worker.join(60)
+        worker.join()
     assert sorted(n for wins in won.values() for n in wins) == list(range(50))
     for worker, wins in won.items():
         assert all(store.get(f"_commits/{n}") == b"%d" % worker for n in wins)

@@ -40,6 +40,7 @@ from tests.support.child_functions import (
     timers_of_call,
     timers_of_stream,
 )
+from tests.support.waiting import HANG_S, wait_until
 
 # The package of the checkout under test.
 PACKAGE = Path(__file__).parents[3] / "job" / "batch_inference" / "__init__.py"
@@ -110,11 +111,11 @@ def doubled(count: int, take: Callable[[], int]) -> Iterator[int]:
         yield 2 * take()
 
 
-def wait_for_end(pid: int) -> None:
-    until = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and b"Z" not in Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2][:3]:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def has_ended(pid: int) -> bool:
+    try:
+        return b"Z" in Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2][:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @contextlib.contextmanager
@@ -127,13 +128,13 @@ def fork_server(function: Callable[..., Any], limits: Limits = LIMITS) -> Iterat
 
 
 def test_call_returns_what_the_function_does() -> None:
-    assert call(add, 1, 2, timeout_s=60) == Returned(3)
+    assert call(add, 1, 2, timeout_s=HANG_S) == Returned(3)
 
 
 def test_tests_and_their_processes_import_the_checkout_under_test(tmp_path: Path) -> None:
     """Not the installed package, which may be that of another checkout."""
     assert Path(package_file()) == PACKAGE
-    assert call(package_file, timeout_s=60) == Returned(str(PACKAGE))
+    assert call(package_file, timeout_s=HANG_S) == Returned(str(PACKAGE))
     # In another folder, since Python imports from its own first.
     command = [sys.executable, "-c", "import batch_inference; print(batch_inference.__file__)"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -141,10 +142,10 @@ def test_tests_and_their_processes_import_the_checkout_under_test(tmp_path: Path
 
 
 def test_exception_arrives_with_its_attributes() -> None:
-    outcome = call(fail, "user", timeout_s=60)
+    outcome = call(fail, "user", timeout_s=HANG_S)
     assert isinstance(outcome, Raised) and isinstance(outcome.error, UserError)
     assert (outcome.error.message, outcome.error.remedy) == ("no such file", "Name another.")
-    outcome = call(fail, "row", timeout_s=60)
+    outcome = call(fail, "row", timeout_s=HANG_S)
     assert isinstance(outcome, Raised) and isinstance(outcome.error, RowError)
     message = "the file is damaged. Convert it"
     assert outcome.error.error == RowFailure("decode", "CORRUPT", message, True, "line 1")
@@ -152,35 +153,33 @@ def test_exception_arrives_with_its_attributes() -> None:
 
 
 def test_exception_that_cannot_be_pickled_arrives_as_text() -> None:
-    outcome = call(fail, "unpicklable", timeout_s=60)
+    outcome = call(fail, "unpicklable", timeout_s=HANG_S)
     assert isinstance(outcome, Raised)
     assert str(outcome.error) == "UnpicklableError: 1 and 2"
 
 
 def test_process_that_dies_leaves_its_exit_code_and_last_line() -> None:
-    assert call(die, "exit", timeout_s=60) == Died(1, "the last words")
-    killed = call(die, "kill", timeout_s=60)
+    assert call(die, "exit", timeout_s=HANG_S) == Died(1, "the last words")
+    killed = call(die, "kill", timeout_s=HANG_S)
     assert killed == Died(-signal.SIGKILL, "before the end")
     assert isinstance(killed, Died) and killed.signal == signal.SIGKILL
 
 
 def test_much_output_does_not_block_the_process() -> None:
-    assert call(talk, timeout_s=60) == Returned(len(sys.path))
+    assert call(talk, timeout_s=HANG_S) == Returned(len(sys.path))
 
 
-def test_timeout_kills_all_processes_of_the_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_timeout_kills_all_processes_of_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "pid"
     receive = ChildProcess.receive
 
-    def receive_once_spawned(self: ChildProcess[None], timeout_s: float | None = None) -> Outcome[None]:
-        assert timeout_s == 5
-        while not file.exists() or not file.read_text():
-            time.sleep(0.01)
-        return receive(self, 0.01)
+    def once_there_are_two(self: ChildProcess[Any], timeout_s: float | None = None) -> Any:
+        wait_until(lambda: file.exists() and bool(file.read_text()))
+        return receive(self, timeout_s)
 
-    monkeypatch.setattr(ChildProcess, "receive", receive_once_spawned)
-    assert call(spawn_and_wait, str(file), timeout_s=5) == TimedOut(0.01)
-    wait_for_end(int(file.read_text()))
+    monkeypatch.setattr(ChildProcess, "receive", once_there_are_two)
+    assert call(spawn_and_wait, str(file), timeout_s=0.1) == TimedOut(0.1)
+    wait_until(lambda: has_ended(int(file.read_text())))
 
 
 def test_arguments_that_the_process_does_not_read_do_not_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -194,9 +193,9 @@ def test_process_answers_several_calls_and_ends_with_its_pipe() -> None:
     process = ChildProcess(add)
     for number in range(3):
         process.send(number, 1)
-        assert process.receive(60) == Returned(number + 1)
+        assert process.receive(HANG_S) == Returned(number + 1)
     process.disconnect()
-    assert process.stop(10) == 0
+    assert process.stop(HANG_S) == 0
     assert process.stop() == 0
 
 
@@ -295,7 +294,7 @@ def bytes_in(pipe: int, direction: int) -> int:
 def kill_fork_of(server: ForkServer[Any]) -> None:
     (fork,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
     os.kill(int(fork), signal.SIGKILL)
-    wait_for_end(int(fork))
+    wait_until(lambda: has_ended(int(fork)))
 
 
 def test_message_that_cannot_be_received_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:

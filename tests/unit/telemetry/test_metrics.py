@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from batch_inference.output.tally import Tally
 from batch_inference.pipeline import backlog
 from batch_inference.telemetry import metrics
 from batch_inference.telemetry.metrics import METRICS, Meter, markdown_table
+from tests.support.waiting import wait_until
 
 DOCUMENT = Path(__file__).parents[3] / "k8s" / "monitoring.md"
 
@@ -107,9 +107,7 @@ def test_gauges_are_set_periodically_and_at_the_end(
     snapshot = Progress(rows_total=100, shards_total=10)
     exporter = prometheus.MetricsExporter("run", 2, snapshot)
     exporter.start()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and len(recorded.get("queued_blocks", Recorder()).values) < 3:
-        time.sleep(0.01)
+    wait_until(lambda: len(recorded.get("queued_blocks", Recorder()).values) >= 3)
     snapshot.tally.rows, snapshot.shards_done = 100, 10
     exporter.stop()
     exporter.stop()
