@@ -16,14 +16,16 @@ COLUMNS = 80
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_a_terminal(*args: str, cwd: Path | None = None, **env: str) -> str:
-    """Return what a terminal receives from the program, control characters included."""
+def on_a_terminal(
+    *args: str, cwd: Path | None = None, program: tuple[str, ...] = ("-m", "batch_inference"), **env: str
+) -> str:
+    """Return what a terminal receives from the program, or from another of Python's, control characters included."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     plain = {
         k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "CI")
     }
-    command = [sys.executable, "-m", "batch_inference", *args]
+    command = [sys.executable, *program, *args]
     with subprocess.Popen(
         command,
         stdin=follower,

@@ -31,9 +31,25 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def helps() -> dict[str, list[str]]:
+    """The lines of each command's help, all printed by one process."""
+    code = (
+        "import contextlib, sys\n"
+        "from batch_inference.cli.app import app\n"
+        "for command in sys.argv[1:]:\n"
+        "    print('---', command, flush=True)\n"
+        "    with contextlib.suppress(SystemExit): app([command, '--help'])\n"
+    )
+    said = on_a_terminal(*COMMANDS, program=("-c", code))
+    parts = [CONTROL.sub("", part).partition("\n") for part in said.split("--- ")[1:]]
+    return {command: text.splitlines() for command, _, text in parts}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits(command: str) -> None:
-    lines = [CONTROL.sub("", line) for line in on_a_terminal(command, "--help").splitlines()]
+def test_help_fits(command: str, helps: dict[str, list[str]]) -> None:
+    lines = helps[command]
+    assert f"batch-inference {command}" in " ".join(lines)
     assert len(lines) > 5
     assert max(map(len, lines)) <= COLUMNS, max(lines, key=len)
 
