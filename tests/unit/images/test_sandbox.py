@@ -34,6 +34,7 @@ from batch_inference.storage.read_ahead import Answer
 from batch_inference.system.subprocesses import Limits
 from tests.support.containers import parquet
 from tests.support.images import encode, photo
+from tests.support.waiting import wait_until
 
 POISON = Path(__file__).parents[2] / "poison"
 # The package under test, not the installed one.
@@ -195,10 +196,7 @@ def test_no_process_stays_behind(decode: SandboxedFunction[bytes, Pixels]) -> No
     children = children_of(server)
     assert children
     decode.__exit__()
-    until = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in [server, *children]):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in [server, *children]))
 
 
 def test_careful_preparation_of_a_shard_fails_only_poison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,6 +406,5 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": POISONED},
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )

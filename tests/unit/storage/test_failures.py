@@ -31,7 +31,7 @@ from batch_inference.storage.failures import (
 from batch_inference.storage.store import open_bucket
 from tests.support.faulty_s3 import Answer, FaultyS3, faulty_s3
 
-CONFIG = StorageConfig(max_retries=0, retry_timeout_s=1, timeout_s=5)
+CONFIG = StorageConfig(max_retries=0, retry_timeout_s=1, timeout_s=60)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at(endpoint: str | None, **more: Any) -> StorageConfig:
-    return StorageConfig(endpoint_url=endpoint, max_retries=0, retry_timeout_s=1, timeout_s=5, **more)
+    return StorageConfig(endpoint_url=endpoint, max_retries=0, retry_timeout_s=1, timeout_s=60, **more)
 
 
 # --- certificates --------------------------------------------------------------------------------------------------------
