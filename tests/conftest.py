@@ -17,8 +17,8 @@ from tests.support.limits import TEST_S
 
 HERE = Path(__file__).parent
 
-# How long an example takes is the machine's affair.
-hypothesis.settings.register_profile("project", deadline=None)
+# How long an example takes, and how long it takes to make one, is the machine's affair.
+hypothesis.settings.register_profile("project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("project")
 
 # The checkout under test rather than the installed package, here and in all processes that tests start.

@@ -216,7 +216,7 @@ KEYS = st.builds(
 )
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.sets(KEYS, min_size=1, max_size=6), st.sampled_from([1000, 3]), st.booleans())
 @example({"p/a//n.jpg", "p/a/n.jpg", "p/n.jpg"}, 1, False)
 def test_keys_of_any_form_are_each_one_input(stub: StubS3, given_keys: set[str], page: int, in_folders: bool) -> None:
