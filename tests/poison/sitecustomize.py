@@ -8,6 +8,7 @@ decoders, which come and go with versions.
 
 import importlib.abc
 import importlib.machinery
+import mmap
 import os
 import resource
 import signal
@@ -31,8 +32,12 @@ def swallow(poison: bytes) -> None:
             # As the system does when memory ends; really using it up would hit other processes.
             os.kill(os.getpid(), signal.SIGKILL)
         taken = []
-        while True:
-            taken.append(bytearray(16 << 20))
+        try:
+            while True:
+                # Pages that nobody writes to take address space and no CPU time, whose limit would come first on a busy machine.
+                taken.append(mmap.mmap(-1, 16 << 20))
+        except OSError:
+            raise MemoryError from None
 
 
 def poison_images(module):  # type: ignore[no-untyped-def]
