@@ -54,15 +54,16 @@ def test_help_fits(command: str, helps: dict[str, list[str]]) -> None:
     assert max(map(len, lines)) <= COLUMNS, max(lines, key=len)
 
 
-def test_tables_fit(output: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["status", "plan", "diff"])
+def test_tables_fit(command: str, output: str, tmp_path: Path) -> None:
     photos = tmp_path / ("a-folder-of-photos-with-a-long-name-" * 3)
     photos.mkdir()
     (photos / "a.jpg").write_bytes(jpeg(0))
     model = ("--model", "resnet18", "--preset", "eks-spot", "--gpu-hour-price", "0.70")
-    for args in (("status", output), ("plan", str(photos), *model), ("diff", output, output, "--column", "value")):
-        lines = [CONTROL.sub("", line) for line in on_a_terminal(*args).splitlines()]
-        assert len(lines) > 3
-        assert max(map(len, lines)) <= COLUMNS, max(lines, key=len)
+    args = {"status": [output], "plan": [str(photos), *model], "diff": [output, output, "--column", "value"]}[command]
+    lines = [CONTROL.sub("", line) for line in on_a_terminal(command, *args).splitlines()]
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= COLUMNS, max(lines, key=len)
 
 
 def test_colors_are_for_those_who_want_them(output: str) -> None:
