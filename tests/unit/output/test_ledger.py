@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from batch_inference.driver.collector import OpenShard
 from batch_inference.driver.committer import Committer, PredictionWriters
@@ -660,8 +660,13 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {p.rpartition(".")[2] for p in self.files("_manifest")} == {"parquet"}
 
 
-TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=20, suppress_health_check=list(HealthCheck))
+# In parts, so that no test takes long.
+PART = settings(max_examples=20, stateful_step_count=20, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_drivers_that_crash_and_race_leave_one_job(part: int) -> None:
+    run_state_machine_as_test(LedgerMachine, settings=PART)
 
 
 class Another(Driver):
@@ -746,7 +751,6 @@ class TakeoverMachine(LedgerMachine):
         self.end_of(driver, before)
 
 
-TestTakeoverMachine = TakeoverMachine.TestCase
-TestTakeoverMachine.settings = settings(
-    max_examples=60, stateful_step_count=20, suppress_health_check=list(HealthCheck)
-)
+@pytest.mark.parametrize("part", range(3))
+def test_drivers_of_two_configurations_leave_the_job_of_one(part: int) -> None:
+    run_state_machine_as_test(TakeoverMachine, settings=PART)
