@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from batch_inference.driver.collector import ERROR_COLUMNS, OpenShard
 from batch_inference.driver.committer import Committer, PredictionWriters
@@ -348,5 +348,8 @@ class RetryMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-TestRetryMachine = RetryMachine.TestCase
-TestRetryMachine.settings = settings(max_examples=30, stateful_step_count=20, suppress_health_check=list(HealthCheck))
+# In parts, so that no test takes long.
+@pytest.mark.parametrize("part", range(3))
+def test_retries_that_crash_and_race_leave_every_row_once(part: int) -> None:
+    part_of_30 = settings(max_examples=10, stateful_step_count=20, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(RetryMachine, settings=part_of_30)
