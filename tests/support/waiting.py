@@ -1,6 +1,6 @@
 """Wait for other threads and processes without a limit in seconds of each test's own.
 
-A wait that never ends is a hang, and the timeout of pytest (`pyproject.toml`) ends it: how fast the machine is decides no result.
+A wait that never ends is a hang, and the timeout of pytest (`tests/support/limits.py`) ends it: how fast the machine is decides no result.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-# For threads that pytest's timeout does not reach: so long that only a hang takes it.
-HANG_S = 120.0
+from tests.support.limits import HANG_S
 
 
 def wait_until(condition: Callable[[], bool], every_s: float = 0.01) -> None:

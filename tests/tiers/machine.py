@@ -121,4 +121,6 @@ def _disk(tiers: Collection[str]) -> Iterator[Lack]:
         if free < gb:
             what = f"{gb:.0f} GB free on the disk of {places[disk]}; there are {free:.0f} GB"
             # The figures are of a run with nothing shared: no reason to refuse one that may fit.
-            yield Lack(what, "goes on; if it ends for that, free the rest or set XDG_CACHE_HOME to a folder on another disk")
+            yield Lack(
+                what, "goes on; if it ends for that, free the rest or set XDG_CACHE_HOME to a folder on another disk"
+            )

@@ -13,7 +13,8 @@ from batch_inference.config import JobConfig
 from batch_inference.driver import remote
 from batch_inference.environment import RUN_VARIABLE
 from batch_inference.errors import BatchInferenceError, InfrastructureError, JobInterruptedError, UserError
-from tests.support.waiting import HANG_S, wait_until
+from tests.support.limits import HANG_S
+from tests.support.waiting import wait_until
 
 
 class Attempt:

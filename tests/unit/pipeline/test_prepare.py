@@ -21,7 +21,8 @@ from batch_inference.pipeline.prepare import BLOCK_BYTES, Preparation
 from batch_inference.pipeline.schemas import PREPARED_SCHEMA
 from batch_inference.storage.fetcher import Fetcher
 from tests.support.images import broken, jpeg
-from tests.support.waiting import HANG_S, Crowd, wait_until
+from tests.support.limits import HANG_S
+from tests.support.waiting import Crowd, wait_until
 
 
 def prepare(

@@ -24,7 +24,6 @@ from batch_inference.system.subprocesses import (
     ForkServer,
     InputWanted,
     Limits,
-    Outcome,
     Raised,
     Returned,
     ServerEnded,
@@ -40,7 +39,8 @@ from tests.support.child_functions import (
     timers_of_call,
     timers_of_stream,
 )
-from tests.support.waiting import HANG_S, wait_until
+from tests.support.limits import HANG_S
+from tests.support.waiting import wait_until
 
 # The package of the checkout under test.
 PACKAGE = Path(__file__).parents[3] / "job" / "batch_inference" / "__init__.py"
