@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.cluster import Cluster, CommandError, cache, cluster, engines, programs
+from tests.e2e.cluster import Cluster, CommandError, cache, cluster, engines, layers, programs
 from tests.e2e.cluster.process import run
 
 
@@ -65,8 +70,8 @@ def test_prune_keeps_what_was_wanted_lately() -> None:
 
 
 def test_a_command_is_ended_in_time_and_its_last_words_are_told() -> None:
-    with pytest.raises(CommandError, match=r"no end after 1 s: bash .*\n.*started"):
-        run("bash", "-c", "echo started; sleep 60", timeout=1)
+    with pytest.raises(CommandError, match=r"no end after 3 s: bash .*\n.*started"):
+        run("bash", "-c", "echo started; sleep 60", timeout=3)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +139,52 @@ def test_a_cluster_has_a_name_that_kubernetes_takes(name: str, tmp_path: Path) -
 def test_an_image_is_loaded_by_its_full_name(image: str, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="no registry"):
         Cluster("any", tmp_path / "kubeconfig").load_image(image)
+
+
+def test_layers_are_named_as_containerd_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"rootfs": {"type": "layers", "diff_ids": ["sha256:aa", "sha256:bb", "sha256:cc"]}}
+    below = hashlib.sha256(b"sha256:aa sha256:bb").hexdigest()
+    above = hashlib.sha256(f"sha256:{below} sha256:cc".encode()).hexdigest()
+    text = json.dumps(config).encode()
+    identity = hashlib.sha256(text).hexdigest()
+    files = tmp_path / "overlay-images" / identity
+    files.mkdir(parents=True)
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json"}).encode()
+    (files / "manifest").write_bytes(manifest)
+    (files / ("=" + base64.b64encode(f"sha256:{identity}".encode()).decode())).write_bytes(text)
+    driver = {
+        "UpperDir": f"{tmp_path}/overlay/3/diff",
+        "LowerDir": f"{tmp_path}/overlay/2/diff:{tmp_path}/overlay/1/diff",
+    }
+    found = [{"Id": identity, "GraphDriver": {"Data": driver}}]
+    monkeypatch.setattr(layers, "engine_run", lambda *arguments: json.dumps(found))
+    image = layers.Image.find("localhost/any:1", tmp_path)
+    assert image.chains() == ["sha256:aa", f"sha256:{below}", f"sha256:{above}"]
+    assert image.folders == ("/engine/1/diff", "/engine/2/diff", "/engine/3/diff")
+    with tarfile.open(fileobj=io.BytesIO(image.archive())) as archive:
+        content = {member.name: archive.extractfile(member).read() for member in archive.getmembers()}  # type: ignore[union-attr]
+    (descriptor,) = json.loads(content["index.json"])["manifests"]
+    assert descriptor["annotations"] == {"io.containerd.image.name": "localhost/any:1"}
+    assert content[f"blobs/sha256/{descriptor['digest'].removeprefix('sha256:')}"] == manifest
+    assert content[f"blobs/sha256/{identity}"] == text
+
+
+@pytest.mark.parametrize(
+    ("driver", "folders", "shared"),
+    [("overlay", 1, True), ("overlay", 2, False), ("overlay", 0, False), ("vfs", 1, False)],
+)
+def test_only_images_that_are_kept_in_the_known_way_share_layers(
+    driver: str, folders: int, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str, root: Path) -> layers.Image:
+        if not folders:
+            raise FileNotFoundError(root)
+        return layers.Image(name, b"{}", b'{"rootfs": {"diff_ids": ["sha256:aa"]}}', ("/engine/1/diff",) * folders)
+
+    monkeypatch.setattr(layers, "engine", lambda: engines.Engine("podman", False))
+    monkeypatch.setattr(layers, "engine_run", lambda *arguments: f"{driver} {tmp_path}")
+    monkeypatch.setattr(layers.Image, "find", found)
+    assert (layers.find("localhost/any:1") is not None) == shared
+    monkeypatch.setattr(layers, "engine", lambda: engines.Engine("docker", True))
+    assert layers.find("localhost/any:1") is None
+    assert layers.mounts() == []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.e2e.cluster import layers
 from tests.e2e.cluster.cache import digest, locked, prune, record
 from tests.e2e.cluster.engines import engine
 from tests.e2e.cluster.images import (
@@ -176,9 +177,17 @@ class Cluster:
             say(f"{self.name} has {image} already")
             return
         say(f"loading {image} into {self.name} …")
-        with _output_of(engine().command, "save", image) as archive:
-            command = (engine().command, "exec", "--interactive", self.node, *ctr, "import", "-")
-            run(*command, env=engine().env, stdin=archive, timeout=LOAD_SECONDS)
+        shareable = layers.find(image)
+        if shareable:
+            # A container that never runs, so that the engine keeps the layers that the node uses.
+            keeper = f"{self.name}-keeps-{identity[:12]}"
+            engine_run("rm", "--force", keeper, check=False)
+            engine_run("create", "--name", keeper, "--label", f"{LABEL}={self.name}", "--network=none", image)
+            layers.share(shareable, self.node)
+        else:
+            with _output_of(engine().command, "save", image) as archive:
+                command = (engine().command, "exec", "--interactive", self.node, *ctr, "import", "-")
+                run(*command, env=engine().env, stdin=archive, timeout=LOAD_SECONDS)
         self.in_node(*ctr, "label", image, label)
 
     def evidence(self, folder: Path) -> None:
@@ -218,7 +227,7 @@ class Cluster:
     def _inputs(self) -> str:
         if engine().upstream:
             return digest("upstream", version("kuberay-operator"), CONFIG)
-        return digest(node_image(), operator_manifests(), CONFIG, SOURCES / "kind.yaml")
+        return digest(node_image(), operator_manifests(), CONFIG, SOURCES / "kind.yaml", json.dumps(layers.mounts()))
 
     def _made_of(self) -> str:
         """Returns the digest of what the cluster was made of, once all of it was there; nothing if it does not answer."""
@@ -237,6 +246,7 @@ class Cluster:
         arguments: tuple[str | Path, ...] = ("--kubeconfig", self.kubeconfig, "--wait", "180s", "--retain")
         if not engine().upstream:
             config = _merged(config, _yaml(SOURCES / "kind.yaml"))
+            config["nodes"] = [_merged(node, {"extraMounts": layers.mounts()}) for node in config["nodes"]]
             arguments += ("--image", node_image())
         self.kubeconfig.parent.mkdir(parents=True, exist_ok=True)
         say(f"creating {self.name} …")
@@ -271,6 +281,9 @@ class Cluster:
         engine_run("kill", *self.nodes, check=False)
         # Also after an interrupted start: kind finds a cluster by the labels of its containers.
         self._kind("delete", "cluster", "--kubeconfig", self.kubeconfig, timeout=120)
+        kept = engine_run("ps", "--all", "--quiet", "--filter", f"label={LABEL}={self.name}").split()
+        if kept:
+            engine_run("rm", "--force", *kept)
         self.kubeconfig.unlink(missing_ok=True)
         shutil.rmtree(self.env["KUBECACHEDIR"], ignore_errors=True)
 
