@@ -89,9 +89,9 @@ def _remove_others(name: str) -> None:
     for other in engine_run("images", "--format", "{{.Repository}}:{{.Tag}}", REPOSITORY).split():
         # Podman lists an image's other names, too.
         if other.startswith(f"{REPOSITORY}:") and other != name:
-            engine_run("rmi", other, check=False, timeout=120)  # It stays where a container runs it.
+            engine_run("rmi", other, check=False)  # It stays where a container runs it.
     label = "label=org.opencontainers.image.title=ray-batch-inference"
-    engine_run("image", "prune", "--force", "--filter", label, "--filter", "until=1h", check=False, timeout=120)
+    engine_run("image", "prune", "--force", "--filter", label, "--filter", "until=1h", check=False)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ from tests.e2e.cluster.programs import REPOSITORY, SOURCES, tool, version
 
 CONFIG = REPOSITORY / "k8s" / "kind.yaml"
 CHART = "https://ray-project.github.io/kuberay-helm/"
-READY_SECONDS = 300
-LOAD_SECONDS = 900
+# Limits are for what hangs: ten times what a busy machine needs.
+READY_SECONDS = 900
+LOAD_SECONDS = 3600
+COMMAND_SECONDS = 300
 LABEL = "batch-inference-test-inputs"
 
 
@@ -107,15 +109,17 @@ class Cluster:
         cache = str(self.kubeconfig.with_name("kubectl-cache"))
         return {"PATH": path, "KUBECONFIG": str(self.kubeconfig), "KUBECACHEDIR": cache}
 
-    def kubectl(self, *arguments: str | Path, timeout: float = 60, stdin: str | None = None, check: bool = True) -> str:
+    def kubectl(
+        self, *arguments: str | Path, timeout: float = COMMAND_SECONDS, stdin: str | None = None, check: bool = True
+    ) -> str:
         """Runs kubectl on this cluster."""
         return run(tools()["kubectl"], *arguments, env=self.env, timeout=timeout, stdin=stdin, check=check)
 
-    def helm(self, *arguments: str | Path, timeout: float = 300, check: bool = True) -> str:
+    def helm(self, *arguments: str | Path, timeout: float = READY_SECONDS, check: bool = True) -> str:
         """Runs helm on this cluster."""
         return run(tools()["helm"], *arguments, env=self.env, timeout=timeout, check=check)
 
-    def in_node(self, *command: str, timeout: float = 60) -> str:
+    def in_node(self, *command: str, timeout: float = COMMAND_SECONDS) -> str:
         """Runs a command in the node."""
         return engine_run("exec", self.node, *command, timeout=timeout)
 
@@ -234,7 +238,7 @@ class Cluster:
         if not self.kubeconfig.is_file():
             return ""
         path = "{.metadata.annotations." + LABEL.replace(".", r"\.") + "}"
-        query = ("get", "node", self.node, "--output", f"jsonpath={path}", "--request-timeout=10s")
+        query = ("get", "node", self.node, "--output", f"jsonpath={path}", "--request-timeout=120s")
         try:
             return self.kubectl(*query).strip()
         except CommandError:
@@ -243,14 +247,16 @@ class Cluster:
     def _create(self) -> None:
         config = _yaml(CONFIG)
         config["nodes"] += [{**config["nodes"][0], "role": "worker"} for _ in range(self.workers)]
-        arguments: tuple[str | Path, ...] = ("--kubeconfig", self.kubeconfig, "--wait", "180s", "--retain")
+        arguments: tuple[str | Path, ...] = ("--kubeconfig", self.kubeconfig, "--wait", f"{READY_SECONDS}s", "--retain")
         if not engine().upstream:
             config = _merged(config, _yaml(SOURCES / "kind.yaml"))
             config["nodes"] = [_merged(node, {"extraMounts": layers.mounts()}) for node in config["nodes"]]
             arguments += ("--image", node_image())
         self.kubeconfig.parent.mkdir(parents=True, exist_ok=True)
         say(f"creating {self.name} …")
-        self._kind("create", "cluster", "--config", "-", *arguments, timeout=READY_SECONDS, stdin=json.dumps(config))
+        self._kind(
+            "create", "cluster", "--config", "-", *arguments, timeout=2 * READY_SECONDS, stdin=json.dumps(config)
+        )
         if self.workers:
             self.kubectl("taint", "node", self.node, "node-role.kubernetes.io/control-plane-")
 
@@ -264,7 +270,7 @@ class Cluster:
             self.helm("install", "kuberay-operator", *chart, *namespace, timeout=READY_SECONDS)
         else:
             # Client-side apply keeps a copy of each object in an annotation, and the CRDs are too large for one.
-            self.kubectl("apply", "--server-side", "--filename", operator_manifests(), timeout=120)
+            self.kubectl("apply", "--server-side", "--filename", operator_manifests())
             # One DNS server is enough here; two would ask for a tenth of the CPUs of a small machine.
             container = {"name": "coredns", "resources": {"requests": {"cpu": "25m"}}}
             spec = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
@@ -274,13 +280,21 @@ class Cluster:
         self._rolled_out(OPERATOR_NAMESPACE, "deployment/kuberay-operator")
 
     def _rolled_out(self, namespace: str, name: str) -> None:
-        self.kubectl("rollout", "status", name, "--namespace", namespace, "--timeout=180s", timeout=200)
+        self.kubectl(
+            "rollout",
+            "status",
+            name,
+            "--namespace",
+            namespace,
+            f"--timeout={READY_SECONDS}s",
+            timeout=READY_SECONDS + 60,
+        )
 
     def _delete(self) -> None:
         # Nothing in the node is worth an orderly end, which takes ten seconds.
         engine_run("kill", *self.nodes, check=False)
         # Also after an interrupted start: kind finds a cluster by the labels of its containers.
-        self._kind("delete", "cluster", "--kubeconfig", self.kubeconfig, timeout=120)
+        self._kind("delete", "cluster", "--kubeconfig", self.kubeconfig, timeout=READY_SECONDS)
         kept = engine_run("ps", "--all", "--quiet", "--filter", f"label={LABEL}={self.name}").split()
         if kept:
             engine_run("rm", "--force", *kept)

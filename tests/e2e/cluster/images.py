@@ -15,11 +15,14 @@ from tests.e2e.cluster.programs import NODE_PROGRAMS, SOURCES, SYSTEM_PROGRAMS, 
 BASE = "debian:bookworm-slim"
 NODE_IMAGE = "localhost/kind-node"
 OPERATOR_NAMESPACE = "kuberay-system"
-BUILD_SECONDS = 900
-SAVE_SECONDS = 600
+BUILD_SECONDS = 3600
+SAVE_SECONDS = 1800
+COMMAND_SECONDS = 300
 
 
-def engine_run(*arguments: str | Path, timeout: float = 60, check: bool = True, stdin: str | None = None) -> str:
+def engine_run(
+    *arguments: str | Path, timeout: float = COMMAND_SECONDS, check: bool = True, stdin: str | None = None
+) -> str:
     """Runs the container engine."""
     return run(engine().command, *arguments, timeout=timeout, env=engine().env, check=check, stdin=stdin)
 
@@ -88,7 +91,7 @@ def _system(images: dict[str, str], programs: Sequence[Path]) -> Path:
             _build(name, "system.Containerfile", context, "--target", program)
         _save(list(images), partial / "system.tar")
         # Only the archive is needed: the node imports it when it starts.
-        engine_run("rmi", "--force", *images, timeout=120)
+        engine_run("rmi", "--force", *images)
         shutil.rmtree(context)
 
     return product("system-images", key, make)

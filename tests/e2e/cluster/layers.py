@@ -1,4 +1,4 @@
-"""Gives a node an image of this machine's engine without a copy of it.
+"""Give a node an image of this machine's engine without copying it.
 
 Podman and containerd keep a layer in the same form: a folder that overlayfs stacks on others. A node that mounts podman's folders
 needs only the image's manifest and configuration, and a snapshot for each layer that refers to the folder. That takes seconds; to copy an
@@ -45,7 +45,7 @@ done
 
 
 def store() -> Path | None:
-    """Returns the folder where the engine keeps images, if nodes can share its layers."""
+    """Return the folder where the engine keeps images, or None if nodes cannot share its layers."""
     if engine().upstream:
         return None
     driver, root = engine_run("info", "--format", "{{.Store.GraphDriverName}} {{.Store.GraphRoot}}").split()
@@ -53,7 +53,7 @@ def store() -> Path | None:
 
 
 def mounts() -> list[dict[str, Any]]:
-    """Returns what a node mounts so that it can share layers, as kind's configuration has it."""
+    """Return the mounts that a node needs to share layers, for kind's configuration."""
     root = store()
     return [{"hostPath": str(root / "overlay"), "containerPath": IN_NODE, "readOnly": True}] if root else []
 
@@ -69,7 +69,7 @@ class Image:
 
     @classmethod
     def find(cls, name: str, root: Path) -> Image:
-        """Reads what podman knows of an image.
+        """Read what podman knows of an image.
 
         Raises:
             OSError: If podman keeps it in another way.
@@ -85,7 +85,7 @@ class Image:
         return cls(name, (files / "manifest").read_bytes(), (files / f"={key}").read_bytes(), inside)
 
     def chains(self) -> list[str]:
-        """Returns the name of each layer on top of those below it, as the OCI specification defines it."""
+        """Return the chain ID of each layer, as the OCI specification defines it."""
         layers = json.loads(self.config)["rootfs"]["diff_ids"]
         names: list[str] = layers[:1]
         for layer in layers[1:]:
@@ -93,7 +93,7 @@ class Image:
         return names
 
     def archive(self) -> bytes:
-        """Returns an OCI archive of the image without its layers."""
+        """Return an OCI archive of the image without its layers."""
         kind = json.loads(self.manifest).get("mediaType", "application/vnd.oci.image.manifest.v1+json")
         descriptor = {
             "mediaType": kind,
@@ -116,7 +116,7 @@ class Image:
 
 
 def find(name: str) -> Image | None:
-    """Returns an image whose layers nodes can share, or None if podman keeps it in another way than is known here."""
+    """Return an image whose layers nodes can share, or None if podman keeps it in a way that is not known here."""
     root = store()
     try:
         image = Image.find(name, root) if root else None
@@ -126,7 +126,7 @@ def find(name: str) -> Image | None:
 
 
 def share(image: Image, node: str) -> None:
-    """Gives a node an image by the folders of its layers."""
+    """Give a node an image by the folders of its layers."""
     inside = (engine().command, "exec", "--interactive", node)
     lines = "".join(f"{chain} {folder}\n" for chain, folder in zip(image.chains(), image.folders, strict=True))
     run(*inside, "bash", "-c", SNAPSHOTS, env=engine().env, stdin=lines, timeout=SHARE_SECONDS)

