@@ -1,29 +1,73 @@
-"""One cluster for all end-to-end tests, and evidence of whatever fails in it."""
+"""One cluster for all end-to-end tests and all processes that run them, and evidence of whatever fails in it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.e2e import evidence
 from tests.e2e.cluster import Cluster
 from tests.e2e.cluster.programs import REPOSITORY
-from tests.e2e.runs import Kubernetes, Releases
-from tests.e2e.world import World, for_tests
+from tests.e2e.runs import SMALL, Kubernetes, Releases
+from tests.e2e.world import NAMESPACE, World, for_tests
 
 NAME = "e2e"
 FOLDER = REPOSITORY / "build" / "e2e"
 # The first test also waits for the cluster, and for the image to be copied into it.
-TIMEOUT_S = 1500
+TIMEOUT_S = 3600
+# A test of the cluster waits for pods more than it computes, so that three of them fill two CPUs. At the same time there are at most
+# a job of two workers and two of one.
+PROCESSES, MEMORY_OF_ONE_GIB = 3, 7
+HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives tests of the cluster more time than others."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker that orders the tests."""
+    config.addinivalue_line("markers", "seconds(number): about how long a test takes, if that is longer than one")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `--numprocesses auto`: as many as the memory has room for."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(PROCESSES, int(memory / MEMORY_OF_ONE_GIB)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give tests of the cluster more time than others, and order the tests so that several processes stay busy."""
     for item in items:
-        if "world" in getattr(item, "fixturenames", ()):
+        if _in_cluster(item):
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+    own = [item for item in items if HERE in item.path.parents]
+    if hasattr(config, "workerinput") and len(own) == len(items):
+        items[:] = in_order(own)
+
+
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Put the longest tests first, so that processes end together.
+
+    Each process first gets two tests in a row. The first process makes the cluster with the longest test, and the others run those
+    that need none in the meantime.
+    """
+    longest_first = sorted(items, key=_seconds, reverse=True)
+    last = [item for item in items if item.name == "test_admission_has_had_no_warnings"]
+    in_cluster = [item for item in longest_first if _in_cluster(item) and item not in last]
+    first = [*in_cluster[:1], *in_cluster[1:][-1:]]
+    outside = [item for item in longest_first if not _in_cluster(item)]
+    long, short = [item for item in outside if _seconds(item)], [item for item in outside if not _seconds(item)]
+    return [*first, *long, *(item for item in in_cluster if item not in first), *short, *last]
+
+
+def _in_cluster(item: pytest.Item) -> bool:
+    return "world" in getattr(item, "fixturenames", ())
+
+
+def _seconds(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("seconds")
+    return float(marker.args[0]) if marker else 0.0
 
 
 @pytest.hookimpl(wrapper=True)
@@ -50,22 +94,24 @@ def kubernetes(world: World) -> Kubernetes:
 @pytest.fixture(scope="session")
 def all_releases(world: World, kubernetes: Kubernetes) -> Releases:
     """Helm on the cluster."""
-    return Releases(world, kubernetes, FOLDER / "values")
+    return Releases(world, kubernetes, FOLDER / "values", SMALL)
 
 
 @pytest.fixture
 def releases(all_releases: Releases) -> Iterator[Releases]:
-    """Helm on the cluster; what a test has not removed is removed after it."""
+    """Yield Helm on the cluster; remove what a test has left, and check that admission has warned of nothing."""
     yield all_releases
     for name in sorted(all_releases.names):
         all_releases.uninstall(name)
+    assert not all_releases.warnings()
 
 
 @pytest.fixture(scope="session")
 def slow_predictor(world: World) -> Path:
     """The file of a predictor that takes its time, in a ConfigMap."""
-    file = Path(__file__).with_name("slow.py")
-    named = ("configmap", "slow-predictor", "--namespace=batch-inference")
-    world.cluster.kubectl("delete", *named, "--ignore-not-found")
-    world.cluster.kubectl("create", *named, f"--from-file={file}")
+    file = HERE / "slow.py"
+    metadata = {"name": "slow-predictor", "namespace": NAMESPACE}
+    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {file.name: file.read_text()}}
+    # Applied, because another process may have made it, and its pods may be mounting it.
+    world.cluster.kubectl("apply", "--server-side", "--filename", "-", stdin=yaml.safe_dump(config_map))
     return file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,18 @@ from kubernetes import client, config
 from tests.charts.render import merged
 from tests.e2e.cluster.process import run
 from tests.e2e.cluster.programs import REPOSITORY, tool
-from tests.e2e.world import NAMESPACE, World, kind_values, until
+from tests.e2e.world import HANG_SECONDS, NAMESPACE, World, kind_values, until
 
-# A node of two CPUs starts three Ray pods and torch in each of them; bounded, not expected.
-RUN_SECONDS = 420
+RUN_SECONDS = HANG_SECONDS
 ENDED = ("Complete", "Failed", "ValidationFailed")
 # Values of a job that runs on the CPU, with the device that a GPU job has.
 WITHOUT_GPUS = {"job": {"inference": {"actors": 1, "gpus_per_actor": 0, "device": "auto"}}}
+# Pods so small that jobs of three tests fit on a node of two CPUs and 23 GiB; what Ray schedules on stays as it is.
+SMALL: dict[str, Any] = {
+    "cpuOvercommit": 16,
+    "head": {"memoryGiB": 3},
+    "workers": {"actorMemoryGiB": 1, "taskMemoryGiB": 0.5},
+}
 Values = dict[str, Any]
 
 
@@ -34,9 +40,15 @@ class Kubernetes:
         self.batch = client.BatchV1Api(api)
         self.custom = client.CustomObjectsApi(api)
 
-    def ray(self, plural: str) -> list[dict[str, Any]]:
-        """RayJobs or RayClusters."""
-        return list(self.custom.list_namespaced_custom_object("ray.io", "v1", NAMESPACE, plural)["items"])
+    def ray(self, plural: str, *releases: str) -> list[dict[str, Any]]:
+        """RayJobs or RayClusters of some releases, by default of all."""
+        selector = f"app.kubernetes.io/instance in ({','.join(releases)})" if releases else ""
+        found = self.custom.list_namespaced_custom_object("ray.io", "v1", NAMESPACE, plural, label_selector=selector)
+        return list(found["items"])
+
+    def names(self, plural: str, *releases: str) -> set[str]:
+        """Return the names of RayJobs or RayClusters of some releases, by default of all."""
+        return {item["metadata"]["name"] for item in self.ray(plural, *releases)}
 
     def pods(self, selector: str = "") -> list[Any]:
         """Pods by their labels."""
@@ -57,7 +69,7 @@ class Kubernetes:
                 raise
             return json.loads(reply.data)
 
-        return until(f"{service} answers {path}", answer, 60)
+        return until(f"{service} answers {path}", answer)
 
     def token(self, service: str) -> str:
         """The token that the operator has made for a head's cluster, as the head has it."""
@@ -112,7 +124,7 @@ class Run:
             assert status.get("jobDeploymentStatus") not in ENDED, status
             return status.get("jobStatus") == "RUNNING"
 
-        until(f"{self.name} runs", running, RUN_SECONDS)
+        until(f"{self.name} runs", running)
 
     def until_ended(self) -> dict[str, Any]:
         """Waits for the end and returns the status."""
@@ -121,7 +133,7 @@ class Run:
             status = self.status
             return status if status.get("jobDeploymentStatus") in ENDED else None
 
-        return until(f"{self.name} ends", ended, RUN_SECONDS)
+        return until(f"{self.name} ends", ended)
 
     def succeeded(self) -> dict[str, Any]:
         """Waits for the end, which must be a good one."""
@@ -135,18 +147,20 @@ class Run:
         start = time.monotonic()
 
         def gone() -> bool:
-            clusters = [item["metadata"]["name"] for item in self.kubernetes.ray("rayclusters")]
+            clusters = self.kubernetes.names("rayclusters")
             return name not in clusters and not self.kubernetes.pods(f"ray.io/cluster={name}")
 
-        until(f"{name} goes", gone, 120)
+        until(f"{name} goes", gone)
         return time.monotonic() - start
 
 
 class Releases:
     """Installs, upgrades and removes the charts with helm."""
 
-    def __init__(self, world: World, kubernetes: Kubernetes, folder: Path) -> None:
+    def __init__(self, world: World, kubernetes: Kubernetes, folder: Path, values: Values | None = None) -> None:
+        """Args: the world; its client; where values are written; what all releases get on top of those for kind."""
         self._world = world
+        self._values = values or {}
         self._kubernetes = kubernetes
         self._folder = folder
         self.names: set[str] = set()
@@ -162,18 +176,18 @@ class Releases:
             helm: `helm` for Helm 3, `helm4`.
         """
         base = {"job": {"output": {"uri": output or f"s3://images/out/{name}/"}}, "run": {"backoffLimit": 0}}
-        all_values = merged(merged(kind_values(), base), values or {})
+        all_values = merged(self._base(base), values or {})
         notes = self._upgrade("rayjob", name, all_values, helm)
         after = notes.split("### The run\n", 1)[1].strip()
         return Run(after.split(":", 1)[0], self._kubernetes)
 
     def schedule(self, name: str, values: Values) -> None:
         """Installs a job that runs by the clock."""
-        self._upgrade("rayjob", name, merged(merged(kind_values(), {"run": {"backoffLimit": 0}}), values))
+        self._upgrade("rayjob", name, merged(self._base({"run": {"backoffLimit": 0}}), values))
 
     def raycluster(self, name: str, values: Values) -> None:
         """Installs a cluster that jobs share, with the same small pods."""
-        shared = {key: value for key, value in kind_values().items() if key not in ("job", "submitter")}
+        shared = {key: value for key, value in self._base({}).items() if key not in ("job", "submitter")}
         self._upgrade("raycluster", name, merged(shared, values))
 
     def uninstall(self, name: str) -> None:
@@ -184,7 +198,7 @@ class Releases:
     def test(self, name: str) -> str:
         """Runs the tests that a release brings and returns what they printed."""
         return self._world.cluster.helm(
-            "test", name, "--namespace", NAMESPACE, "--logs", "--timeout", "5m", timeout=330
+            "test", name, "--namespace", NAMESPACE, "--logs", "--timeout", f"{HANG_SECONDS}s", timeout=HANG_SECONDS + 60
         )
 
     def left(self, name: str) -> list[str]:
@@ -193,6 +207,20 @@ class Releases:
         kinds = "pods,jobs,services,configmaps,serviceaccounts,rayjobs,rayclusters"
         arguments = ("get", kinds, "--namespace", NAMESPACE, "--selector", selector, "--output=name")
         return self._world.cluster.kubectl(*arguments).split()
+
+    def admitted(self) -> dict[str, int]:
+        """Return how often Pod Security has looked at a pod under "restricted", by the labels of its count: by what it would have done."""
+        metrics = self._world.cluster.kubectl("get", "--raw", "/metrics")
+        counts = re.findall(r"^pod_security_evaluations_total\{(.*)\} (\d+)", metrics, re.MULTILINE)
+        return {labels: int(count) for labels, count in counts if 'policy_level="restricted"' in labels}
+
+    def warnings(self) -> list[str]:
+        """Return what admission has had against anything in the cluster, or Helm against a release of this process."""
+        denied = [labels for labels in self.admitted() if 'decision="deny"' in labels]
+        return denied + [text for text in self.printed if "arning:" in text.split("NOTES:")[0]]
+
+    def _base(self, values: Values) -> Values:
+        return merged(merged(kind_values(), self._values), values)
 
     def _upgrade(self, chart: str, name: str, values: Values, helm: str = "helm") -> str:
         repository, _, tag = self._world.image.rpartition(":")
@@ -203,7 +231,7 @@ class Releases:
         self.names.add(name)
         arguments = ("upgrade", "--install", name, REPOSITORY / "helm" / chart, "--namespace", NAMESPACE)
         program = tool(helm, from_path=False)
-        printed = run(program, *arguments, "--values", file, env=self._world.cluster.env, timeout=300)
+        printed = run(program, *arguments, "--values", file, env=self._world.cluster.env, timeout=HANG_SECONDS)
         self.printed.append(printed)
         return printed
 
@@ -214,7 +242,7 @@ SLOW: dict[str, Any] = {
     "job": {
         "input": {"uris": [], "manifest": "s3://images/many.csv"},
         "predictor": "slow:Slow",
-        "inference": {"batch_size": 4},
+        "inference": {"actors": 1, "batch_size": 4},
         "errors": {"max_percent": None},
     },
     "pods": {

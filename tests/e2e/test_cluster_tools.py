@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.e2e import conftest, world
 from tests.e2e.cluster import Cluster, CommandError, cache, cluster, engines, layers, programs
 from tests.e2e.cluster.process import run
 
@@ -139,6 +144,61 @@ def test_a_cluster_has_a_name_that_kubernetes_takes(name: str, tmp_path: Path) -
 def test_an_image_is_loaded_by_its_full_name(image: str, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="no registry"):
         Cluster("any", tmp_path / "kubeconfig").load_image(image)
+
+
+def test_cluster_stays_while_another_process_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    @contextlib.contextmanager
+    def set_up(name: str, folder: Path) -> Iterator[None]:
+        users = world.Users(folder / "users.lock")
+        happened.append("alone" if users.alone() else "beside others")
+        users.join()
+        yield
+        users.leave()
+
+    monkeypatch.setattr(world, "set_up", set_up)
+    monkeypatch.setattr(world.Cluster, "down", lambda self: happened.append("removed"))
+    monkeypatch.delenv("KEEP_CLUSTER", raising=False)
+    first, second, third = (world.for_tests("any", tmp_path) for _ in range(3))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert happened == ["alone", "beside others"]
+    second.__exit__(None, None, None)
+    assert happened == ["alone", "beside others", "removed"]
+    monkeypatch.setenv("KEEP_CLUSTER", "1")
+    third.__enter__()
+    third.__exit__(None, None, None)
+    assert happened == ["alone", "beside others", "removed", "alone"]
+
+
+def test_processes_begin_with_the_cluster_and_with_what_needs_none() -> None:
+    def item(name: str, seconds: float, *fixtures: str) -> Any:
+        marker = SimpleNamespace(args=(seconds,)) if seconds else None
+        return SimpleNamespace(name=name, fixturenames=fixtures, get_closest_marker=lambda _: marker)
+
+    last = item("test_admission_has_had_no_warnings", 0, "world")
+    items = [
+        item("quick", 0),
+        item("slow", 5),
+        item("slower", 9),
+        last,
+        item("upgrade", 10, "world"),
+        item("job", 60, "world"),
+        item("jobs", 90, "world"),
+    ]
+    names = [found.name for found in conftest.in_order(items)]
+    assert names == ["jobs", "upgrade", "slower", "slow", "job", "quick", last.name]
+
+
+@pytest.mark.parametrize(("gib", "processes"), [(64, 3), (23.5, 3), (15.6, 2), (8, 1), (4, 1)])
+def test_processes_are_as_many_as_memory_has_room_for(
+    gib: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gib * 2**30 / 4096)}
+    monkeypatch.setattr(conftest.os, "sysconf", sizes.__getitem__)
+    assert conftest.pytest_xdist_auto_num_workers() == processes
 
 
 def test_layers_are_named_as_containerd_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

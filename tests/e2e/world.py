@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -26,21 +27,24 @@ from batch_inference.cli.demo import make_photos
 from batch_inference.config import StorageConfig
 from batch_inference.storage.store import Store
 from tests.e2e.cluster import Cluster, base_image, engine, tools
+from tests.e2e.cluster.cache import locked
 from tests.e2e.cluster.images import engine_run, image_exists
 from tests.e2e.cluster.process import CommandError, kill, say
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.image import job_image
 
 NAMESPACE = "batch-inference"
-GPUS = 2
+# As many as jobs of several tests use at the same time.
+GPUS = 4
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "try-me", "AWS_SECRET_ACCESS_KEY": "try-me-too", "AWS_REGION": "us-east-1"}
 SEAWEEDFS = "docker.io/chrislusf/seaweedfs"
-READY_SECONDS = 180
+# A wait ends with a failure only where something hangs: it takes a tenth of this on a busy machine.
+HANG_SECONDS = 900
 
 Found = TypeVar("Found")
 
 
-def until(what: str, check: Callable[[], Found | None], timeout: float, every: float = 1.0) -> Found:
+def until(what: str, check: Callable[[], Found | None], timeout: float = HANG_SECONDS, every: float = 1.0) -> Found:
     """Asks again and again until the answer is true, and returns it.
 
     Raises:
@@ -68,7 +72,7 @@ class World:
         """Opens a folder of the cluster's store."""
         return Store(uri, StorageConfig(endpoint_url=self.endpoint))
 
-    def program(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def program(self, *arguments: str, timeout: float = HANG_SECONDS) -> subprocess.CompletedProcess[str]:
         """Runs `batch-inference` on this machine with the cluster's store."""
         command = [str(Path(sys.executable).with_name("batch-inference")), *arguments]
         endpoint = ["--set", f"storage.endpoint_url={self.endpoint}"]
@@ -78,19 +82,62 @@ class World:
         )
 
 
+class Users:
+    """Count the processes that use a cluster, by a lock that ends with its process."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("w")
+
+    def alone(self) -> bool:
+        """Return whether no other process uses the cluster; if so, keep others out until `join`. If not, this one has left."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def join(self) -> None:
+        """Become a user beside others."""
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def leave(self) -> None:
+        """Stop being a user."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
 @contextlib.contextmanager
 def set_up(name: str, folder: Path) -> Iterator[World]:
     """Makes the world, or takes what is there already; the cluster stays at the end.
 
+    Only a process that uses the world alone deletes outputs of an earlier use.
+
     Args:
         name: The cluster's.
-        folder: For the kubeconfig, and for evidence if the cluster does not start.
+        folder: For the kubeconfig, for evidence if the cluster does not start, and for the lock of those who use it.
     """
     os.environ.update(CREDENTIALS)
+    cluster = Cluster(name, folder / "kubeconfig")
+    users = Users(folder / "users.lock")
+    with locked(f"world-{name}"), contextlib.ExitStack() as made:
+        alone = users.alone()
+        made.callback(users.leave)
+        image = _with_images(cluster, folder)
+        port = made.enter_context(forwarded(cluster, "storage", "service/s3", 8333))
+        world = World(cluster, image, f"http://127.0.0.1:{port}")
+        if alone:
+            _fill_store(world)
+        users.join()
+        in_use = made.pop_all()
+    with in_use:
+        yield world
+
+
+def _with_images(cluster: Cluster, folder: Path) -> str:
+    """Start the cluster with the store and the job's image, and return that image's name."""
     kept = os.environ.get("JOB_IMAGE")
     image = kept or job_image()
     s3 = s3_image()
-    cluster = Cluster(name, folder / "kubeconfig")
     cluster.up(GPUS, folder / "evidence" / "start")
     # Smallest first: the store starts while the job's image is being copied.
     cluster.load_image(s3)
@@ -98,30 +145,35 @@ def set_up(name: str, folder: Path) -> Iterator[World]:
         cluster.kubectl("apply", "--filename", "-", stdin=_with_image(REPOSITORY / "k8s" / file, s3))
     if not kept:
         cluster.load_image(image)
-    cluster.kubectl("rollout", "status", "deployment/s3", "--namespace=storage", "--timeout=180s", timeout=200)
-    with forwarded(cluster, "storage", "service/s3", 8333) as port:
-        world = World(cluster, image, f"http://127.0.0.1:{port}")
-        _make_bucket(world)
-        # Of an earlier use of a cluster that was kept.
-        output = world.store("s3://images/out/")
-        output.delete([item.path for item in output.objects()])
-        with tempfile.TemporaryDirectory() as photos:
-            make_photos(Path(photos))
-            store = world.store("s3://images/photos/")
-            for file in sorted(Path(photos).iterdir()):
-                store.put(file.name, file.read_bytes())
-        yield world
+    rollout = ("rollout", "status", "deployment/s3", "--namespace=storage", f"--timeout={HANG_SECONDS}s")
+    cluster.kubectl(*rollout, timeout=HANG_SECONDS + 60)
+    return image
+
+
+def _fill_store(world: World) -> None:
+    """Make the bucket with the photos, and delete what an earlier use of a kept cluster left."""
+    _make_bucket(world)
+    output = world.store("s3://images/out/")
+    output.delete([item.path for item in output.objects()])
+    with tempfile.TemporaryDirectory() as photos:
+        make_photos(Path(photos))
+        store = world.store("s3://images/photos/")
+        for file in sorted(Path(photos).iterdir()):
+            store.put(file.name, file.read_bytes())
 
 
 @contextlib.contextmanager
 def for_tests(name: str, folder: Path) -> Iterator[World]:
-    """The world for a session of tests; the cluster goes at the end, unless KEEP_CLUSTER is set."""
+    """Yield the world for a session of tests; its processes share it, and the last one removes the cluster unless KEEP_CLUSTER is set."""
     try:
         with set_up(name, folder) as made:
             yield made
     finally:
-        if not os.environ.get("KEEP_CLUSTER"):
-            Cluster(name, folder / "kubeconfig").down()
+        users = Users(folder / "users.lock")
+        if users.alone():
+            if not os.environ.get("KEEP_CLUSTER"):
+                Cluster(name, folder / "kubeconfig").down()
+            users.leave()
 
 
 def s3_image() -> str:
@@ -130,7 +182,7 @@ def s3_image() -> str:
     if engine().upstream:
         name = f"{SEAWEEDFS}:{release}"
         if not image_exists(name):
-            engine_run("pull", name, timeout=600)
+            engine_run("pull", name, timeout=HANG_SECONDS)
         return name
     name = f"localhost/seaweedfs:{release}"
     if not image_exists(name):
@@ -139,7 +191,9 @@ def s3_image() -> str:
             text = f"FROM {base_image()}\nCOPY --chmod=755 weed /usr/local/bin/weed\n"
             Path(context, "Containerfile").write_text(text)
             file = str(Path(context, "Containerfile"))
-            engine_run("build", "--quiet", "--network=host", "--tag", name, "--file", file, context, timeout=300)
+            engine_run(
+                "build", "--quiet", "--network=host", "--tag", name, "--file", file, context, timeout=HANG_SECONDS
+            )
     return name
 
 
@@ -153,20 +207,20 @@ def _make_bucket(world: World) -> None:
     inside = ("exec", "--namespace=storage", "deployment/s3", "--", "bash", "-c", script)
 
     def made() -> bool:
-        world.cluster.kubectl(*inside, timeout=60, check=False)
+        world.cluster.kubectl(*inside, check=False)
         with contextlib.suppress(Exception):
             world.store("s3://images").put("ready", b"x")
             return True
         return False
 
-    until("a bucket in the store", made, READY_SECONDS, every=2)
+    until("a bucket in the store", made, every=2)
 
 
 @contextlib.contextmanager
 def forwarded(cluster: Cluster, namespace: str, target: str, port: int) -> Iterator[int]:
     """Reaches a port in the cluster from here; yields the local port."""
     command = [str(tools()["kubectl"]), "port-forward", f"--namespace={namespace}", target, f":{port}"]
-    log = cluster.kubeconfig.with_name(f"port-forward-{namespace}.log")
+    log = cluster.kubeconfig.with_name(f"port-forward-{namespace}-{os.getpid()}.log")
     with log.open("wb") as out:
         env = {**os.environ, **cluster.env}
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -177,9 +231,10 @@ def forwarded(cluster: Cluster, namespace: str, target: str, port: int) -> Itera
                 raise CommandError(f"exit {process.returncode}: {' '.join(command)}\n{log.read_text()}")
             return re.search(r"Forwarding from 127\.0\.0\.1:(\d+)", log.read_text())
 
-        yield int(until(f"a forwarded port, see {log}", listening, 60, every=0.2).group(1))
+        yield int(until(f"a forwarded port, see {log}", listening, every=0.2).group(1))
     finally:
         kill(process)
+        log.unlink(missing_ok=True)
 
 
 def kind_values() -> dict[str, Any]:
