@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.e2e import evidence
 from tests.e2e.cluster import Cluster
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.runs import SMALL, Kubernetes, Releases
-from tests.e2e.world import NAMESPACE, World, for_tests
+from tests.e2e.world import NAMESPACE, World, for_tests, remove_unused
 
 NAME = "e2e"
 FOLDER = REPOSITORY / "build" / "e2e"
@@ -23,11 +24,21 @@ TIMEOUT_S = 3600
 # a job of two workers and two of one.
 PROCESSES, MEMORY_OF_ONE_GIB = 3, 7
 HERE = Path(__file__).parent
+STARTED = time.time()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker that orders the tests."""
     config.addinivalue_line("markers", "seconds(number): about how long a test takes, if that is longer than one")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cluster if the processes that used it were ended before they could, as after Ctrl-C."""
+    controls_others = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
+    lock = FOLDER / "users.lock"
+    used = lock.is_file() and lock.stat().st_mtime >= STARTED
+    if controls_others and used and (FOLDER / "kubeconfig").is_file():
+        remove_unused(NAME, FOLDER)
 
 
 def pytest_xdist_auto_num_workers() -> int:

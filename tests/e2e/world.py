@@ -169,11 +169,16 @@ def for_tests(name: str, folder: Path) -> Iterator[World]:
         with set_up(name, folder) as made:
             yield made
     finally:
-        users = Users(folder / "users.lock")
-        if users.alone():
-            if not os.environ.get("KEEP_CLUSTER"):
-                Cluster(name, folder / "kubeconfig").down()
-            users.leave()
+        remove_unused(name, folder)
+
+
+def remove_unused(name: str, folder: Path) -> None:
+    """Remove the cluster of a world that no process uses any more, unless KEEP_CLUSTER is set."""
+    users = Users(folder / "users.lock")
+    if users.alone():
+        if not os.environ.get("KEEP_CLUSTER"):
+            Cluster(name, folder / "kubeconfig").down()
+        users.leave()
 
 
 def s3_image() -> str:
