@@ -58,10 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Put the longest tests first, so that processes end together.
+    """Put long tests first, so that processes end together.
 
     Each process first gets two tests in a row. The first process makes the cluster with the longest test, and the others run those
-    that need none in the meantime.
+    that need none in the meantime. Later, each gets its next test when it starts the one before it, so that a short one follows each
+    long one.
     """
     longest_first = sorted(items, key=_seconds, reverse=True)
     last = [item for item in items if item.name == "test_admission_has_had_no_warnings"]
@@ -69,7 +70,13 @@ def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
     first = [*in_cluster[:1], *in_cluster[1:][-1:]]
     outside = [item for item in longest_first if not _in_cluster(item)]
     long, short = [item for item in outside if _seconds(item)], [item for item in outside if not _seconds(item)]
-    return [*first, *long, *(item for item in in_cluster if item not in first), *short, *last]
+    return [*first, *long, *_alternating([item for item in in_cluster if item not in first]), *short, *last]
+
+
+def _alternating(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the first, the last, the second, the last but one, and so on."""
+    both_ends = zip(items, reversed(items), strict=True)
+    return [item for pair in both_ends for item in pair][: len(items)]
 
 
 def _in_cluster(item: pytest.Item) -> bool:

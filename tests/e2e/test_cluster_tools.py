@@ -185,11 +185,11 @@ def test_processes_begin_with_the_cluster_and_with_what_needs_none() -> None:
         item("slower", 9),
         last,
         item("upgrade", 10, "world"),
-        item("job", 60, "world"),
-        item("jobs", 90, "world"),
+        *(item(f"job-{seconds}", seconds, "world") for seconds in (60, 30, 20, 50, 40, 90)),
     ]
     names = [found.name for found in conftest.in_order(items)]
-    assert names == ["jobs", "upgrade", "slower", "slow", "job", "quick", last.name]
+    in_cluster = ["job-60", "job-20", "job-50", "job-30", "job-40"]
+    assert names == ["job-90", "upgrade", "slower", "slow", *in_cluster, "quick", last.name]
 
 
 @pytest.mark.parametrize(("gib", "processes"), [(64, 3), (23.5, 3), (15.6, 2), (8, 1), (4, 1)])

@@ -230,7 +230,7 @@ def test_a_wrong_variant_is_refused_at_the_start(trial: str) -> None:
         build_image(trial, {"VARIANT": "rocm"})
 
 
-@pytest.mark.seconds(15)
+@pytest.mark.seconds(40)
 def test_extra_packages_are_added(trial: str) -> None:
     job_image()
     build_image(trial, {"EXTRA_PACKAGES": "humanize>=4,<5 numpy"}, target="image")
