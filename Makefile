@@ -38,7 +38,8 @@ kind-down: $(VENV)/.ready ## Delete the cluster of `make kind`
 	$(BIN)/python -m tests.e2e.cluster down demo
 
 ##@ Test
-# One process per core, with one thread each: more threads only wait for each other.
+# One process per core, with one thread each: more threads only wait for each other. Whole jobs are few and long: a process that
+# has nothing left takes tests of the other, whatever their file.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 # `make test` reads these for its table. TESTS is the part of a tier to run, as files or folders.
 RESULTS = --junitxml=build/tiers/$(1).xml
@@ -65,7 +66,7 @@ test-charts: $(VENV)/.ready ## Test the charts: rendering, refusals, and the ope
 
 .PHONY: test-job
 test-job: $(VENV)/.ready ## Run whole jobs on this machine: storage servers, kills, races, 100,000 images
-	$(PARALLEL) $(call RESULTS,job) $(or $(TESTS),tests/job)
+	$(PARALLEL) --dist worksteal $(call RESULTS,job) $(or $(TESTS),tests/job)
 
 .PHONY: test-report
 test-report: $(VENV)/.ready ## Test the report in headless Chromium, with screenshots in build/report
@@ -73,9 +74,8 @@ test-report: $(VENV)/.ready ## Test the report in headless Chromium, with screen
 
 .PHONY: test-e2e
 test-e2e: $(VENV)/.ready ## Test the charts on a kind cluster with KubeRay; the first run builds the cluster's images
-	$(BIN)/python -m tests.e2e.cluster build
-	$(BIN)/python -m tests.e2e.image
-	$(BIN)/pytest $(call RESULTS,e2e) $(or $(TESTS),tests/e2e)
+	$(BIN)/python -m tests.e2e
+	$(BIN)/pytest --numprocesses auto --maxschedchunk 1 $(call RESULTS,e2e) $(or $(TESTS),tests/e2e)
 
 .PHONY: test-faults
 test-faults: $(VENV)/.ready ## Inject 500 faults into whole jobs and print a table of the results: 15 minutes, not part of `test`
@@ -83,9 +83,8 @@ test-faults: $(VENV)/.ready ## Inject 500 faults into whole jobs and print a tab
 
 .PHONY: test-platform
 test-platform: $(VENV)/.ready ## Test the charts with Argo CD, Kueue and Prometheus on kind clusters: 20 minutes, not part of `test`; the first run builds them
-	$(BIN)/python -m tests.e2e.cluster build
+	$(BIN)/python -m tests.e2e
 	$(BIN)/python -m tests.platform.components
-	$(BIN)/python -m tests.e2e.image
 	$(BIN)/pytest -s tests/platform
 
 .PHONY: fuzz

@@ -18,8 +18,6 @@ from tests.e2e.world import NAMESPACE, World, for_tests, remove_unused
 
 NAME = "e2e"
 FOLDER = REPOSITORY / "build" / "e2e"
-# The first test also waits for the cluster, and for the image to be copied into it.
-TIMEOUT_S = 3600
 # A test of the cluster waits for pods more than it computes, so that three of them fill two CPUs. At the same time there are at most
 # a job of two workers and two of one.
 PROCESSES, MEMORY_OF_ONE_GIB = 3, 7
@@ -48,10 +46,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give tests of the cluster more time than others, and order the tests so that several processes stay busy."""
-    for item in items:
-        if _in_cluster(item):
-            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+    """Order the tests so that several processes stay busy."""
     own = [item for item in items if HERE in item.path.parents]
     if hasattr(config, "workerinput") and len(own) == len(items):
         items[:] = in_order(own)

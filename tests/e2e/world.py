@@ -32,6 +32,7 @@ from tests.e2e.cluster.images import engine_run, image_exists
 from tests.e2e.cluster.process import CommandError, kill, say
 from tests.e2e.cluster.programs import REPOSITORY
 from tests.e2e.image import job_image
+from tests.support.limits import HANG_S
 
 NAMESPACE = "batch-inference"
 # As many as jobs of several tests use at the same time.
@@ -39,7 +40,7 @@ GPUS = 4
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "try-me", "AWS_SECRET_ACCESS_KEY": "try-me-too", "AWS_REGION": "us-east-1"}
 SEAWEEDFS = "docker.io/chrislusf/seaweedfs"
 # A wait ends with a failure only where something hangs: it takes a tenth of this on a busy machine.
-HANG_SECONDS = 900
+HANG_SECONDS = HANG_S
 
 Found = TypeVar("Found")
 

@@ -26,13 +26,14 @@ from tests.e2e.cluster.images import (
 )
 from tests.e2e.cluster.process import CommandError, kill, run, say
 from tests.e2e.cluster.programs import REPOSITORY, SOURCES, tool, version
+from tests.support.limits import HANG_S
 
 CONFIG = REPOSITORY / "k8s" / "kind.yaml"
 CHART = "https://ray-project.github.io/kuberay-helm/"
 # Limits are for what hangs: ten times what a busy machine needs.
-READY_SECONDS = 900
-LOAD_SECONDS = 3600
-COMMAND_SECONDS = 300
+READY_SECONDS = HANG_S
+LOAD_SECONDS = 2 * HANG_S
+COMMAND_SECONDS = HANG_S
 LABEL = "batch-inference-test-inputs"
 
 

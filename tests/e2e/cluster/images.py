@@ -11,13 +11,14 @@ from tests.e2e.cluster.cache import digest, locked, product
 from tests.e2e.cluster.engines import engine
 from tests.e2e.cluster.process import CommandError, run
 from tests.e2e.cluster.programs import NODE_PROGRAMS, SOURCES, SYSTEM_PROGRAMS, compiled, module_folder, version
+from tests.support.limits import HANG_S
 
 BASE = "debian:bookworm-slim"
 NODE_IMAGE = "localhost/kind-node"
 OPERATOR_NAMESPACE = "kuberay-system"
-BUILD_SECONDS = 3600
-SAVE_SECONDS = 1800
-COMMAND_SECONDS = 300
+BUILD_SECONDS = 2 * HANG_S
+SAVE_SECONDS = HANG_S
+COMMAND_SECONDS = HANG_S
 
 
 def engine_run(

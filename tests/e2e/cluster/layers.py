@@ -20,9 +20,10 @@ from typing import Any
 from tests.e2e.cluster.engines import engine
 from tests.e2e.cluster.images import engine_run
 from tests.e2e.cluster.process import run
+from tests.support.limits import HANG_S
 
 IN_NODE = "/engine"
-SHARE_SECONDS = 300
+SHARE_SECONDS = HANG_S
 # Reads lines with a layer's name and its folder, the lowest first. The name is the one by which containerd looks for what is unpacked.
 SNAPSHOTS = r"""
 set -o errexit -o nounset -o pipefail
