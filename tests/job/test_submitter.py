@@ -130,11 +130,19 @@ def background(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         stop(running.process)
 
 
-def talkative(head: str, job_id: str, lines: int, pause_s: float, release: Path | None = None) -> list[str]:
-    """Start a job that prints numbered lines with a pause after each, and ends when ``release`` exists; return the lines."""
-    code = f"import os, time\nfor i in range({lines}): print(f'line {{i}} of ümläut\\'s log', flush=True); time.sleep({pause_s})"
-    if release:
-        code += f"\nwhile not os.path.exists('{release}'): time.sleep(0.1)"
+def talkative(head: str, job_id: str, lines: int, pause_s: float, gates: dict[int, Path] | None = None) -> list[str]:
+    """Start a job that prints numbered lines with a pause after each; return the lines.
+
+    Before a line in ``gates`` the job waits until its file exists.
+    """
+    files = {line: str(file) for line, file in (gates or {}).items()}
+    code = (
+        "import os, time\n"
+        f"gates = {files}\n"
+        f"for i in range({lines}):\n"
+        "    while i in gates and not os.path.exists(gates[i]): time.sleep(0.05)\n"
+        f"    print(f'line {{i}} of ümläut\\'s log', flush=True); time.sleep({pause_s})"
+    )
     ask(f"{head}/api/jobs/", {"submission_id": job_id, "entrypoint": f'python -c "{code}"'})
     return [f"line {i} of ümläut's log" for i in range(lines)]
 
@@ -198,14 +206,17 @@ def test_a_failed_job_ends_it_with_0_and_the_verdict_is_in_the_jobs_message(
 
 
 def test_every_line_comes_once_though_the_connections_are_cut(
-    head: str, job_id: str, tcp: TcpProxy, background: Callable[..., Running]
+    head: str, job_id: str, tcp: TcpProxy, background: Callable[..., Running], tmp_path: Path
 ) -> None:
-    expected = talkative(head, job_id, 300, 0.02)
+    """Lines go on while a connection is cut; the job only never gets so far that a cut comes too late."""
+    counts = (20, 60, 100, 140, 180, 220, 260)
+    expected = talkative(head, job_id, 300, 0.02, {count + 30: tmp_path / f"{count}-is-cut" for count in counts})
     running = background(*command("unused.yaml", tcp.address, job_id))
     cut = 0
-    for count in (20, 60, 100, 140, 180, 220, 260):
+    for count in counts:
         running.wait_for(f"line {count} of")
         cut += tcp.cut()
+        (tmp_path / f"{count}-is-cut").touch()
     assert running.wait() == 0
     assert [line for line in running.out.splitlines() if line.startswith("line ")] == expected
     events = Counter(re.sub(r"\d+ s", "", line["event"]) for line in running.said)
@@ -217,11 +228,11 @@ def test_a_connection_that_is_open_but_dead_is_replaced(
     head: str, job_id: str, tcp: TcpProxy, background: Callable[..., Running], tmp_path: Path
 ) -> None:
     release = tmp_path / "release"
-    expected = talkative(head, job_id, 100, 0.1, release)
+    expected = talkative(head, job_id, 100, 0.1, {99: release})
     running = background(*command("unused.yaml", tcp.address, job_id, "--silent-s", "4"))
     running.wait_for("line 20 of")
     assert tcp.freeze() >= 1
-    running.wait_for("line 99 of")
+    running.wait_for("line 98 of")
     assert ask(f"{head}/api/jobs/{job_id}")["status"] == "RUNNING"
     release.touch()
     assert running.wait() == 0
