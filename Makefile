@@ -91,6 +91,10 @@ test-platform: $(VENV)/.ready ## Test the charts with Argo CD, Kueue and Prometh
 fuzz: $(VENV)/.ready ## Try damaged images, manifests, archives, configurations and URIs for FUZZ_S seconds (60); exits 1 if anything is found
 	$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_S),60) $(FUZZ_ARGS)
 
+.PHONY: mutants
+mutants: $(VENV)/.ready ## Change the modules that carry the promise, one thing at a time; exits 1 if tests do not notice; hours, not part of `test`; MUTANTS_ARGS='--minutes 30' for a sample
+	$(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
+
 ##@ Measure
 .PHONY: bench
 bench: $(BENCH)/.ready ## Measure speed against other tools and against the theoretical limit; BENCH_ARGS=--quick for a short run
