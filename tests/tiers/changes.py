@@ -24,7 +24,7 @@ from tests.tiers.figures import REPOSITORY, TIERS
 # Files that every test depends on.
 EVERYTHING = re.compile(r"Makefile|pyproject\.toml|requirements(-dev)?\.lock|tests/conftest\.py|\.ci/.*")
 PACKAGE = "job/batch_inference"
-OWN_TEST = "tests/unit/project/test_tiers.py"
+TESTS_OF_TOOLS = ("tests/unit/project/test_tiers.py", "tests/unit/project/test_mutants.py")
 # Modules that the commands of pods run before the job itself.
 POD_COMMANDS = ("__main__.py", "environment.py", "cli/", "kubernetes/", "preflight/")
 
@@ -111,8 +111,8 @@ class Graph:
 
     def _used(self, name: str, tree: ast.Module) -> Iterator[str]:
         nodes = list(ast.walk(tree))
-        # The package's own strings are messages, and the files that this tool names are examples.
-        silent = name.startswith((f"{PACKAGE}/", "tests/tiers/")) or name == OWN_TEST
+        # The package's own strings are messages, and the files that these tools name are examples or all there are.
+        silent = name.startswith((f"{PACKAGE}/", "tests/tiers/", "tests/mutants/")) or name in TESTS_OF_TOOLS
         comments = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:
             if isinstance(node, ast.Import):

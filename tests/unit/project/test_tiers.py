@@ -185,6 +185,10 @@ def test_module_that_only_pods_run_runs_no_jobs(graph: Graph) -> None:
     }
 
 
+def test_module_of_reviewed_mutants_runs_their_check(graph: Graph) -> None:
+    assert "tests/unit/project/test_mutants.py" in chosen(graph, "job/batch_inference/output/ledger.py")["unit"]
+
+
 def test_configuration_runs_nearly_everything(graph: Graph) -> None:
     found = chosen(graph, "job/batch_inference/config.py")
     assert len(found["unit"]) > 60
