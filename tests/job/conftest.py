@@ -17,9 +17,19 @@ from tests.support.jobs import HERE, PROGRAM, environment
 from tests.support.limits import HANG_S
 from tests.support.servers import Proxy, ray_cluster, s3_server
 
+MEMORY_OF_ONE_GIB = 6
 S3_ENV = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 # Also for the Ray cluster's processes, which do the reading.
 os.environ.update(S3_ENV | emulators.AZURE_ENV)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `--numprocesses auto`: one more than cores, as many tests wait for a limit or an end.
+
+    Each has a Ray cluster, and so fewer run where memory is short.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min((os.cpu_count() or 1) + 1, int(memory / MEMORY_OF_ONE_GIB)))
 
 
 @pytest.fixture(scope="session")

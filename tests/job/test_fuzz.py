@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.fuzz.targets import targets
 
 ROOT = Path(__file__).parents[2]
-INPUTS = 150
+INPUTS = 60
 
 
 def test_damaged_inputs_are_answered(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from tests.support.servers import Proxy, stop
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
-DRIVER_KILLS = int(os.environ.get("DRIVER_KILLS", "12"))
-ACTOR_KILLS = int(os.environ.get("ACTOR_KILLS", "4"))
+DRIVER_KILLS = int(os.environ.get("DRIVER_KILLS", "6"))
+ACTOR_KILLS = int(os.environ.get("ACTOR_KILLS", "2"))
 SHARDS, SHARD_SIZE = 24, 10
 # A whole run takes four to eight seconds here, from its start to _SUCCESS.
 LAST_MOMENT_S = 7.0

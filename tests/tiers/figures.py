@@ -30,13 +30,13 @@ class Tier:
 
 
 TIERS = (
-    Tier("setup", "setup", warm=0.1, cold=5),
-    Tier("lint", "lint", warm=1, cold=1.5),
-    Tier("unit", "test-unit", warm=3, cold=5, folders=("tests/unit", "tests/docs")),
-    Tier("charts", "test-charts", warm=1, cold=4, folders=("tests/charts",)),
-    Tier("report", "test-report", warm=1, cold=1.5, folders=("tests/report",)),
-    Tier("job", "test-job", warm=20, cold=25, folders=("tests/job",)),
-    Tier("e2e", "test-e2e", warm=11, cold=50, folders=("tests/e2e",)),
+    Tier("setup", "setup", warm=0.5, cold=5),
+    Tier("lint", "lint", warm=0.3, cold=0.5),
+    Tier("unit", "test-unit", warm=2.5, cold=3, folders=("tests/unit", "tests/docs")),
+    Tier("charts", "test-charts", warm=1, cold=5, folders=("tests/charts",)),
+    Tier("report", "test-report", warm=0.5, cold=1.5, folders=("tests/report",)),
+    Tier("job", "test-job", warm=13, cold=15, folders=("tests/job",)),
+    Tier("e2e", "test-e2e", warm=7, cold=24, folders=("tests/e2e",)),
 )
 
 
